@@ -1,0 +1,149 @@
+"""Command lines: plain functions become commands through ``fire``, with values that mean what was typed.
+
+Left to itself fire guesses types (``1e5`` becomes a float, ``a,b`` a tuple) and reports an unknown flag only after the
+command has run. Here every value stays a string until the command's own annotations convert it, and every flag is
+checked before anything runs. Standard library and fire only, so a mistake costs milliseconds.
+"""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+import sys
+import types
+import typing
+from collections.abc import Callable, Mapping
+from typing import Any, NoReturn
+
+import fire
+from fire.decorators import SetParseFn
+
+from megatron_lite.errors import ConfigError, MegatronLiteError
+
+Command = Callable[..., Any]
+_BOOLEANS = {"true": True, "yes": True, "1": True, "on": True, "false": False, "no": False, "0": False, "off": False}
+
+
+def nearest(name: str, known: typing.Iterable[str]) -> str:
+    """`` (did you mean 'x'?)`` for the closest of ``known``, or an empty string."""
+    matches = difflib.get_close_matches(name, list(known), n=1)
+    return f" (did you mean {matches[0]!r}?)" if matches else ""
+
+
+def convert(name: str, text: str, annotation: Any) -> Any:
+    """Read ``text`` as ``annotation``: ``str``, ``int``, ``float``, ``bool`` or one of these ``| None``."""
+    options = typing.get_args(annotation) if isinstance(annotation, types.UnionType) else (annotation,)
+    if type(None) in options and text.lower() in ("none", "null"):
+        return None
+    for option in options:
+        if option is bool:
+            if text.lower() in _BOOLEANS:
+                return _BOOLEANS[text.lower()]
+        elif option in (int, float):
+            try:
+                return option(text)
+            except ValueError:
+                continue
+        elif option is str:
+            return text
+    wanted = " or ".join(option.__name__ for option in options if option is not type(None))
+    raise ConfigError(f"--{name}={text}: expected {'true or false' if wanted == 'bool' else wanted}")
+
+
+def bind(command: Command, args: tuple[str, ...], flags: Mapping[str, str]) -> tuple[list[Any], dict[str, Any]]:
+    """Check and convert what was typed against the signature of ``command``; every mistake is reported at once.
+
+    A command that declares ``**overrides`` receives each flag with a dot in its name there, as an unconverted string.
+    """
+    signature = inspect.signature(command, eval_str=True)
+    parameters = {n: p for n, p in signature.parameters.items() if p.kind is p.POSITIONAL_OR_KEYWORD}
+    takes_overrides = any(p.kind is p.VAR_KEYWORD for p in signature.parameters.values())
+    mistakes: list[str] = []
+    values: dict[str, Any] = {}
+    overrides: dict[str, str] = {}
+
+    if len(args) > len(parameters):
+        mistakes.append(f"unexpected argument {args[len(parameters)]!r}; see --help")
+    typed = list(zip(parameters, args, strict=False))
+    for name, text in flags.items():
+        if name in parameters:
+            typed.append((name, text))
+        elif takes_overrides and "." in name:
+            overrides[name] = text
+        else:
+            dotted = "; config keys are written --section.key=value" if takes_overrides else ""
+            mistakes.append(f"unknown flag --{name}{nearest(name, parameters)}{dotted}")
+    for name, text in typed:
+        if name in values:
+            mistakes.append(f"{name} is given twice")
+            continue
+        try:
+            values[name] = convert(name, text, parameters[name].annotation)
+        except ConfigError as error:
+            mistakes.append(str(error))
+    given = {name for name, _ in typed}
+    for name, parameter in parameters.items():
+        if parameter.default is parameter.empty and name not in given:
+            mistakes.append(f"missing {name.upper()}; see --help")
+    if mistakes:
+        raise ConfigError("\n".join(mistakes))
+    return [], {**values, **overrides}
+
+
+def usage(prog: str, name: str, command: Command) -> str:
+    """The help text of one command: how to type it, its docstring, its flags with types and defaults."""
+    signature = inspect.signature(command, eval_str=True)
+    words, lines = [f"usage: python -m {prog} {name}"], []
+    for key, parameter in signature.parameters.items():
+        if parameter.kind is parameter.VAR_KEYWORD:
+            words.append("[--section.key=value …]")
+            continue
+        kind = getattr(parameter.annotation, "__name__", str(parameter.annotation))
+        if parameter.default is parameter.empty:
+            words.append(key.upper())
+            lines.append(f"  {key.upper()} (or --{key}=…)  {kind}, required")
+        else:
+            lines.append(f"  --{key}=…  {kind}, default {parameter.default!r}")
+    flags = ["", *lines] if lines else []
+    return "\n".join([" ".join(words), "", inspect.getdoc(command) or "", *flags])
+
+
+def fail(error: MegatronLiteError) -> NoReturn:
+    """Print the error, one ``error:`` line for each line of its message, and exit with its code."""
+    for line in str(error).splitlines() or [type(error).__name__]:
+        print(f"error: {line}", file=sys.stderr)
+    sys.stderr.flush()
+    raise SystemExit(error.exit_code)
+
+
+def main(commands: Mapping[str, Command], prog: str) -> None:
+    """Run the command named in ``sys.argv``: parse with fire, check, convert, call; errors exit with their code."""
+    argv = sys.argv[1:]
+    if not argv or argv[0] in ("-h", "--help", "help"):
+        summaries = [f"  {n:<10} {(inspect.getdoc(c) or '').splitlines()[0]}" for n, c in commands.items()]
+        print("\n".join([f"usage: python -m {prog} COMMAND …", "", *summaries, "", "COMMAND --help tells more."]))
+        return
+    name, rest = argv[0], argv[1:]
+    try:
+        if name not in commands:
+            known = ", ".join(commands)
+            raise ConfigError(f"unknown command {name!r}{nearest(name, commands)}; there are: {known}")
+        if any(word in ("-h", "--help") for word in rest):
+            print(usage(prog, name, commands[name]))
+            return
+        typed: list[tuple[tuple[str, ...], dict[str, str]]] = []
+
+        @SetParseFn(str)
+        def collect(*args: str, **flags: str) -> None:
+            typed.append((args, flags))
+
+        # fire reads a lone `-x` or `--` specially; everything it hands over here is still the text that was typed.
+        fire.Fire(collect, command=rest, name=f"{prog} {name}")
+        args, flags = typed[0]
+        _, values = bind(commands[name], args, flags)
+        commands[name](**values)
+    except MegatronLiteError as error:
+        fail(error)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        raise SystemExit(130) from None

@@ -1,0 +1,336 @@
+"""The config: one pydantic tree, read from YAML with ``--section.key=value`` overrides on top.
+
+No torch here: a mistake is reported in well under a second, every mistake at once, each with its key and the nearest
+valid one. OmegaConf reads the YAML, because it knows ``1e-4`` as a number and refuses duplicate keys.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from omegaconf import OmegaConf
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from megatron_lite.cli import nearest
+from megatron_lite.errors import ConfigError
+
+Positive = Annotated[int, Field(gt=0, lt=2**48)]
+Count = Annotated[int, Field(ge=0, lt=2**48)]
+Probability = Annotated[float, Field(ge=0, lt=1)]
+PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+NonNegativeFloat = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+
+
+class Section(BaseModel):
+    """A section of the config: unknown keys are errors, values are frozen."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, hide_input_in_errors=True)
+
+
+class RunConfig(Section):
+    """Where the run lives: ``dir/name``. ``seed`` fixes weights, sample order and dropout at every layout."""
+
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")] = "run"
+    dir: str = "runs"
+    seed: Count = 0
+
+
+class RopeScaling(Section):
+    """Rotary frequency scaling: ``linear`` divides positions; ``llama3`` rescales only long wavelengths."""
+
+    type: Literal["linear", "llama3"]
+    factor: PositiveFloat
+    low_freq_factor: PositiveFloat = 1.0
+    high_freq_factor: PositiveFloat = 4.0
+    original_max_seq_len: Positive = 8192
+
+
+class ModelConfig(Section):
+    """The shape of a decoder. ``preset`` names a file of ``configs/models`` whose keys the others override.
+
+    ``vocab_size`` comes from ``data.tokenizer`` when it is not given; it is padded to a multiple of
+    ``vocab_multiple``, so that tp can split it, and the true size is kept.
+    """
+
+    preset: str | None = None
+    family: Literal["llama", "gpt2"] = "llama"
+    vocab_size: Positive | None = None
+    vocab_multiple: Positive = 128
+    hidden_size: Positive = 256
+    num_layers: Positive = 4
+    num_heads: Positive = 4
+    num_kv_heads: Positive | None = None
+    head_dim: Positive | None = None
+    ffn_size: Positive | None = None
+    max_seq_len: Positive = 2048
+    norm_eps: PositiveFloat = 1e-5
+    rope_theta: PositiveFloat = 10000.0
+    rope_scaling: RopeScaling | None = None
+    bias: bool | None = None
+    qkv_bias: bool | None = None
+    tie_embeddings: bool | None = None
+    dropout: Probability = 0.0
+    attention_dropout: Probability = 0.0
+    init_std: PositiveFloat = 0.02
+
+    @model_validator(mode="before")
+    @classmethod
+    def _family_defaults(cls, values: Any) -> Any:
+        """Fill in what follows from the family and the other sizes."""
+        if not isinstance(values, dict):
+            return values
+        gpt2 = values.get("family") == "gpt2"
+        filled = {"bias": gpt2, "tie_embeddings": gpt2, **{k: v for k, v in values.items() if v is not None}}
+        filled.setdefault("qkv_bias", filled["bias"])
+        hidden, heads = filled.get("hidden_size", 256), filled.get("num_heads", 4)
+        if isinstance(heads, int) and heads > 0:
+            filled.setdefault("num_kv_heads", heads)
+        if isinstance(hidden, int) and isinstance(heads, int) and heads > 0:
+            filled.setdefault("head_dim", max(1, hidden // heads))
+        if isinstance(hidden, int):
+            filled.setdefault("ffn_size", 4 * hidden if gpt2 else -(-8 * hidden // 3 // 32) * 32)
+        return filled
+
+    @model_validator(mode="after")
+    def _shapes_fit(self) -> ModelConfig:
+        assert self.num_kv_heads and self.head_dim
+        if self.num_heads % self.num_kv_heads:
+            raise ValueError(f"num_kv_heads={self.num_kv_heads} must divide num_heads={self.num_heads}")
+        if "hidden_size" in self.model_fields_set and self.head_dim * self.num_heads != self.hidden_size:
+            if self.hidden_size % self.num_heads:
+                fits = [n for n in range(1, min(self.hidden_size, 256) + 1) if self.hidden_size % n == 0]
+                close = sorted(fits, key=lambda n: abs(n - self.num_heads))[:3]
+                raise ValueError(
+                    f"num_heads={self.num_heads} must divide hidden_size={self.hidden_size} "
+                    f"(or set head_dim); nearest that do: {', '.join(map(str, sorted(close)))}"
+                )
+        if self.family == "llama" and self.head_dim % 2:
+            raise ValueError(f"head_dim={self.head_dim} must be even for rotary positions")
+        return self
+
+    @property
+    def padded_vocab_size(self) -> int:
+        """``vocab_size`` rounded up to a multiple of ``vocab_multiple``."""
+        assert self.vocab_size is not None
+        return math.ceil(self.vocab_size / self.vocab_multiple) * self.vocab_multiple
+
+
+class SourceConfig(Section):
+    """One indexed dataset (the prefix of its .bin and .idx) and its weight in the blend."""
+
+    path: str
+    weight: PositiveFloat = 1.0
+
+
+class DataConfig(Section):
+    """What is trained on. Without ``validation``, ``split`` cuts train, validation and test out of ``train``."""
+
+    tokenizer: str | None = None
+    train: Annotated[list[SourceConfig], Field(min_length=1)]
+    validation: list[SourceConfig] | None = None
+    split: tuple[NonNegativeFloat, NonNegativeFloat, NonNegativeFloat] = (0.98, 0.01, 0.01)
+    seq_len: Positive = 256
+    document_mask: bool = False
+    prefetch: Annotated[int, Field(ge=0, le=64)] = 2
+    allow_change: bool = False
+
+
+class OptimConfig(Section):
+    """AdamW and its learning-rate schedule. ``decay_steps`` is the length of WSD's final decay."""
+
+    name: Literal["adamw"] = "adamw"
+    lr: PositiveFloat = 3e-4
+    betas: tuple[Probability, Probability] = (0.9, 0.95)
+    eps: PositiveFloat = 1e-8
+    weight_decay: NonNegativeFloat = 0.1
+    clip: NonNegativeFloat = 1.0
+    schedule: Literal["cosine", "linear", "wsd", "constant"] = "cosine"
+    warmup_steps: Count = 0
+    decay_steps: Count | None = None
+    min_lr_ratio: Annotated[float, Field(ge=0, le=1)] = 0.1
+
+
+class ParallelConfig(Section):
+    """Degrees of parallelism; data parallelism follows from the number of ranks."""
+
+    tp: Positive = 1
+    sp: bool = False
+    recompute: Literal["none", "selective", "full"] = "none"
+    bucket_mb: PositiveFloat = 25.0
+
+
+class ProfileConfig(Section):
+    """Steps to record with the torch profiler, as a trace in the run folder."""
+
+    start: Positive = 3
+    steps: Positive = 2
+
+
+class TrainConfig(Section):
+    """How long and how much at a time. The gradient accumulation follows: global batch ÷ (micro batch × dp)."""
+
+    steps: Positive = 100
+    global_batch_size: Positive = 8
+    micro_batch_size: Positive = 8
+    precision: Literal["float32", "bfloat16", "float64"] = "float32"
+    compile: bool = False
+    log_every: Positive = 10
+    eval_every: Count = 0
+    eval_steps: Positive = 10
+    sample_every: Count = 0
+    sample_prompt: str = ""
+    hang_timeout: PositiveFloat = 600.0
+    skip_bad_batches: Count = 0
+    peak_tflops: PositiveFloat | None = None
+    profile: ProfileConfig | None = None
+
+
+class CheckpointConfig(Section):
+    """When to save (``every`` 0: only at the end), what to keep, and where to resume from."""
+
+    every: Count = 0
+    keep: Positive = 2
+    keep_every: Positive | None = None
+    resume: str = "auto"
+
+
+class Config(Section):
+    """A whole run."""
+
+    run: RunConfig = RunConfig()
+    model: ModelConfig
+    data: DataConfig
+    optim: OptimConfig = OptimConfig()
+    parallel: ParallelConfig = ParallelConfig()
+    train: TrainConfig = TrainConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+
+    @property
+    def folder(self) -> Path:
+        """The run folder."""
+        return Path(self.run.dir) / self.run.name
+
+    @model_validator(mode="after")
+    def _sections_fit(self) -> Config:
+        if self.data.seq_len > self.model.max_seq_len:
+            raise ValueError(f"data.seq_len={self.data.seq_len} exceeds model.max_seq_len={self.model.max_seq_len}")
+        if self.train.global_batch_size % self.train.micro_batch_size:
+            raise ValueError(
+                f"train.global_batch_size={self.train.global_batch_size} must be a multiple of "
+                f"train.micro_batch_size={self.train.micro_batch_size}"
+            )
+        return self
+
+
+def find_file(name: str, folder: str = "") -> Path:
+    """A config by path, or by name among those that come with the package (``demo`` finds ``configs/demo.yaml``)."""
+    here = Path(__file__).parent
+    for root in (Path(), here / "configs" / folder, here.parent / "configs" / folder):
+        for suffix in ("", ".yaml"):
+            if (path := root / f"{name}{suffix}").is_file():
+                return path
+    shipped = [p.stem for root in (here, here.parent) for p in sorted((root / "configs" / folder).glob("*.yaml"))]
+    raise ConfigError(f"no config {name!r}{nearest(name, shipped)}; shipped with the package: {', '.join(shipped)}")
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """A YAML mapping as plain dictionaries. Raises ConfigError with file and line for anything else."""
+    try:
+        if path.stat().st_size > 1_000_000:
+            raise ConfigError(f"{path} is over 1 MB: not a config")
+        text = path.read_text(encoding="utf-8")
+        if "&" in text and "*" in text and text.count("*") > 100:
+            raise ConfigError(f"{path}: too many YAML aliases")
+        tree = OmegaConf.to_container(OmegaConf.create(text), resolve=False)
+    except ConfigError:
+        raise
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"cannot read {path}: {error}") from None
+    except Exception as error:  # the YAML reader raises many kinds; each means the file is wrong
+        raise ConfigError(f"{path}: {' '.join(str(error).split())}") from None
+    if not isinstance(tree, dict):
+        raise ConfigError(f"{path}: expected sections such as 'model:' and 'train:', found {type(tree).__name__}")
+    return tree  # type: ignore[return-value]
+
+
+def apply_overrides(tree: dict[str, Any], overrides: Mapping[str, str]) -> list[str]:
+    """Set dotted keys in ``tree``; values are read as YAML. Returns the mistakes found."""
+    mistakes = []
+    for dotted, text in overrides.items():
+        try:
+            value = OmegaConf.to_container(OmegaConf.create(f"value: {text}"), resolve=False)["value"]  # type: ignore[index,call-overload]
+        except Exception:  # not YAML: it is meant as the text it is
+            value = text
+        node, parts = tree, dotted.split(".")
+        for part in parts[:-1]:
+            node = node.setdefault(part, {})
+            if not isinstance(node, dict):
+                mistakes.append(f"{dotted}: {part} is not a section")
+                break
+        else:
+            node[parts[-1]] = value
+    return mistakes
+
+
+def parse_config(tree: dict[str, Any]) -> Config:
+    """Validate a tree. Raises ConfigError with one line for every mistake in it."""
+    try:
+        return Config.model_validate(tree)
+    except ValidationError as error:
+        raise ConfigError("\n".join(_describe(e) for e in error.errors(include_url=False))) from None
+
+
+def load_config(name: str, overrides: Mapping[str, str]) -> Config:
+    """Read, override, fill in the preset and the vocabulary, validate."""
+    tree = read_yaml(find_file(name))
+    mistakes = apply_overrides(tree, overrides)
+    model = tree.get("model")
+    if isinstance(model, dict) and isinstance(model.get("preset"), str):
+        tree["model"] = {**read_yaml(find_file(model["preset"], "models")), **model}
+    try:
+        config = parse_config(tree)
+    except ConfigError as error:
+        raise ConfigError("\n".join([*mistakes, str(error)])) from None
+    if mistakes:
+        raise ConfigError("\n".join(mistakes))
+    if config.model.vocab_size is None:
+        size = _tokenizer_size(config.data.tokenizer)
+        config = config.model_copy(update={"model": config.model.model_copy(update={"vocab_size": size})})
+    return config
+
+
+def to_yaml(config: Config) -> str:
+    """The resolved config as YAML that ``load_config`` reads back to the same config."""
+    return OmegaConf.to_yaml(OmegaConf.create(config.model_dump(mode="json")))
+
+
+def _tokenizer_size(path: str | None) -> int:
+    if path is None:
+        raise ConfigError("model.vocab_size is unknown: set data.tokenizer (its size is used) or model.vocab_size")
+    from megatron_lite.data.tokenizer import load_tokenizer
+
+    return load_tokenizer(path).vocab_size()
+
+
+def _describe(error: Any) -> str:
+    """One line for one pydantic error: key, problem, nearest valid key."""
+    location = [str(part) for part in error["loc"]]
+    key = ".".join(location) or "config"
+    if error["type"] == "extra_forbidden":
+        section: Any = Config
+        for part in location[:-1]:
+            field = getattr(section, "model_fields", {}).get(part)
+            section = field.annotation if field is not None else None
+        known = getattr(section, "model_fields", {})
+        return f"{key}: unknown key{nearest(location[-1], known)}; known: {', '.join(known)}"
+    if error["type"] == "missing":
+        return f"{key}: missing"
+    message = error["msg"].removeprefix("Value error, ").removeprefix("Assertion failed, ")
+    return (
+        f"{key}: {message[0].lower() + message[1:]}, not {error['input']!r}"
+        if "input" in error and not isinstance(error["input"], (dict, BaseModel))
+        else f"{key}: {message}"
+    )

@@ -1,0 +1,1 @@
+"""Training data: the indexed token format, and what reads batches from it."""

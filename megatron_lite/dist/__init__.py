@@ -1,0 +1,1 @@
+"""Ranks, mesh axes, collectives and shards: everything that knows more than one process exists."""

@@ -1,0 +1,120 @@
+"""The mesh: which ranks talk to which. Axes, outermost first: pp, dp_replicate, dp_shard, cp, tp.
+
+``Axis`` is all that layers and engines see of the distributed world: a rank, a size and a process group.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import timedelta
+
+import torch
+import torch.distributed as torch_dist
+from torch.distributed.device_mesh import DeviceMesh
+
+from megatron_lite.dist.env import Rank
+
+AXES = ("pp", "dp_replicate", "dp_shard", "cp", "tp")
+
+
+@dataclass(frozen=True)
+class Axis:
+    """One line of ranks. At size 1 there is no group and every collective along it is the identity."""
+
+    name: str
+    rank: int = 0
+    size: int = 1
+    group: torch_dist.ProcessGroup | None = field(default=None, repr=False, compare=False)
+
+
+@dataclass(frozen=True)
+class Mesh:
+    """The axes that pass through this rank. ``dp`` is dp_replicate × dp_shard; ``world`` holds every rank."""
+
+    world: Axis
+    pp: Axis
+    dp_replicate: Axis
+    dp_shard: Axis
+    cp: Axis
+    tp: Axis
+    dp: Axis
+    device: torch.device
+    device_mesh: DeviceMesh | None = field(default=None, repr=False, compare=False)
+
+
+def solo_mesh(device: torch.device | str = "cpu") -> Mesh:
+    """The mesh of a single process, without any process group."""
+    return Mesh(*(Axis(name) for name in ("world", *AXES, "dp")), device=torch.device(device))
+
+
+def build_mesh(degrees: Mapping[str, int], device: torch.device, ranks: Sequence[int] | None = None) -> Mesh | None:
+    """Make the process groups of a mesh with the given degrees (missing axes are 1).
+
+    ``ranks`` (default: all) are the members; a rank outside them helps to make the groups and gets None. Collective
+    over the default process group: every rank calls it, in the same order.
+    """
+    sizes = [degrees.get(name, 1) for name in AXES]
+    world = torch_dist.get_world_size() if torch_dist.is_initialized() else 1
+    members = list(range(world)) if ranks is None else list(ranks)
+    grid = torch.tensor(members).view(sizes)
+    if world == 1:
+        return solo_mesh(device)
+    device_mesh = DeviceMesh(device.type, grid, mesh_dim_names=AXES)
+    dp_lines = grid.permute(0, 3, 4, 1, 2).reshape(-1, sizes[1] * sizes[2]).tolist()
+    dp_group = None
+    if sizes[1] > 1 and sizes[2] > 1:
+        dp_group, _ = torch_dist.new_subgroups_by_enumeration(dp_lines)
+    world_group = torch_dist.group.WORLD if len(members) == world else torch_dist.new_group(members)
+    here = torch_dist.get_rank()
+    if here not in members:
+        return None
+
+    def axis(name: str) -> Axis:
+        line = device_mesh[name]
+        if line.size() == 1:
+            return Axis(name)
+        return Axis(name, line.get_local_rank(), line.size(), line.get_group())
+
+    axes = {name: axis(name) for name in AXES}
+    if dp_group is not None:
+        line = next(line for line in dp_lines if here in line)
+        dp = Axis("dp", line.index(here), len(line), dp_group)
+    else:
+        side = axes["dp_shard"] if sizes[2] > 1 else axes["dp_replicate"]
+        dp = Axis("dp", side.rank, side.size, side.group)
+    everyone = Axis("world", members.index(here), len(members), world_group if len(members) > 1 else None)
+    return Mesh(world=everyone, **axes, dp=dp, device=device, device_mesh=device_mesh)
+
+
+def pick_device(rank: Rank) -> torch.device:
+    """The device of this rank: its own GPU where there is one, else the CPU."""
+    if torch.cuda.is_available():
+        torch.cuda.set_device(rank.local_rank)
+        return torch.device("cuda", rank.local_rank)
+    return torch.device("cpu")
+
+
+@contextlib.contextmanager
+def process_group(rank: Rank, device: torch.device, timeout_seconds: float) -> Iterator[None]:
+    """The default process group for the length of a ``with`` block; nothing is made for a single process.
+
+    On CUDA, gloo runs beside NCCL and carries what lives on the CPU (checkpoint plans, flags).
+    """
+    if rank.size == 1:
+        yield
+        return
+    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+    torch_dist.init_process_group(
+        backend,
+        timeout=timedelta(seconds=timeout_seconds),
+        device_id=device if device.type == "cuda" else None,
+    )
+    try:
+        yield
+    except BaseException:
+        # Peers may be gone: tearing the group down could block, and the process is about to end anyway.
+        raise
+    else:
+        torch_dist.destroy_process_group()
