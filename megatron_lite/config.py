@@ -88,8 +88,14 @@ class ModelConfig(Section):
         hidden, heads = filled.get("hidden_size", 256), filled.get("num_heads", 4)
         if isinstance(heads, int) and heads > 0:
             filled.setdefault("num_kv_heads", heads)
-        if isinstance(hidden, int) and isinstance(heads, int) and heads > 0:
-            filled.setdefault("head_dim", max(1, hidden // heads))
+            if isinstance(hidden, int) and "head_dim" not in filled:
+                if hidden % heads:
+                    fits = sorted((n for n in range(1, 257) if hidden % n == 0), key=lambda n: abs(n - heads))[:3]
+                    nearby = ", ".join(map(str, sorted(fits)))
+                    raise ValueError(
+                        f"num_heads={heads} must divide hidden_size={hidden}, for example {nearby}; or set head_dim"
+                    )
+                filled["head_dim"] = hidden // heads
         if isinstance(hidden, int):
             filled.setdefault("ffn_size", 4 * hidden if gpt2 else -(-8 * hidden // 3 // 32) * 32)
         return filled
@@ -99,14 +105,6 @@ class ModelConfig(Section):
         assert self.num_kv_heads and self.head_dim
         if self.num_heads % self.num_kv_heads:
             raise ValueError(f"num_kv_heads={self.num_kv_heads} must divide num_heads={self.num_heads}")
-        if "hidden_size" in self.model_fields_set and self.head_dim * self.num_heads != self.hidden_size:
-            if self.hidden_size % self.num_heads:
-                fits = [n for n in range(1, min(self.hidden_size, 256) + 1) if self.hidden_size % n == 0]
-                close = sorted(fits, key=lambda n: abs(n - self.num_heads))[:3]
-                raise ValueError(
-                    f"num_heads={self.num_heads} must divide hidden_size={self.hidden_size} "
-                    f"(or set head_dim); nearest that do: {', '.join(map(str, sorted(close)))}"
-                )
         if self.family == "llama" and self.head_dim % 2:
             raise ValueError(f"head_dim={self.head_dim} must be even for rotary positions")
         return self

@@ -38,19 +38,23 @@ def read_rank(environ: Mapping[str, str] | None = None) -> Rank:
     Raises ConfigError when a launcher's variables are incomplete or contradict each other.
     """
     environ = os.environ if environ is None else environ
-    numbers = (0, 1, 0, 1)
+    rank, size, local_rank, local_size = 0, 1, 0, 1
     for dialect, names in _DIALECTS.items():
         if names[0] not in environ:
             continue
         missing = [n for n in names if not environ.get(n, "").isdigit()]
         if missing:
             raise ConfigError(f"started by {dialect}, but {', '.join(missing)} is missing or not a number")
-        rank, size, local_rank, local_size = numbers = tuple(int(environ[n]) for n in names)
+        rank, size, local_rank, local_size = (int(environ[n]) for n in names)
         if not (rank < size and local_rank < local_size <= size):
-            raise ConfigError(f"started by {dialect} with impossible numbers: {dict(zip(names, numbers, strict=True))}")
+            numbers = ", ".join(f"{name}={environ[name]}" for name in names)
+            raise ConfigError(f"started by {dialect} with impossible numbers: {numbers}")
         break
     return Rank(
-        *numbers,
+        rank,
+        size,
+        local_rank,
+        local_size,
         host=socket.gethostname(),
         attempt=int(environ.get("MLITE_ATTEMPT", "0") or 0),
         faults=environ.get("MLITE_FAULT", ""),

@@ -46,7 +46,8 @@ class Mesh:
 
 def solo_mesh(device: torch.device | str = "cpu") -> Mesh:
     """The mesh of a single process, without any process group."""
-    return Mesh(*(Axis(name) for name in ("world", *AXES, "dp")), device=torch.device(device))
+    world, pp, dp_replicate, dp_shard, cp, tp, dp = (Axis(name) for name in ("world", *AXES, "dp"))
+    return Mesh(world, pp, dp_replicate, dp_shard, cp, tp, dp, torch.device(device))
 
 
 def build_mesh(degrees: Mapping[str, int], device: torch.device, ranks: Sequence[int] | None = None) -> Mesh | None:

@@ -15,6 +15,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from megatron_lite.dist.mesh import Axis
+
 
 @dataclass(frozen=True)
 class Box:
@@ -31,8 +33,7 @@ class ShardSpec:
 
     ``shape``: the global shape. ``dim``: the dim that is split, or None where every rank holds the whole.
     ``chunks``: sizes along ``dim`` that are split separately and whose parts are concatenated (fused q, k, v; gate
-    and up); None for one chunk. ``partial_dims`` of a fused weight stay layout-independent because each chunk is cut
-    at the same global rows on any number of ranks.
+    and up); None for one chunk.
     """
 
     shape: tuple[int, ...]
@@ -86,9 +87,13 @@ class ShardSpec:
             into[tuple(slice(o, o + n) for o, n in zip(box.offset, box.shape, strict=True))] = local[box.local]
 
 
-def attach(parameter: nn.Parameter, spec: ShardSpec) -> nn.Parameter:
-    """Attach ``spec`` to a parameter; ``tensor_model_parallel`` is the mark that DeepSpeed's clipping looks for."""
+def attach(parameter: nn.Parameter, spec: ShardSpec, init: float | str) -> nn.Parameter:
+    """Attach to a parameter its ``spec`` and how it starts: "ones", or the standard deviation of a normal (0: zeros).
+
+    ``tensor_model_parallel`` is the mark that DeepSpeed's clipping looks for.
+    """
     parameter.shard_spec = spec  # type: ignore[attr-defined]
+    parameter.init = init  # type: ignore[attr-defined]
     parameter.tensor_model_parallel = spec.dim is not None  # type: ignore[attr-defined]
     return parameter
 
@@ -141,3 +146,16 @@ def fill_normal(parameter: Tensor, name: str, spec: ShardSpec, seed: int, std: f
                 into = parameter[(slice(local_row, local_row + last - first), *box.local[1:])]
                 others = (slice(o, o + n) for o, n in zip(box.offset[1:], box.shape[1:], strict=True))
                 into.copy_(block[(slice(first - start, last - start), *others)])
+
+
+def initialize(model: nn.Module, seed: int, tp: Axis) -> None:
+    """Give every parameter its first value: the same global tensors at every layout. No communication."""
+    for name, parameter, spec in named_shards(model):
+        init: float | str = parameter.init  # type: ignore[attr-defined]
+        with torch.no_grad():
+            if init == "ones":
+                parameter.fill_(1.0)
+            elif init == 0.0:
+                parameter.zero_()
+            else:
+                fill_normal(parameter, name, spec, seed, float(init), tp.rank, tp.size)

@@ -68,17 +68,17 @@ def run_ranks(fn: Callable[..., Any], size: int, *args: Any, timeout: float = 12
                     process.join()
 
 
-def _collect(pipes: list[Connection], deadline: float, timeout: float) -> list[Any]:
+def _collect(pipes: list[Any], deadline: float, timeout: float) -> list[Any]:
     results: dict[int, Any] = {}
     while len(results) < len(pipes):
         pending = {pipe: rank for rank, pipe in enumerate(pipes) if rank not in results}
-        ready = wait(list(pending), timeout=max(0.0, deadline - time.monotonic()))
+        ready: list[Any] = wait(list(pending), timeout=max(0.0, deadline - time.monotonic()))
         if not ready:
             raise PeerError(f"ranks {sorted(pending.values())} did not finish within {timeout:g} s")
         for pipe in ready:
-            rank = pending[pipe]  # type: ignore[index]
+            rank = pending[pipe]
             try:
-                status, value = pipe.recv()  # type: ignore[union-attr]
+                status, value = pipe.recv()
             except EOFError:
                 raise PeerError(f"rank {rank} ended without a result") from None
             if status == "refused":

@@ -1,0 +1,113 @@
+"""Causal self-attention, heads split over tensor-parallel ranks."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from megatron_lite.dist import comm, random
+from megatron_lite.dist.mesh import Axis
+from megatron_lite.layers.linear import ColumnParallelLinear, RowParallelLinear
+from megatron_lite.layers.positions import rotate
+
+
+@dataclass
+class KeyValueCache:
+    """Keys and values of one layer seen so far while generating, [batch, kv_heads, length, head_dim]."""
+
+    keys: Tensor | None = None
+    values: Tensor | None = None
+
+    def extend(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Append those of new tokens and return all."""
+        if self.keys is not None and self.values is not None:
+            keys, values = torch.cat((self.keys, keys), dim=2), torch.cat((self.values, values), dim=2)
+        self.keys, self.values = keys, values
+        return keys, values
+
+
+@dataclass
+class Context:
+    """What every block of one forward pass shares.
+
+    ``angles``: rotary cosines and sines. ``mask``: [batch, 1, seq, keys], True where a query may look; None for plain
+    causal attention. ``seed``: of this micro batch's dropout masks, None in evaluation.
+    """
+
+    batch: int
+    angles: tuple[Tensor, Tensor] | None = None
+    mask: Tensor | None = None
+    seed: int | None = None
+    caches: list[KeyValueCache] | None = None
+
+
+class Attention(nn.Module):
+    """Multi-head attention with grouped keys and values (Ainslie et al. 2023) and fused q, k, v.
+
+    [tokens, hidden] → the same, slices of the tokens under ``sp``. Each rank holds ``num_heads / tp`` query heads.
+    With fewer key-value heads than ranks each rank projects a slice of a head; an all-gather (reduce-scatter
+    backward) hands every rank the one head that its queries need.
+    """
+
+    def __init__(
+        self,
+        hidden_size: int,
+        num_heads: int,
+        num_kv_heads: int,
+        head_dim: int,
+        tp: Axis,
+        *,
+        layer: int,
+        bias: bool,
+        qkv_bias: bool,
+        sp: bool,
+        std: float,
+        out_std: float,
+        dropout: float,
+    ) -> None:
+        super().__init__()
+        self.tp, self.head_dim, self.num_kv_heads, self.layer, self.dropout = tp, head_dim, num_kv_heads, layer, dropout
+        self.local_heads = num_heads // tp.size
+        self.gathers_kv = num_kv_heads < tp.size
+        self.local_kv_heads = 1 if self.gathers_kv else num_kv_heads // tp.size
+        chunks = (num_heads * head_dim, num_kv_heads * head_dim, num_kv_heads * head_dim)
+        self.qkv = ColumnParallelLinear(hidden_size, sum(chunks), tp, bias=qkv_bias, sp=sp, std=std, chunks=chunks)
+        self.out = RowParallelLinear(num_heads * head_dim, hidden_size, tp, bias=bias, sp=sp, std=out_std)
+
+    def _whole_kv_heads(self, qkv: Tensor) -> Tensor:
+        """Replace the rank's slices of k and v by the one whole head of each that its queries attend to."""
+        q, kv = qkv.split((self.local_heads * self.head_dim, qkv.shape[1] - self.local_heads * self.head_dim), dim=1)
+        gathered = comm.gather_from(kv, self.tp, dim=1).view(kv.shape[0], self.tp.size, 2, -1)
+        heads = gathered.transpose(1, 2).reshape(kv.shape[0], 2, self.num_kv_heads, self.head_dim)
+        own = heads[:, :, self.tp.rank * self.num_kv_heads // self.tp.size]
+        return torch.cat((q, own.flatten(1)), dim=1)
+
+    def core(self, qkv: Tensor, context: Context) -> Tensor:
+        """Rotate, attend, merge heads: [tokens, (heads + 2 kv) · head_dim] → [tokens, heads · head_dim]."""
+        heads, kv = self.local_heads, self.local_kv_heads
+        split = qkv.view(context.batch, -1, heads + 2 * kv, self.head_dim)
+        qk, v = split.split((heads + kv, kv), dim=2)
+        if context.angles is not None:
+            qk = rotate(qk, context.angles)
+        q, k = qk.split((heads, kv), dim=2)
+        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+        if context.caches is not None:
+            k, v = context.caches[self.layer].extend(k, v)
+        dropout = self.dropout if context.seed is not None else 0.0
+        if dropout > 0:
+            assert context.seed is not None
+            random.seed_default(random.mix(context.seed, 3 * self.layer, self.tp.rank), q.device)
+        causal = context.mask is None and q.shape[2] > 1
+        attended = F.scaled_dot_product_attention(
+            q, k, v, attn_mask=context.mask, dropout_p=dropout, is_causal=causal, enable_gqa=heads != kv
+        )
+        return attended.transpose(1, 2).reshape(qkv.shape[0], heads * self.head_dim)
+
+    def forward(self, x: Tensor, context: Context) -> Tensor:
+        qkv = self.qkv(x)
+        if self.gathers_kv:
+            qkv = self._whole_kv_heads(qkv)
+        return self.out(self.core(qkv, context))

@@ -1,0 +1,122 @@
+"""Column- and row-parallel linear layers (Shoeybi et al. 2019) with sequence parallelism (Korthikanti et al. 2022)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as torch_dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from megatron_lite.dist import comm
+from megatron_lite.dist.mesh import Axis
+from megatron_lite.dist.shard import ShardSpec, attach
+
+
+class _ColumnLinear(torch.autograd.Function):
+    """``x @ weight.T + bias`` whose backward overlaps the input gradient's collective with the weight's gradient.
+
+    Only the rank's own slice of x is kept under sequence parallelism; backward gathers it again while the input
+    gradient is computed.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, tp: Axis, sp: bool) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        ctx.tp, ctx.sp, ctx.has_bias = tp, sp, bias is not None
+        return F.linear(comm.all_gather(x, tp) if sp else x, weight, bias)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight = ctx.saved_tensors
+        tp, sp = ctx.tp, ctx.sp
+        need_x, need_weight, need_bias = ctx.needs_input_grad[:3]
+        grad = grad.contiguous()
+        whole_x, gathering = x, None
+        if sp and need_weight:
+            whole_x = x.new_empty((tp.size * x.shape[0], x.shape[1]))
+            gathering = torch_dist.all_gather_single(whole_x, x.contiguous(), group=tp.group, async_op=True)
+        grad_x = reducing = partial = None
+        if need_x:
+            partial = grad @ weight
+            if sp:
+                grad_x = torch.empty_like(x)
+                reducing = torch_dist.reduce_scatter_single(grad_x, partial, group=tp.group, async_op=True)
+            else:
+                grad_x = partial
+                reducing = torch_dist.all_reduce(grad_x, group=tp.group, async_op=True)
+        if gathering is not None:
+            gathering.wait()
+        grad_weight = grad.t() @ whole_x if need_weight else None
+        grad_bias = grad.sum(0) if ctx.has_bias and need_bias else None
+        if reducing is not None:
+            reducing.wait()
+        return grad_x, grad_weight, grad_bias, None, None
+
+
+_column_linear = torch.compiler.disable(_ColumnLinear.apply)
+
+
+class ColumnParallelLinear(nn.Module):
+    """``y = x W^T + b`` with W split by output features; each rank computes its own columns of y.
+
+    In: [tokens, in_features], or [tokens / tp, in_features] under ``sp``. Out: [tokens, out_features / tp].
+    ``chunks``: sizes of fused projections, each split separately. Forward: all-gather of x under ``sp``, else none.
+    Backward: reduce-scatter (``sp``) or all-reduce of x's gradient.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        tp: Axis,
+        *,
+        bias: bool,
+        sp: bool,
+        std: float,
+        chunks: tuple[int, ...] | None = None,
+    ) -> None:
+        super().__init__()
+        self.tp, self.sp = tp, sp
+        spec = ShardSpec((out_features, in_features), dim=0, chunks=chunks)
+        self.weight = attach(nn.Parameter(torch.empty(spec.local_shape(tp.size))), spec, std)
+        self.bias: nn.Parameter | None = None
+        if bias:
+            spec = ShardSpec((out_features,), dim=0, chunks=chunks)
+            self.bias = attach(nn.Parameter(torch.empty(spec.local_shape(tp.size))), spec, 0.0)
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight = self.weight.to(x.dtype)
+        bias = None if self.bias is None else self.bias.to(x.dtype)
+        if self.tp.size == 1:
+            return F.linear(x, weight, bias)
+        return _column_linear(x, weight, bias, self.tp, self.sp)
+
+
+class RowParallelLinear(nn.Module):
+    """``y = x W^T + b`` with W split by input features; partial products are summed over the ranks.
+
+    In: [tokens, in_features / tp]. Out: [tokens, out_features], or [tokens / tp, out_features] under ``sp``.
+    Forward: reduce-scatter (``sp``) or all-reduce of y. Backward: all-gather (``sp``) or none. The bias is added once,
+    after the sum; under ``sp`` its gradient is partial and reduced on the way back.
+    """
+
+    def __init__(self, in_features: int, out_features: int, tp: Axis, *, bias: bool, sp: bool, std: float) -> None:
+        super().__init__()
+        self.tp, self.sp = tp, sp
+        spec = ShardSpec((out_features, in_features), dim=1)
+        self.weight = attach(nn.Parameter(torch.empty(spec.local_shape(tp.size))), spec, std)
+        self.bias: nn.Parameter | None = None
+        if bias:
+            self.bias = attach(nn.Parameter(torch.empty(out_features)), ShardSpec((out_features,)), 0.0)
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight = self.weight.to(x.dtype)
+        if self.tp.size == 1:
+            return F.linear(x, weight, None if self.bias is None else self.bias.to(x.dtype))
+        y = F.linear(x, weight)
+        y = comm.reduce_scatter_to(y, self.tp) if self.sp else comm.reduce_from(y, self.tp)
+        if self.bias is None:
+            return y
+        return y + (comm.copy_to(self.bias, self.tp) if self.sp else self.bias).to(x.dtype)

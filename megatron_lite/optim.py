@@ -1,0 +1,79 @@
+"""The optimizer: which parameters decay, the learning-rate schedule, and the global gradient norm."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor, nn
+
+from megatron_lite.config import OptimConfig
+from megatron_lite.dist import comm
+from megatron_lite.dist.mesh import Axis
+from megatron_lite.dist.shard import spec_of
+
+
+def decays(name: str, parameter: nn.Parameter) -> bool:
+    """Weight decay applies to matrices, not to norms, biases or embeddings looked up by index."""
+    return parameter.dim() >= 2 and not name.startswith(("embedding.", "positions."))
+
+
+def build_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.AdamW:
+    """AdamW (Loshchilov and Hutter 2019), fused, over what decays and what does not."""
+    named = list(model.named_parameters())
+    groups = [
+        {"params": [p for n, p in named if decays(n, p)], "weight_decay": config.weight_decay},
+        {"params": [p for n, p in named if not decays(n, p)], "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, eps=config.eps, fused=True)
+
+
+def learning_rate(config: OptimConfig, step: int, steps: int) -> float:
+    """The learning rate of ``step`` (from 0) of ``steps``: linear warm-up, then the schedule.
+
+    ``wsd`` (warm-up, stable, decay; Hu et al. 2024) falls linearly over the last ``decay_steps`` (default a tenth).
+    """
+    if step < config.warmup_steps:
+        return config.lr * (step + 1) / config.warmup_steps
+    span = max(1, steps - config.warmup_steps)
+    progress = min(1.0, (step - config.warmup_steps) / span)
+    if config.schedule == "cosine":
+        level = (1 + math.cos(math.pi * progress)) / 2
+    elif config.schedule == "linear":
+        level = 1 - progress
+    elif config.schedule == "wsd":
+        decay = config.decay_steps if config.decay_steps is not None else max(1, steps // 10)
+        level = min(1.0, (steps - step) / max(1, decay))
+    else:
+        return config.lr
+    return config.lr * (config.min_lr_ratio + (1 - config.min_lr_ratio) * level)
+
+
+@torch.no_grad()
+def gradient_norm(parameters: Iterable[nn.Parameter], tp: Axis) -> Tensor:
+    """L2 norm of the global gradient, each element counted once: one all-reduce of a scalar over tp.
+
+    Split parameters are summed over the ranks; a replicated one is the same on each and counts once.
+    """
+    split: list[Tensor] = []
+    whole: list[Tensor] = []
+    for parameter in parameters:
+        if parameter.grad is not None:
+            (split if spec_of(parameter).dim is not None else whole).append(parameter.grad)
+
+    def squared(grads: list[Tensor]) -> Tensor:
+        if not grads:
+            return torch.zeros(())
+        return torch.stack(torch._foreach_norm(grads)).to(torch.float64).square().sum()
+
+    total = comm.all_reduce(squared(split).to(whole[0].device if whole else split[0].device), tp)
+    return (total + squared(whole).to(total.device)).sqrt()
+
+
+@torch.no_grad()
+def scale_gradients(parameters: Iterable[nn.Parameter], norm: Tensor, limit: float) -> None:
+    """Clip by the global norm: scale every gradient by min(1, limit / norm)."""
+    grads = [p.grad for p in parameters if p.grad is not None]
+    factor = (limit / (norm + 1e-6)).clamp(max=1.0)
+    torch._foreach_mul_(grads, factor.to(grads[0].dtype))

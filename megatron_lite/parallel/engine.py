@@ -1,0 +1,26 @@
+"""The engine protocol: who owns gradients and the optimizer. One implementation a file, one line in ``ENGINES``."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+from torch import Tensor, nn
+
+
+class Engine(Protocol):
+    """Gradients in, updated weights out. The loss handed to ``backward`` is already divided by the global count of
+    target tokens, so gradients are summed over micro batches and data-parallel ranks, never averaged."""
+
+    model: nn.Module
+
+    def backward(self, loss: Tensor, *, last: bool) -> None:
+        """Accumulate one micro batch's gradients; ``last`` starts their reduction over dp, overlapping backward."""
+
+    def finish_gradients(self) -> Tensor:
+        """Wait for the reduction; the norm of the global gradient, the same on every rank."""
+
+    def step(self, lr: float, norm: Tensor, clip: float) -> None:
+        """Clip by ``norm`` (0: don't), update the weights, drop the gradients."""
+
+    def drop_gradients(self) -> None:
+        """Forget this step's gradients without an update."""

@@ -1,0 +1,77 @@
+"""Degrees → batch arithmetic, checked before any process group exists. No torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from megatron_lite.config import Config
+from megatron_lite.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A layout that works. ``accumulation``: micro batches of a step on each data-parallel rank."""
+
+    tp: int
+    dp: int
+    sp: bool
+    accumulation: int
+
+    def describe(self, config: Config) -> str:
+        """One line for the log: how the ranks and the global batch are divided."""
+        size, micro = config.train.global_batch_size, config.train.micro_batch_size
+        sp = " with sequence parallelism" if self.sp else ""
+        return (
+            f"{self.tp * self.dp} ranks = dp {self.dp} × tp {self.tp}{sp}; "
+            f"global batch {size} = dp {self.dp} × {self.accumulation} × micro {micro} "
+            f"({size * config.data.seq_len:,} tokens)"
+        )
+
+
+def degrees_that_fit(config: Config, limit: int = 64) -> list[int]:
+    """Every tensor-parallel degree up to ``limit`` that this model can be split by."""
+    return [tp for tp in range(1, limit + 1) if not _tp_mistakes(config, tp)]
+
+
+def _tp_mistakes(config: Config, tp: int) -> list[str]:
+    model = config.model
+    assert model.num_kv_heads and model.head_dim and model.ffn_size
+    mistakes = []
+    if model.num_heads % tp:
+        mistakes.append(f"model.num_heads={model.num_heads}")
+    kv_width = model.num_kv_heads * model.head_dim
+    if model.num_kv_heads % tp and (tp % model.num_kv_heads or kv_width % tp):
+        mistakes.append(f"model.num_kv_heads={model.num_kv_heads}")
+    if model.ffn_size % tp:
+        mistakes.append(f"model.ffn_size={model.ffn_size}")
+    if model.vocab_size is not None and model.padded_vocab_size % tp:
+        mistakes.append(
+            f"the vocabulary of {model.vocab_size} padded to {model.padded_vocab_size} (model.vocab_multiple)"
+        )
+    return mistakes
+
+
+def make_plan(config: Config, world_size: int) -> Plan:
+    """Check the degrees against the model and the number of ranks. Raises ConfigError with every mistake."""
+    tp, train = config.parallel.tp, config.train
+    mistakes = []
+    if world_size % tp:
+        mistakes.append(f"parallel.tp={tp} does not divide the {world_size} ranks that were started")
+    if unfit := _tp_mistakes(config, tp):
+        fits = ", ".join(map(str, degrees_that_fit(config)))
+        mistakes.append(f"parallel.tp={tp} does not divide {' nor '.join(unfit)}; this model can use tp {fits}")
+    tokens = train.micro_batch_size * config.data.seq_len
+    if config.parallel.sp and tokens % tp:
+        mistakes.append(f"parallel.sp: micro batch × seq_len = {tokens} tokens cannot be split over tp={tp}")
+    if mistakes:
+        raise ConfigError("\n".join(mistakes))
+    dp = world_size // tp
+    if train.global_batch_size % (dp * train.micro_batch_size):
+        step = dp * train.micro_batch_size
+        below = train.global_batch_size // step * step
+        near = f"{below} or {below + step}" if below else str(step)
+        raise ConfigError(
+            f"train.global_batch_size={train.global_batch_size} must be a multiple of dp {dp} × "
+            f"train.micro_batch_size {train.micro_batch_size} = {step}; nearest: {near}"
+        )
+    return Plan(tp, dp, config.parallel.sp and tp > 1, train.global_batch_size // (dp * train.micro_batch_size))
