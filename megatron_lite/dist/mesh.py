@@ -97,6 +97,15 @@ def pick_device(rank: Rank) -> torch.device:
     return torch.device("cpu")
 
 
+def peer_failure(error: BaseException) -> bool:
+    """Whether a collective failed because another rank died, hung or became unreachable."""
+    if isinstance(error, (torch_dist.DistBackendError, torch_dist.DistNetworkError, torch_dist.DistStoreError)):
+        return True
+    # gloo reports all of these as RuntimeError; a test with a killed and a stopped peer pins the wording.
+    signs = ("Connection closed by peer", "Connection reset by peer", "Timed out waiting", "Connection refused")
+    return isinstance(error, RuntimeError) and any(sign in str(error) for sign in signs)
+
+
 @contextlib.contextmanager
 def process_group(rank: Rank, device: torch.device, timeout_seconds: float) -> Iterator[None]:
     """The default process group for the length of a ``with`` block; nothing is made for a single process.

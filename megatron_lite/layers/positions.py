@@ -63,10 +63,12 @@ class LearnedPositions(nn.Module):
 
     def __init__(self, max_positions: int, hidden_size: int, tp: Axis, *, sp: bool, std: float) -> None:
         super().__init__()
-        self.split = tp if sp else Axis("tp")
+        self.tp, self.sp = tp, sp
         spec = ShardSpec((max_positions, hidden_size))
         self.weight = attach(nn.Parameter(torch.empty(spec.shape)), spec, std)
 
     def forward(self, x: Tensor, positions: Tensor) -> Tensor:
-        own = comm.own_slice(positions.reshape(-1), self.split)
-        return x + nn.functional.embedding(own, comm.copy_to(self.weight, self.split)).to(x.dtype)
+        if not self.sp:
+            return x + nn.functional.embedding(positions.reshape(-1), self.weight).to(x.dtype)
+        own = comm.own_slice(positions.reshape(-1), self.tp)
+        return x + nn.functional.embedding(own, comm.copy_to(self.weight, self.tp)).to(x.dtype)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor, nn
 
@@ -96,6 +99,18 @@ class Decoder(nn.Module):
     def head_weight(self) -> Tensor:
         """This rank's rows of the output projection."""
         return self.embedding.weight if self.head is None else self.head
+
+    @contextlib.contextmanager
+    def whole_tokens(self) -> Iterator[None]:
+        """Without sequence parallelism inside: single tokens, as generating reads them, cannot be split over tp."""
+        split = [module for module in self.modules() if getattr(module, "sp", False)]
+        for module in split:
+            module.sp = False  # type: ignore[assignment]
+        try:
+            yield
+        finally:
+            for module in split:
+                module.sp = True  # type: ignore[assignment]
 
     def hidden_states(
         self,

@@ -13,6 +13,7 @@ import torch.distributed as torch_dist
 from torch import Tensor, nn
 
 from megatron_lite.dist.mesh import Mesh
+from megatron_lite.dist.shard import ShardSpec, named_shards
 from megatron_lite.optim import gradient_norm, scale_gradients
 
 
@@ -88,6 +89,23 @@ class DataParallel:
             group["lr"] = lr
         self.optimizer.step()
         self.drop_gradients()
+
+    def tensors(self) -> dict[str, tuple[Tensor, ShardSpec]]:
+        found: dict[str, tuple[Tensor, ShardSpec]] = {}
+        for name, parameter, spec in named_shards(self.model):
+            state = self.optimizer.state[parameter]
+            if not state:  # what AdamW itself would make in its first step
+                state["step"] = torch.zeros((), dtype=torch.float32, device=parameter.device)
+                state["exp_avg"] = torch.zeros_like(parameter)
+                state["exp_avg_sq"] = torch.zeros_like(parameter)
+            found[f"model.{name}"] = (parameter.detach(), spec)
+            found[f"optimizer.{name}.exp_avg"] = (state["exp_avg"], spec)
+            found[f"optimizer.{name}.exp_avg_sq"] = (state["exp_avg_sq"], spec)
+        return found
+
+    def restore_updates(self, updates: int) -> None:
+        for state in self.optimizer.state.values():
+            state["step"].fill_(updates)
 
     def drop_gradients(self) -> None:
         if self.buckets:

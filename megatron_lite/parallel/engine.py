@@ -6,6 +6,8 @@ from typing import Protocol
 
 from torch import Tensor, nn
 
+from megatron_lite.dist.shard import ShardSpec
+
 
 class Engine(Protocol):
     """Gradients in, updated weights out. The loss handed to ``backward`` is already divided by the global count of
@@ -21,6 +23,12 @@ class Engine(Protocol):
 
     def step(self, lr: float, norm: Tensor, clip: float) -> None:
         """Clip by ``norm`` (0: don't), update the weights, drop the gradients."""
+
+    def tensors(self) -> dict[str, tuple[Tensor, ShardSpec]]:
+        """Weights and optimizer state under layout-free names, to be saved from or loaded into in place."""
+
+    def restore_updates(self, updates: int) -> None:
+        """After a load: how many updates the optimizer has made."""
 
     def drop_gradients(self) -> None:
         """Forget this step's gradients without an update."""
