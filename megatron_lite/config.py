@@ -7,6 +7,7 @@ valid one. OmegaConf reads the YAML, because it knows ``1e-4`` as a number and r
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -235,22 +236,25 @@ def find_file(name: str, folder: str = "") -> Path:
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
-    """A YAML mapping as plain dictionaries. Raises ConfigError with file and line for anything else."""
+    """A YAML file's mapping as plain dictionaries. Raises ConfigError with file and line for anything else."""
     try:
         if path.stat().st_size > 1_000_000:
             raise ConfigError(f"{path} is over 1 MB: not a config")
-        text = path.read_text(encoding="utf-8")
-        if "&" in text and "*" in text and text.count("*") > 100:
-            raise ConfigError(f"{path}: too many YAML aliases")
-        tree = OmegaConf.to_container(OmegaConf.create(text), resolve=False)
-    except ConfigError:
-        raise
+        return parse_yaml(path.read_text(encoding="utf-8"), str(path))
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"cannot read {path}: {error}") from None
-    except Exception as error:  # the YAML reader raises many kinds; each means the file is wrong
-        raise ConfigError(f"{path}: {' '.join(str(error).split())}") from None
+
+
+def parse_yaml(text: str, name: str) -> dict[str, Any]:
+    """The mapping in a YAML text that comes from ``name``. Raises ConfigError."""
+    if re.search(r"[\s\[{,:-][&*]\w", text):  # no config needs aliases, and nested ones can fill the memory
+        raise ConfigError(f"{name}: YAML anchors and aliases (& and *) are not allowed in a config")
+    try:
+        tree = OmegaConf.to_container(OmegaConf.create(text), resolve=False)
+    except Exception as error:  # the YAML reader raises many kinds; each means the text is wrong
+        raise ConfigError(f"{name}: {' '.join(str(error).split())}") from None
     if not isinstance(tree, dict):
-        raise ConfigError(f"{path}: expected sections such as 'model:' and 'train:', found {type(tree).__name__}")
+        raise ConfigError(f"{name}: expected sections such as 'model:' and 'train:'")
     return tree  # type: ignore[return-value]
 
 

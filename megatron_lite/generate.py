@@ -2,14 +2,24 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
+from sentencepiece import SentencePieceProcessor
 from torch import Tensor
 
+from megatron_lite import checkpoint
+from megatron_lite.config import parse_config, parse_yaml
 from megatron_lite.dist import random
+from megatron_lite.dist.env import read_rank
+from megatron_lite.dist.mesh import build_mesh, pick_device, process_group
+from megatron_lite.errors import ConfigError
 from megatron_lite.layers.attention import KeyValueCache
 from megatron_lite.models.decoder import Decoder
+from megatron_lite.parallel.plan import check_tp
+from megatron_lite.trainer import DTYPES, model_tensors, pieces
 
 
 @dataclass(frozen=True)
@@ -21,6 +31,20 @@ class Sampling:
     top_k: int = 0
     top_p: float = 1.0
     seed: int = 0
+
+    def check(self) -> None:
+        """Raises ConfigError with every number that makes no sense."""
+        mistakes = []
+        if self.max_new_tokens < 1:
+            mistakes.append(f"--max_new_tokens={self.max_new_tokens}: must be at least 1")
+        if not 0 <= self.temperature < math.inf:
+            mistakes.append(f"--temperature={self.temperature}: must be 0 (greedy) or more")
+        if self.top_k < 0:
+            mistakes.append(f"--top_k={self.top_k}: must be 0 (off) or more")
+        if not 0 < self.top_p <= 1:
+            mistakes.append(f"--top_p={self.top_p}: must be above 0 and at most 1 (off)")
+        if mistakes:
+            raise ConfigError("\n".join(mistakes))
 
 
 def choose(logits: Tensor, sampling: Sampling, position: int) -> Tensor:
@@ -67,3 +91,29 @@ def _generate(model: Decoder, prompt: list[int], sampling: Sampling, stop: int |
         produced.append(token)
         tokens = torch.tensor([[token]], device=device)
     return produced
+
+
+def generate_text(path: Path, prompt: str, sampling: Sampling, dtype: torch.dtype | None = None) -> str | None:
+    """Load a checkpoint, split over as many ranks as were started, and continue ``prompt``; None but on rank 0.
+
+    Raises CheckpointError for a checkpoint that does not verify or has no tokenizer, ConfigError for bad numbers.
+    """
+    sampling.check()
+    rank = read_rank()
+    device = pick_device(rank)
+    with process_group(rank, device, timeout_seconds=600.0):
+        mesh = build_mesh({"tp": rank.size}, device)
+        assert mesh is not None
+        found = checkpoint.open_checkpoint(path, mesh.world)
+        config = parse_config(parse_yaml(found.extra("config.yaml").decode(), str(path / "config.yaml")))
+        check_tp(config, rank.size)
+        tokenizer = SentencePieceProcessor(model_proto=found.extra("tokenizer.model"))
+        compute = dtype or DTYPES[config.train.precision]
+        with torch.device(device):
+            model = Decoder(config.model, mesh.tp, sp=False).to(torch.promote_types(compute, torch.float32))
+        found.load(pieces(model_tensors(model), mesh.tp), mesh.world, partial=True)
+        tokens = tokenizer.encode(prompt) or [tokenizer.eos_id()]
+        if len(tokens) >= config.model.max_seq_len:
+            raise ConfigError(f"the prompt has {len(tokens)} tokens; this model holds {config.model.max_seq_len}")
+        produced = generate(model, tokens, sampling, tokenizer.eos_id(), compute)
+    return tokenizer.decode([*tokens, *produced]) if rank.rank == 0 else None

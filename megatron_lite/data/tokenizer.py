@@ -15,5 +15,5 @@ def load_tokenizer(path: str | Path) -> SentencePieceProcessor:
         raise ConfigError(f"data.tokenizer: no file {path}")
     try:
         return SentencePieceProcessor(model_file=str(path))
-    except (RuntimeError, OSError) as error:
+    except (RuntimeError, OSError, ValueError) as error:
         raise DataError(f"{path} is not a sentencepiece model: {' '.join(str(error).split())}") from None

@@ -46,7 +46,7 @@ def run_ranks(fn: Callable[..., Any], size: int, *args: Any, timeout: float = 12
     that failed first, or PeerError when ``timeout`` seconds pass; no process is left behind in any case.
     """
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["torch", "torch.distributed", "megatron_lite"])
+    context.set_forkserver_preload(["torch.distributed", "megatron_lite.dist.comm"])
     deadline = time.monotonic() + timeout
     with tempfile.TemporaryDirectory() as folder:
         store = str(Path(folder) / "store")

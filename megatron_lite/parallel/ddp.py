@@ -82,9 +82,13 @@ class DataParallel:
             bucket.work = None
         return gradient_norm(self.parameters, self.mesh.tp)
 
-    def step(self, lr: float, norm: Tensor, clip: float) -> None:
-        if clip > 0:
-            scale_gradients(self.parameters, norm, clip)
+    def clip(self, norm: Tensor, limit: float) -> None:
+        scale_gradients(self.parameters, norm, limit)
+
+    def gradients(self) -> dict[str, tuple[Tensor, ShardSpec]]:
+        return {n: (p.grad, spec) for n, p, spec in named_shards(self.model) if p.grad is not None}
+
+    def step(self, lr: float) -> None:
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         self.optimizer.step()

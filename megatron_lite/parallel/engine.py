@@ -21,8 +21,14 @@ class Engine(Protocol):
     def finish_gradients(self) -> Tensor:
         """Wait for the reduction; the norm of the global gradient, the same on every rank."""
 
-    def step(self, lr: float, norm: Tensor, clip: float) -> None:
-        """Clip by ``norm`` (0: don't), update the weights, drop the gradients."""
+    def clip(self, norm: Tensor, limit: float) -> None:
+        """Scale every gradient by min(1, limit / norm)."""
+
+    def step(self, lr: float) -> None:
+        """Update the weights and drop the gradients."""
+
+    def gradients(self) -> dict[str, tuple[Tensor, ShardSpec]]:
+        """The reduced gradients under their parameters' names; between ``finish_gradients`` and ``step``."""
 
     def tensors(self) -> dict[str, tuple[Tensor, ShardSpec]]:
         """Weights and optimizer state under layout-free names, to be saved from or loaded into in place."""

@@ -51,15 +51,23 @@ def _tp_mistakes(config: Config, tp: int) -> list[str]:
     return mistakes
 
 
+def check_tp(config: Config, tp: int) -> None:
+    """Raises ConfigError when this model cannot be split over ``tp`` ranks."""
+    if unfit := _tp_mistakes(config, tp):
+        fits = ", ".join(map(str, degrees_that_fit(config)))
+        raise ConfigError(f"parallel.tp={tp} does not divide {' nor '.join(unfit)}; this model can use tp {fits}")
+
+
 def make_plan(config: Config, world_size: int) -> Plan:
     """Check the degrees against the model and the number of ranks. Raises ConfigError with every mistake."""
     tp, train = config.parallel.tp, config.train
     mistakes = []
     if world_size % tp:
         mistakes.append(f"parallel.tp={tp} does not divide the {world_size} ranks that were started")
-    if unfit := _tp_mistakes(config, tp):
-        fits = ", ".join(map(str, degrees_that_fit(config)))
-        mistakes.append(f"parallel.tp={tp} does not divide {' nor '.join(unfit)}; this model can use tp {fits}")
+    try:
+        check_tp(config, tp)
+    except ConfigError as error:
+        mistakes.append(str(error))
     tokens = train.micro_batch_size * config.data.seq_len
     if config.parallel.sp and tokens % tp:
         mistakes.append(f"parallel.sp: micro batch × seq_len = {tokens} tokens cannot be split over tp={tp}")

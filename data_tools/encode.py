@@ -1,0 +1,140 @@
+"""What one worker does: the documents of some spans, through the tokenizer, into a small dataset of their own."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from functools import lru_cache
+from pathlib import Path
+from typing import TextIO
+
+import numpy as np
+from sentencepiece import SentencePieceProcessor
+
+from data_tools.documents import MAX_LINE_BYTES, read
+from data_tools.sources import Span
+from megatron_lite.data.indexed import IndexedWriter, token_dtype
+from megatron_lite.data.tokenizer import load_tokenizer
+
+_BATCH_BYTES = 256 << 10  # texts handed to sentencepiece at once
+PIECE_BYTES = 1 << 20  # a longer document is encoded in pieces: sentencepiece's memory and time grow with its input
+
+
+@dataclass(frozen=True)
+class Options:
+    """What decides the output; recorded in the dataset card."""
+
+    append_eos: bool = True
+    text_key: str = "text"
+    on_error: str = "stop"
+    max_document_tokens: int = 0
+    long_documents: str = "split"
+    max_line_bytes: int = MAX_LINE_BYTES
+
+
+@dataclass
+class Part:
+    """A finished unit: the dataset at ``prefix``, the refused lines in ``prefix``.rejects, and what was counted."""
+
+    prefix: str
+    spans: list[Span]
+    lines: list[int] = field(default_factory=list)  # read in each span; fewer spans if it stopped at a refused line
+    documents: int = 0
+    empty: int = 0
+    long: int = 0  # documents that were split or truncated
+
+
+def cut(text: bytes, size: int = PIECE_BYTES) -> list[bytes]:
+    """Pieces of up to ``size`` bytes, ended by a newline if there is one, else between two characters."""
+    pieces, start = [], 0
+    while len(text) - start > size:
+        stop = text.rfind(b"\n", start, start + size) + 1
+        if not stop:
+            stop = start + size
+            while text[stop] & 0xC0 == 0x80:  # inside a UTF-8 sequence
+                stop -= 1
+        pieces.append(text[start:stop])
+        start = stop
+    return [*pieces, text[start:]]
+
+
+@lru_cache(maxsize=1)  # a worker process encodes many units with one model
+def _tokenizer(path: str) -> SentencePieceProcessor:
+    return load_tokenizer(path)
+
+
+def encode(spans: list[Span], prefix: str, tokenizer: str, options: Options) -> Part:
+    """Write the documents of ``spans`` as a dataset at ``prefix``. With ``on_error`` "stop", stops at a refused line.
+
+    Each refused line becomes a line of PREFIX.rejects: number of the span, line within the span, reason, excerpt.
+    """
+    model, part = _tokenizer(tokenizer), Part(prefix, spans)
+    dtype = token_dtype(model.vocab_size())
+    with (
+        IndexedWriter(prefix, dtype, durable=False) as writer,
+        Path(f"{prefix}.rejects").open("w", encoding="utf-8") as rejects,
+    ):
+        for batch in _batches(part, options, rejects):
+            documents = _limited(_encode(model, batch, options.append_eos), part, options)
+            if documents:
+                lengths = np.array([len(tokens) for tokens in documents], np.int32)
+                tokens = np.concatenate(documents, dtype=dtype, casting="unsafe")
+                writer.add_documents(tokens, lengths, np.arange(1, len(lengths) + 1))
+    return part
+
+
+def _batches(part: Part, options: Options, rejects: TextIO) -> Iterator[list[bytes]]:
+    """The texts of the part in batches of about 256 KiB; counts lines and empty documents, writes down the refused."""
+    batch: list[bytes] = []
+    size = 0
+    for number, span in enumerate(part.spans):
+        part.lines.append(0)
+        for line, text, error, excerpt in read(span, options.text_key, options.max_line_bytes):
+            part.lines[-1] = line
+            if error:
+                rejects.write(json.dumps([number, line, error, excerpt]) + "\n")
+                if options.on_error == "stop":
+                    return
+            elif not text or text.isspace():
+                part.empty += 1
+            else:
+                batch.append(text.encode())
+                size += len(batch[-1])
+                if size >= _BATCH_BYTES:
+                    yield batch
+                    batch, size = [], 0
+    if batch:
+        yield batch
+
+
+def _encode(model: SentencePieceProcessor, texts: list[bytes], eos: bool) -> list[np.ndarray]:
+    """[n] int32 tokens of each text."""
+    if max(map(len, texts)) <= PIECE_BYTES:
+        return model.encode(texts, out_type="numpy", num_threads=1, add_eos=eos)
+    documents = []
+    for *head, tail in map(cut, texts):
+        pieces = [model.encode(piece, out_type="numpy") for piece in head]
+        documents.append(np.concatenate([*pieces, model.encode(tail, out_type="numpy", add_eos=eos)]))
+    return documents
+
+
+def _limited(documents: list[np.ndarray], part: Part, options: Options) -> list[np.ndarray]:
+    """The documents as they are stored: without those that have no tokens, and within ``max_document_tokens``."""
+    ending = 1 if options.append_eos else 0
+    stored = [tokens for tokens in documents if len(tokens) > ending]  # a normaliser may leave nothing of a text
+    part.documents += len(stored)
+    part.empty += len(documents) - len(stored)
+    if not options.max_document_tokens or max(map(len, stored), default=0) <= options.max_document_tokens:
+        return stored
+    limited = []
+    for tokens in stored:
+        if len(tokens) <= options.max_document_tokens:
+            limited.append(tokens)
+            continue
+        part.long += 1
+        body, eos = np.split(tokens, [len(tokens) - ending])
+        size = options.max_document_tokens - ending
+        stop = size if options.long_documents == "truncate" else len(body)
+        limited += [np.append(body[start : start + size], eos) for start in range(0, stop, size)]
+    return limited

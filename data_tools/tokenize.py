@@ -1,0 +1,218 @@
+"""``data_tools tokenize``: documents through a tokenizer into an indexed dataset, by many processes at once.
+
+The input is cut into units by its bytes alone; each becomes a small dataset of its own, and one process appends these
+in order. So the result is the same bit for bit, however many workers or MPI ranks took part.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections import Counter
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from data_tools import workers as processes
+from data_tools.documents import MAX_LINE_BYTES
+from data_tools.encode import Options, Part, encode
+from data_tools.progress import Progress
+from data_tools.sources import Source, Span, find_sources, units
+from megatron_lite.cli import nearest
+from megatron_lite.data.files import storage_errors
+from megatron_lite.data.indexed import IndexedWriter, dataset_file, token_dtype
+from megatron_lite.data.tokenizer import load_tokenizer
+from megatron_lite.dist.env import started_by_mpi
+from megatron_lite.errors import ConfigError, DataError
+
+_UNIT_BYTES = 4 << 20
+
+
+def tokenize(
+    input: str,
+    tokenizer: str,
+    out: str,
+    workers: int = 0,
+    append_eos: bool = True,
+    text_key: str = "text",
+    on_error: str = "stop",
+    max_bad: str = "0.1%",
+    max_document_tokens: int = 0,
+    long_documents: str = "split",
+    max_line_bytes: int = MAX_LINE_BYTES,
+) -> None:
+    """Tokenize text into Megatron's indexed format: OUT.bin, OUT.idx and the dataset card OUT.card.json.
+
+    INPUT is a file, a folder, a glob, or several with commas: jsonl, jsonl.gz, parquet or plain text. --workers=0
+    takes one process for each CPU; under mpirun every rank is a worker, on any number of machines that share OUT.
+    Each document ends with the end-of-sequence token unless --append_eos=false. Empty documents are left out.
+
+    A line that is not a document (bad UTF-8, bad JSON, no text, …) stops the work, naming file and line. With
+    --on_error=skip it goes to OUT.rejects.jsonl instead, as long as no more lines are bad than --max_bad: a share, such
+    as 0.1%, or a number. --max_document_tokens=N cuts longer documents, eos included, into several
+    (--long_documents=split) or keeps their beginning (truncate); 0 means no limit. Tokens are uint16 where the
+    vocabulary has fewer than 65,500 entries, else int32. The dataset appears when it is complete; an older one at OUT
+    is replaced.
+    """
+    options = Options(append_eos, text_key, on_error, max_document_tokens, long_documents, max_line_bytes)
+
+    def prepare() -> tuple[list[Source], dict[str, Any]]:
+        _check_flags(options, workers, max_bad)
+        return find_sources(input), _describe_tokenizer(tokenizer, append_eos)
+
+    comm = processes.world() if started_by_mpi() else None
+    sources, facts = processes.on_root(comm, prepare) if comm else prepare()
+    writer = IndexedWriter(out, token_dtype(facts["vocab_size"]))
+    work = partial(_work, folder=writer.folder, tokenizer=tokenizer, options=options)
+    todo = enumerate(units(sources, _UNIT_BYTES))
+    if comm and comm.rank > 0:
+        processes.on_root(comm, lambda: None)  # the folder exists from here on
+        processes.run_ranks(comm, todo, work, lambda part: None)
+        return
+
+    total = sum(source.size for source in sources)
+    with writer, Progress(total) as progress:
+        merger = _Merger(writer, options, progress)
+        if comm:
+            processes.on_root(comm, lambda: None)
+            processes.run_ranks(comm, todo, work, merger.add)
+        else:
+            count = workers or len(os.sched_getaffinity(0))
+            processes.run(todo, work, merger.add, max(1, min(count, total // _UNIT_BYTES + 1)))
+        found = merger.finish(sources, max_bad)
+        writer.card = facts | found | {"options": asdict(options) | {"max_bad": max_bad}}
+    print(f"{writer.num_documents:,} documents, {writer.num_tokens:,} tokens ({writer.dtype}): {writer.prefix}.bin")
+    if merger.rejected:
+        print(f"{merger.rejected:,} of {merger.lines:,} lines refused: {merger.rejects}")
+
+
+def _work(unit: tuple[int, list[Span]], folder: Path, tokenizer: str, options: Options) -> Part:
+    number, spans = unit
+    return encode(spans, str(folder / f"part_{number:09d}"), tokenizer, options)
+
+
+def _check_flags(options: Options, workers: int, max_bad: str) -> None:
+    mistakes = []
+    if workers < 0:
+        mistakes.append(f"--workers={workers}: expected 0 (one for each CPU) or more")
+    for flag, value, allowed in (
+        ("on_error", options.on_error, ("stop", "skip")),
+        ("long_documents", options.long_documents, ("split", "truncate")),
+    ):
+        if value not in allowed:
+            mistakes.append(f"--{flag}={value}: expected {' or '.join(allowed)}{nearest(value, allowed)}")
+    if options.max_document_tokens < 0 or options.max_document_tokens == 1:
+        mistakes.append(f"--max_document_tokens={options.max_document_tokens}: expected 0 (no limit), or 2 or more")
+    if options.max_line_bytes < 1:
+        mistakes.append(f"--max_line_bytes={options.max_line_bytes}: expected at least 1")
+    try:
+        _allowed(max_bad, 0)
+    except ValueError:
+        mistakes.append(f"--max_bad={max_bad}: expected a share of the lines such as 0.1% or a number of lines")
+    if mistakes:
+        raise ConfigError("\n".join(mistakes))
+
+
+def _allowed(max_bad: str, lines: int) -> float:
+    """How many of ``lines`` may be refused."""
+    number = float(max_bad.removesuffix("%")) * lines / 100 if max_bad.endswith("%") else int(max_bad)
+    if not 0 <= number < float("inf"):
+        raise ValueError(max_bad)
+    return number
+
+
+def _describe_tokenizer(path: str, append_eos: bool) -> dict[str, Any]:
+    """What the dataset card says about the tokenizer. Raises for a missing or damaged model, or one without eos."""
+    file = Path(path)
+    if not file.is_file():
+        names = [p.name for p in file.parent.iterdir()] if file.parent.is_dir() else []
+        raise DataError(f"--tokenizer={path}: no such file{nearest(file.name, names)}")
+    model = load_tokenizer(path)
+    if append_eos and model.eos_id() < 0:
+        raise ConfigError(f"{path}: has no end-of-sequence token; give --append_eos=false")
+    return {
+        "tokenizer": path,
+        "tokenizer_sha256": hashlib.sha256(file.read_bytes()).hexdigest(),
+        "vocab_size": model.vocab_size(),
+        "eos_id": model.eos_id(),
+    }
+
+
+class _Merger:
+    """Appends the parts in order; numbers the refused lines by their files and hashes the sources on the way."""
+
+    def __init__(self, writer: IndexedWriter, options: Options, progress: Progress) -> None:
+        self.writer, self.options, self.progress = writer, options, progress
+        self.rejects = dataset_file(writer.prefix, ".rejects.jsonl")
+        self.lines = self.kept = self.empty = self.long = self.rejected = 0
+        self._lines_of: Counter[str] = Counter()
+        self._digests: dict[str, Any] = {}
+
+    def add(self, part: Part) -> None:
+        """Append one part and delete its files. Raises DataError for a refused line under ``on_error`` "stop"."""
+        starts = []
+        for span, lines in zip(part.spans, part.lines, strict=False):
+            starts.append(self._lines_of[span.source.path])
+            self._lines_of[span.source.path] += lines
+            self._hash(span)
+        with storage_errors(self.writer.folder):
+            self._add_rejects(part, starts)
+            before = self.writer.num_tokens
+            self.writer.add_dataset(part.prefix)
+            for suffix in (".bin", ".idx", ".rejects"):
+                Path(part.prefix + suffix).unlink()
+        self.lines += sum(part.lines)
+        self.kept += part.documents
+        self.empty += part.empty
+        self.long += part.long
+        self.progress.update(sum(span.size for span in part.spans), self.writer.num_tokens - before)
+
+    def _hash(self, span: Span) -> None:
+        """Hash a jsonl file span by span, just after it was read; other files are hashed whole at the end."""
+        path = span.source.path
+        if span.source.kind == "jsonl":
+            with storage_errors(Path(path)), Path(path).open("rb") as file:
+                file.seek(span.start)
+                self._digests.setdefault(path, hashlib.sha256()).update(file.read(span.stop - span.start))
+
+    def _add_rejects(self, part: Part, starts: list[int]) -> None:
+        with (
+            Path(f"{part.prefix}.rejects").open(encoding="utf-8") as found,
+            (self.writer.folder / "rejects").open("a", encoding="utf-8") as rejects,
+        ):
+            for entry in map(json.loads, found):
+                number, line, error, excerpt = entry
+                path, line = part.spans[number].source.path, starts[number] + line
+                if self.options.on_error == "stop":
+                    raise DataError(f"{path}:{line}: {error}")
+                self.rejected += 1
+                rejects.write(json.dumps({"file": path, "line": line, "error": error, "excerpt": excerpt}) + "\n")
+
+    def finish(self, sources: list[Source], max_bad: str) -> dict[str, Any]:
+        """Check the outcome, put OUT.rejects.jsonl in its place, and return what the dataset card says of the input.
+
+        Raises DataError if too many lines were refused, nothing is left, or a source has changed.
+        """
+        with storage_errors(self.rejects):
+            if self.rejected:
+                (self.writer.folder / "rejects").replace(self.rejects)
+            else:
+                self.rejects.unlink(missing_ok=True)
+        if self.rejected > _allowed(max_bad, self.lines):
+            share = f"{self.rejected:,} of {self.lines:,} lines ({self.rejected / self.lines:.2%})"
+            raise DataError(f"{share} were refused, more than --max_bad={max_bad}; see {self.rejects}")
+        if not self.kept:
+            raise DataError(f"no documents in {self.lines:,} lines of {len(sources):,} files ({self.empty:,} empty)")
+        for source in sources:
+            source.check_unchanged()
+        files = [{"file": s.path, "size": s.size, "sha256": self._digest(s.path)} for s in sources]
+        counts = {"lines": self.lines, "empty": self.empty, "rejected": self.rejected, "long": self.long}
+        return {**counts, "sources": files}
+
+    def _digest(self, path: str) -> str:
+        if path in self._digests:
+            return self._digests[path].hexdigest()
+        with storage_errors(Path(path)), Path(path).open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()

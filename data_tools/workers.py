@@ -1,0 +1,121 @@
+"""Units of work, done by several processes and merged in order: on one machine, or by the ranks of an MPI job."""
+
+from __future__ import annotations
+
+import ctypes
+import multiprocessing
+import os
+import signal
+import sys
+import traceback
+from collections import deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from itertools import islice
+from typing import Any, TypeVar
+
+from megatron_lite.errors import ConfigError, MegatronLiteError, PeerError
+
+Unit = TypeVar("Unit")
+Result = TypeVar("Result")
+_PR_SET_PDEATHSIG = 1
+
+
+def run(units: Iterator[Unit], work: Callable[[Unit], Result], merge: Callable[[Result], None], workers: int) -> None:
+    """``merge(work(unit))`` for each unit, in order; ``work`` in ``workers`` processes, ``merge`` in this one.
+
+    At most two units for each worker are under way or waiting to be merged. Raises the first error in the order of the
+    units, and PeerError when a worker was killed.
+    """
+    if workers == 1:
+        for unit in units:
+            merge(work(unit))
+        return
+    # spawn: a fork would copy the locks of whatever threads the libraries have started.
+    pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), _die_with_parent, (os.getpid(),))
+    pending: deque[Future[Result]] = deque()
+    try:
+        for unit in units:
+            pending.append(pool.submit(work, unit))
+            if len(pending) > 2 * workers:
+                merge(pending.popleft().result())
+        while pending:
+            merge(pending.popleft().result())
+    except BrokenProcessPool:
+        raise PeerError("a worker process was killed (out of memory?); try fewer --workers") from None
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _die_with_parent(parent: int) -> None:
+    """End this worker when the main process ends, however it ends; leave Ctrl-C to the main process."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:
+        os._exit(1)
+
+
+def world() -> Any:
+    """MPI's communicator of all ranks. Raises ConfigError where mpi4py is not installed."""
+    try:
+        from mpi4py import MPI
+    except (ImportError, RuntimeError) as error:
+        raise ConfigError(f"started under mpirun, but mpi4py cannot be loaded: {error}") from None
+    return MPI.COMM_WORLD
+
+
+def on_root(comm: Any, action: Callable[[], Result]) -> Result:
+    """The result of ``action``, done on rank 0 and broadcast. An error is raised there; other ranks exit quietly."""
+    result: Any = None
+    error = None
+    if comm.rank == 0:
+        try:
+            result = action()
+        except MegatronLiteError as caught:
+            error = caught
+    result, error = comm.bcast((result, error))
+    return result if error is None else _leave(comm, error)
+
+
+def run_ranks(
+    comm: Any, units: Iterator[Unit], work: Callable[[Unit], Result], merge: Callable[[Result], None]
+) -> None:
+    """``merge(work(unit))`` for each unit, in order; ``work`` on all ranks in turn, ``merge`` on rank 0.
+
+    One gather and one broadcast for each round of as many units as there are ranks.
+    """
+    try:
+        while turn := list(islice(units, comm.size)):
+            result: Any = None
+            if comm.rank < len(turn):
+                try:
+                    result = work(turn[comm.rank])
+                except MegatronLiteError as error:
+                    result = error
+            results = comm.gather(result)
+            failure = comm.bcast(_merge_turn(results[: len(turn)], merge) if comm.rank == 0 else None)
+            if failure is not None:
+                _leave(comm, failure)
+    except Exception as error:
+        if isinstance(error, MegatronLiteError):
+            raise
+        traceback.print_exc()  # a defect of ours; the other ranks wait in a collective
+        sys.stderr.flush()
+        comm.Abort(1)
+
+
+def _merge_turn(results: list[Any], merge: Callable[[Any], None]) -> MegatronLiteError | None:
+    try:
+        for result in results:
+            if isinstance(result, MegatronLiteError):
+                return result
+            merge(result)
+    except MegatronLiteError as error:
+        return error
+    return None
+
+
+def _leave(comm: Any, error: MegatronLiteError) -> Any:
+    """Raise the error on rank 0, which prints it; end the other ranks with the same exit code."""
+    raise error if comm.rank == 0 else SystemExit(error.exit_code)

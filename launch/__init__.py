@@ -1,0 +1,11 @@
+"""Starts the ranks of a training job, watches them, and ends them. Imports neither torch nor ``megatron_lite``."""
+
+from launch import torchrun
+from launch.job import Job, Launch
+
+# --via=NAME; each entry is a pure function from a Job to the command line that starts its ranks.
+LAUNCHERS = {
+    "torchrun": torchrun.command,
+}
+
+__all__ = ["LAUNCHERS", "Job", "Launch"]

@@ -1,0 +1,91 @@
+"""Why a run ended: from the ranks' reports to one line and one exit code."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from launch.job import Job
+from launch.report import MEANING, PEER_LOST, PREEMPTED, Report, Reports, last_words, signal_name
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a run ended; ``cause`` is the line for the user, empty where there is nothing to explain."""
+
+    exit_code: int
+    cause: str = ""
+    rank: int | None = None
+    host: str | None = None
+    step: int | None = None
+
+    @property
+    def line(self) -> str:
+        """What to print: being stopped on request is not an error."""
+        return f"error: {self.cause}" if self.cause and self.exit_code < PREEMPTED else self.cause
+
+    def as_dict(self) -> dict[str, Any]:
+        return {"status": MEANING.get(self.exit_code, "stopped, not saved"), **asdict(self)}
+
+
+def judge(job: Job, launcher: str, returncode: int | None, stop_asked: bool) -> Outcome:
+    """Name the first cause over all ranks of ``job``.
+
+    ``returncode`` is how the launcher's own process ended, ``None`` if it had to be killed because ranks did not end.
+    A rank that was killed or stopped comes before one that gave up with an error of its own, and both before those that
+    merely lost a peer, although these often end first (and are blamed by torchrun).
+    """
+    reports = Reports(job.log_dir, job.attempt)
+    failures = sorted(reports.failures, key=lambda report: (report.unprepared, not report.signal, report.time))
+    primary = [report for report in failures if not report.secondary]
+    unborn = sorted(set(range(job.nproc)) - set(reports.started))
+    step = _last_step(job.run_dir)
+
+    if primary:
+        return _of_rank(job, primary[0], reports, step)
+    if not failures and len(reports.ended) == job.nproc:
+        preempted = any(report.exit_code == PREEMPTED for report in reports.ended.values())
+        return Outcome(PREEMPTED if preempted else 0, step=step)
+    if stop_asked and (unborn or any(report.unprepared for report in failures)):
+        return Outcome(PREEMPTED, "stopped before training had begun", step=step)
+    if returncode is not None and returncode < 0:
+        cause = f"{launcher} was killed by {signal_name(-returncode)}; its ranks were stopped with it"
+        return Outcome(PEER_LOST, cause, step=step)
+    if reports.running:
+        lost = reports.running[0]
+        how = "vanished together with its shim" if returncode is not None else "did not end when its peers did"
+        return Outcome(PEER_LOST, f"{lost} {how}; log: {_log(job, lost)}", lost.rank, lost.host, step)
+    if unborn:
+        log = job.log_dir / f"{launcher}.log"
+        cause = f"{launcher} ended before rank {unborn[0]} had started: {last_words(log.read_bytes()[-65536:])}"
+        return Outcome(PEER_LOST, f"{cause}; log: {log}", step=step)
+    return _of_rank(job, failures[0], reports, step)
+
+
+def _of_rank(job: Job, first: Report, reports: Reports, step: int | None) -> Outcome:
+    on_console = reports.ended[0].message if 0 in reports.ended else ""  # what the user has read already
+    said = f": {first.message}" if first.exit_code and first.message not in ("", on_console) else ""
+    cause = f"{first}{said}; log: {_log(job, first)}"
+    return Outcome(PEER_LOST if first.signal else first.exit_code or 1, cause, first.rank, first.host, step)
+
+
+def _log(job: Job, report: Report) -> Path:
+    return job.log_dir / f"rank_{report.rank}.log"
+
+
+def _last_step(run_dir: Path) -> int | None:
+    """The last step that ``metrics.jsonl`` tells of."""
+    try:
+        with (run_dir / "metrics.jsonl").open("rb") as file:
+            file.seek(max(0, file.seek(0, 2) - 65536))
+            lines = file.read().splitlines()
+    except OSError:
+        return None
+    for line in reversed(lines):
+        try:
+            return int(json.loads(line)["step"])
+        except (ValueError, KeyError, TypeError):  # the last line may be unfinished, the first one cut
+            continue
+    return None

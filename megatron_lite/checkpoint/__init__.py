@@ -1,0 +1,11 @@
+"""Checkpoints that belong to no layout: boxes of global tensors, verified before use, committed all or nothing.
+
+``prepare`` at the start of a run, ``newest`` or ``open_checkpoint`` to resume, ``save`` and ``prune`` as it goes.
+"""
+
+from megatron_lite.checkpoint.commit import prepare, save
+from megatron_lite.checkpoint.reading import Checkpoint, open_checkpoint
+from megatron_lite.checkpoint.retention import find, newest, prune
+from megatron_lite.checkpoint.shards import Piece
+
+__all__ = ["Checkpoint", "Piece", "find", "newest", "open_checkpoint", "prepare", "prune", "save"]

@@ -1,0 +1,185 @@
+"""Saving: a checkpoint appears whole, under its final name, or not at all.
+
+``step_N.tmp-<nonce>/`` is written and fsynced by every rank, signed by a manifest, renamed to ``step_N``, and only then
+named by ``latest`` (docs/adr/0002). Each of these steps may be the last one before a power cut.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from megatron_lite.checkpoint import manifest as manifest_file
+from megatron_lite.checkpoint import shards
+from megatron_lite.checkpoint.manifest import FileEntry, Manifest
+from megatron_lite.checkpoint.storage import (
+    agree,
+    disk_full,
+    free_space,
+    nonce,
+    open_folder,
+    rename,
+    replace_file,
+    storage_errors,
+    sync_folder,
+    write_file,
+)
+from megatron_lite.dist.comm import gather_objects
+from megatron_lite.dist.mesh import Axis
+from megatron_lite.errors import StorageError
+from megatron_lite.faults import Faults
+
+STATE = "state.json"
+LATEST = "latest"
+_STEP = re.compile(r"step_(\d{8,12})")
+_RESERVE = 1 << 20  # bytes for the manifest, the file system's own records and logs
+
+
+def save(
+    folder: Path,
+    step: int,
+    pieces: Mapping[str, shards.Piece],
+    state: Mapping[str, Any],
+    extras: Mapping[str, bytes],
+    world: Axis,
+    faults: Faults,
+) -> Path:
+    """Commit a checkpoint of ``step`` in ``folder`` and return its path. Collective over ``world``.
+
+    ``pieces``: this rank's parts of the global tensors; together the ranks hold every element. ``state`` (JSON) and
+    ``extras`` (file name: content) are rank 0's. Needs no memory beyond one strided or device-resident box.
+
+    Raises StorageError on every rank when any of them cannot write; nothing of the attempt is left, and the checkpoints
+    before it are untouched.
+    """
+    faults.at("save", step)
+    told = gather_objects((shards.holdings(pieces), nonce()), world)
+    tensors, unique = shards.plan([held for held, _ in told]), told[0][1]
+    files = {name: shards.shard(tensors, name) for name in map(shards.shard_name, range(world.size))}
+    small = {STATE: json.dumps(state, allow_nan=False, indent=1).encode(), **extras}
+    need = sum(file.size for file in files.values() if file) + sum(map(len, small.values())) + _RESERVE
+    temporary = folder / f"{step_name(step)}.tmp-{unique}"
+    lead, own_name = world.rank == 0, shards.shard_name(world.rank)
+
+    def begin() -> None:
+        if not folder.is_dir():
+            raise StorageError(f"{folder}: no such directory")
+        if free_space(folder) < need:
+            raise disk_full(folder, need)
+        if lead:
+            temporary.mkdir()
+            at_work.enter_context(open_folder(temporary, lock=True))
+
+    def write_own() -> dict[str, FileEntry]:
+        own = files[own_name]
+        return {own_name: write_file(temporary / own_name, own.chunks(pieces), faults)} if own else {}
+
+    def commit() -> None:
+        entries = {name: entry for part in written for name, entry in part.items()}
+        for name, content in small.items():
+            entries[name] = write_file(temporary / name, [content], faults)
+        signed = manifest_file.encode(Manifest(step=step, tensors=tensors, files=entries))
+        write_file(temporary / manifest_file.NAME, [signed], faults)
+        sync_folder(temporary, faults)
+        _put_in_place(temporary, folder / step_name(step), faults)
+
+    try:
+        with contextlib.ExitStack() as at_work:
+            agree(world, begin, folder, need)
+            written = agree(world, write_own, folder, need)
+            agree(world, commit if lead else lambda: None, folder, need)
+    except BaseException:
+        if lead:
+            with contextlib.suppress(OSError):
+                _remove_leftovers(folder)
+        raise
+    return folder / step_name(step)
+
+
+def _put_in_place(temporary: Path, final: Path, faults: Faults) -> None:
+    """Give a finished checkpoint its name and point ``latest`` at it."""
+    replaced = final.with_name(f"{final.name}.old-{nonce()}")
+    if final.exists():  # a damaged one, which a run that fell back has reached again
+        rename(final, replaced, faults)  # _remove_leftovers takes it back if the next rename never happens
+    rename(temporary, final, faults)
+    sync_folder(final.parent, faults)
+    replace_file(final.with_name(LATEST), f"{final.name}\n".encode(), faults)
+    if replaced.exists():
+        discard(replaced)
+
+
+def prepare(folder: Path, world: Axis) -> None:
+    """Make ``folder`` ready for saving before a run starts: it can be written, every rank sees it, leftovers are gone.
+
+    A directory that a live process is writing is left alone. Collective; raises StorageError on every rank.
+    """
+    shared = folder / f".probe.{gather_objects(nonce(), world)[0]}"
+    own = shared.with_name(f"{shared.name}.{world.rank}")
+
+    def write_shared() -> None:
+        if world.rank == 0:
+            folder.mkdir(parents=True, exist_ok=True)
+            _remove_leftovers(folder)
+            write_file(shared, [b"probe"], Faults.none())
+
+    def write_own() -> None:
+        if not shared.exists():
+            raise StorageError(f"{folder}: not shared by all ranks: what rank 0 wrote there is not seen everywhere")
+        write_file(own, [b"probe"], Faults.none())
+        own.unlink()
+
+    agree(world, write_shared, folder)
+    agree(world, write_own, folder)
+    if world.rank == 0:
+        with storage_errors(folder):
+            shared.unlink()
+
+
+def _remove_leftovers(folder: Path) -> None:
+    """Delete what interrupted saves left, and undo half-made swaps; whatever a live process is writing stays."""
+    for path in list(folder.iterdir()):
+        name, _, kind = path.name.partition(".")
+        if path.name.startswith((".probe.", f".{LATEST}.")):
+            path.unlink(missing_ok=True)
+        elif step_of(name) is not None and kind.startswith(("old-", "tmp-")):
+            if kind.startswith("old-") and not (folder / name).exists():
+                path.rename(folder / name)
+                continue
+            with contextlib.suppress(BlockingIOError), open_folder(path, lock=True):
+                shutil.rmtree(path)
+
+
+def discard(path: Path) -> None:
+    """Delete a checkpoint; interrupted at any point, nothing is left that looks like one."""
+    doomed = path.with_name(f"{path.name.partition('.')[0]}.tmp-{nonce()}")
+    path.rename(doomed)
+    shutil.rmtree(doomed)
+
+
+def step_name(step: int) -> str:
+    """The folder name of a step."""
+    return f"step_{step:08d}"
+
+
+def step_of(name: str) -> int | None:
+    """The step that a folder name stands for, or None for any other name."""
+    match = _STEP.fullmatch(name)
+    return int(match[1]) if match else None
+
+
+def committed(folder: Path) -> dict[int, Path]:
+    """The committed checkpoints of a folder by step, from the last to the first. No link is followed."""
+    found = []
+    if folder.is_dir():
+        with os.scandir(folder) as entries:
+            for entry in entries:
+                step = step_of(entry.name)
+                if step is not None and entry.is_dir(follow_symlinks=False):
+                    found.append((step, Path(entry.path)))
+    return dict(sorted(found, reverse=True))

@@ -1,0 +1,146 @@
+"""Reading: nothing is loaded from a checkpoint before every byte of it has been verified."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import stat
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from megatron_lite.checkpoint import manifest as manifest_file
+from megatron_lite.checkpoint.commit import STATE, step_of
+from megatron_lite.checkpoint.manifest import FileEntry, Manifest
+from megatron_lite.checkpoint.shards import Piece, check_pieces, fill
+from megatron_lite.checkpoint.storage import agree, amount
+from megatron_lite.dist.mesh import Axis
+from megatron_lite.errors import CheckpointError
+
+_MAX_READ_BYTES = 256 << 20  # of a manifest (a million boxes take about 80 MB), state.json or an extra
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A verified checkpoint, ready to be loaded at any layout."""
+
+    path: Path
+    manifest: Manifest
+
+    @property
+    def step(self) -> int:
+        """The optimizer step it was saved after."""
+        return self.manifest.step
+
+    def state(self) -> dict[str, Any]:
+        """What the trainer saved beside the tensors."""
+        tree = manifest_file.parse_json(self.extra(STATE), self.path / STATE)
+        if not isinstance(tree, dict):
+            raise CheckpointError(f"{self.path / STATE}: expected an object, found {type(tree).__name__}")
+        return tree
+
+    def extra(self, name: str) -> bytes:
+        """The content of one of its small files, verified as it is read."""
+        if name not in self.manifest.files:
+            raise CheckpointError(f"{self.path} has no {name}")
+        entry, file = self.manifest.files[name], self.path / name
+        content = _read(file, entry.size)
+        if hashlib.sha256(content).hexdigest() != entry.sha256:
+            raise CheckpointError(f"{file} is damaged (its SHA-256 does not agree)")
+        return content
+
+    def load(self, pieces: Mapping[str, Piece], world: Axis, *, partial: bool = False) -> None:
+        """Fill ``pieces`` in place from whatever layout was saved. Collective over ``world``.
+
+        Float dtypes are converted to those of the pieces (fp32 masters into a bf16 model), others must be equal. Every
+        piece must be there, and unless ``partial`` nothing else may be. Raises CheckpointError on every rank.
+        """
+
+        def load_own() -> None:
+            check_pieces(self.manifest, pieces, partial, self.path)
+            fill(self.path, self.manifest, pieces)
+
+        agree(world, load_own, self.path)
+
+
+def open_checkpoint(path: Path, world: Axis | None = None) -> Checkpoint:
+    """Verify the checkpoint at ``path`` and open it. Collective over ``world``: the ranks share the hashing.
+
+    Costs one full read (SHA-256: about 1.5 GB/s for each rank). Raises CheckpointError on every rank, with one line for
+    everything that is missing, extra, of the wrong size or damaged.
+    """
+    world = world or Axis("world")
+
+    def verify_share() -> Manifest:
+        manifest = read_manifest(path)
+        problems = _listing_problems(path, manifest) or _damaged(path, _share(manifest.files, world))
+        if problems:
+            raise CheckpointError(f"{path}: {'; '.join(problems)}")
+        return manifest
+
+    return Checkpoint(path, agree(world, verify_share, path)[world.rank])
+
+
+def read_manifest(path: Path) -> Manifest:
+    """The checked manifest of a checkpoint folder, without a look at the other files."""
+    if not path.is_dir():
+        raise CheckpointError(f"{path}: no such checkpoint")
+    file = path / manifest_file.NAME
+    try:
+        manifest = manifest_file.decode(_read(file, file.lstat().st_size), file)
+    except FileNotFoundError:
+        raise CheckpointError(f"{path}: {manifest_file.NAME} is missing: not a complete checkpoint") from None
+    if step_of(path.name) not in (None, manifest.step):
+        raise CheckpointError(f"{path}: the checkpoint in it is that of step {manifest.step}")
+    return manifest
+
+
+def _read(path: Path, size: int) -> bytes:
+    if size > _MAX_READ_BYTES:
+        raise CheckpointError(f"{path}: {amount(size)} are too much for such a file")
+    with _open_regular(path) as file:
+        return file.read(size)
+
+
+def _open_regular(path: Path) -> Any:
+    """Open an ordinary file for reading; links, pipes and devices are refused without being touched."""
+    if not stat.S_ISREG(path.lstat().st_mode):
+        raise CheckpointError(f"{path}: not a regular file")
+    return os.fdopen(os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC), "rb")
+
+
+def _listing_problems(path: Path, manifest: Manifest) -> list[str]:
+    """Files that are missing, extra, not files, or of another size than the manifest says."""
+    found = {entry.name: entry for entry in os.scandir(path)}
+    found.pop(manifest_file.NAME)
+    problems = [f"{name} is missing" for name in sorted(manifest.files.keys() - found.keys())]
+    problems += [f"unexpected file {name!a}" for name in sorted(found.keys() - manifest.files.keys())]
+    for name in sorted(found.keys() & manifest.files.keys()):
+        size, wanted = found[name].stat(follow_symlinks=False).st_size, manifest.files[name].size
+        if not found[name].is_file(follow_symlinks=False):
+            problems.append(f"{name} is not a regular file")
+        elif size != wanted:
+            problems.append(f"{name}: size {size}, expected {wanted}")
+    return problems
+
+
+def _share(files: Mapping[str, FileEntry], world: Axis) -> dict[str, FileEntry]:
+    """This rank's files to hash: the largest first, each to the rank with the least so far."""
+    load = [0] * world.size
+    share = {}
+    for name in sorted(files, key=lambda n: (-files[n].size, n)):
+        rank = load.index(min(load))
+        load[rank] += files[name].size
+        if rank == world.rank:
+            share[name] = files[name]
+    return share
+
+
+def _damaged(path: Path, files: Mapping[str, FileEntry]) -> list[str]:
+    problems = []
+    for name, entry in files.items():
+        with _open_regular(path / name) as file:
+            if hashlib.file_digest(file, "sha256").hexdigest() != entry.sha256:
+                problems.append(f"{name} is damaged (its SHA-256 does not agree)")
+    return problems

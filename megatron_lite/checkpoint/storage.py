@@ -1,0 +1,144 @@
+"""Files that reach the disk or fail in one line, and ranks that agree on which it was."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import hashlib
+import os
+import shutil
+import uuid
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, TypeVar
+
+from megatron_lite.checkpoint.manifest import FileEntry
+from megatron_lite.dist.comm import gather_objects
+from megatron_lite.dist.mesh import Axis
+from megatron_lite.errors import MegatronLiteError, StorageError
+from megatron_lite.faults import Faults
+
+Result = TypeVar("Result")
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+def agree(world: Axis, action: Callable[[], Result], path: Path, need: int = 0) -> list[Result]:
+    """Do ``action`` on every rank; its results in rank order, or on every rank the first error that any rank met.
+
+    An ``OSError`` becomes a StorageError about ``path`` (see ``storage_errors``). One gather over ``world``, so nobody
+    waits for a rank that has failed.
+    """
+    value: Any = None
+    error: MegatronLiteError | None = None
+    try:
+        with storage_errors(path, need):
+            value = action()
+    except MegatronLiteError as caught:
+        error = caught
+    outcomes = gather_objects((value, error), world)
+    for rank, (_, failure) in enumerate(outcomes):
+        if failure is not None:
+            raise failure if world.size == 1 else type(failure)(f"{failure} (rank {rank})")
+    return [value for value, _ in outcomes]
+
+
+@contextlib.contextmanager
+def storage_errors(path: Path, need: int = 0) -> Iterator[None]:
+    """Turn an ``OSError`` about ``path`` into a StorageError; ``need``: bytes that were to be written."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in _FULL:
+            raise disk_full(path, need) from error
+        raise StorageError(f"{error.filename or path}: {(error.strerror or str(error)).lower()}") from error
+
+
+def disk_full(folder: Path, need: int) -> StorageError:
+    """The error of a disk that cannot take ``need`` bytes."""
+    return StorageError(f"disk full: need {amount(need)}, have {amount(free_space(folder))} at {folder}")
+
+
+def free_space(folder: Path) -> int:
+    """Bytes that an ordinary user may still write in ``folder``; 0 if it is gone."""
+    try:
+        return shutil.disk_usage(folder).free
+    except OSError:
+        return 0
+
+
+def amount(size: float) -> str:
+    """A number of bytes for people."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if size < 1000:
+            return f"{size:.4g} {unit}"
+        size /= 1000
+    return f"{size:.4g} TB"
+
+
+def write_file(path: Path, chunks: Iterable[Any], faults: Faults) -> FileEntry:
+    """Write buffers to a new file and fsync it; hashing runs beside writing, so it costs the slower of the two."""
+    digest, size = hashlib.sha256(), 0
+    with path.open("xb", buffering=0) as file, ThreadPoolExecutor(1) as beside:
+        for chunk in chunks:
+            faults.file_operation(f"write {path.name}")
+            rest = memoryview(chunk).cast("B")
+            hashed = beside.submit(digest.update, rest)
+            size += len(rest)
+            while rest:
+                rest = rest[file.write(rest) :]
+            hashed.result()
+        faults.file_operation(f"fsync {path.name}")
+        os.fsync(file.fileno())
+    return FileEntry(size=size, sha256=digest.hexdigest())
+
+
+def sync_folder(folder: Path, faults: Faults) -> None:
+    """Make the names in ``folder`` durable."""
+    faults.file_operation(f"fsync {folder.name}/")
+    with open_folder(folder) as descriptor:
+        os.fsync(descriptor)
+
+
+@contextlib.contextmanager
+def open_folder(folder: Path, lock: bool = False) -> Iterator[int]:
+    """A descriptor of ``folder``; with ``lock``, a lock that tells others that somebody is at work in it.
+
+    Raises BlockingIOError where another process holds the lock.
+    """
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        if lock:
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise
+            except OSError:
+                pass  # a file system without locks, such as Lustre as it is often mounted
+        yield descriptor
+    finally:
+        os.close(descriptor)
+
+
+def rename(source: Path, target: Path, faults: Faults) -> None:
+    """Rename within one file system."""
+    faults.file_operation(f"rename {source.name} {target.name}")
+    source.rename(target)
+
+
+def replace_file(path: Path, content: bytes, faults: Faults) -> None:
+    """Change a small file in one indivisible step."""
+    temporary = path.with_name(f".{path.name}.{nonce()}")
+    try:
+        write_file(temporary, [content], faults)
+        faults.file_operation(f"replace {path.name}")
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    sync_folder(path.parent, faults)
+
+
+def nonce() -> str:
+    """A name that nothing has had before."""
+    return uuid.uuid4().hex[:12]

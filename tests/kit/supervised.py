@@ -1,0 +1,31 @@
+"""Supervise any program, without a config.
+
+``python tests/kit/supervised.py RUN_DIR NPROC fake|torchrun RESTARTS -- ARGV …``
+"""
+
+import sys
+from pathlib import Path
+
+from launch import Job, Launch, supervise, torchrun
+from launch.job import rank_defaults
+
+FAKE_AGENT = Path(__file__).with_name("fake_agent.py")
+
+
+def fake(job: Job) -> Launch:
+    argv = [sys.executable, str(FAKE_AGENT), str(job.nproc), *job.rank_argv("--stderr-fd=0")]
+    return Launch("torchrun", argv, job.rank_env)
+
+
+def main() -> int:
+    run_dir, nproc, agent, restarts, _, *program = sys.argv[1:]
+    job = Job(tuple(program), int(nproc), Path(run_dir), rank_defaults(int(nproc), {}), resume=("resumed",))
+    supervise._KILL_AFTER_S = 2.5  # the real 8 s would only make the tests longer
+    outcome = supervise.supervise(job, torchrun.command if agent == "torchrun" else fake, int(restarts))
+    if outcome.line:
+        supervise.say(outcome.line)
+    return outcome.exit_code
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,113 @@
+"""A model and a dataset small enough to train for real in a test, and the oracle that two runs came out the same."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import yaml
+
+from megatron_lite.data.indexed import IndexedWriter
+from tests.kit.jobs import PYTHON, Result, RunningJob, run_job, start_job
+from tests.kit.terminal import run_on_terminal
+
+VOCAB, SEQ_LEN = 64, 32
+
+
+def tiny_data(folder: Path) -> Path:
+    """A dataset of 400 short documents that a model can learn something from; returns its prefix."""
+    rng = np.random.default_rng(7)
+    with IndexedWriter(folder / "data", np.dtype(np.uint16)) as writer:
+        for length in rng.integers(8, 60, size=400):
+            start, stride = rng.integers(0, VOCAB), rng.integers(1, 4)
+            writer.add_document(((start + stride * np.arange(length)) % VOCAB).astype(np.uint16))
+    return folder / "data"
+
+
+def tiny_config(folder: Path, data: Path, **changes: Any) -> Path:
+    """A config file in ``folder``: 12 steps on ``data``, a save every third; ``changes`` as ``train__steps=5``."""
+    tree: dict[str, dict[str, Any]] = {
+        "run": {"name": "run", "dir": str(folder), "seed": 3},
+        "model": {"vocab_size": VOCAB, "hidden_size": 32, "num_layers": 2, "num_heads": 4, "max_seq_len": SEQ_LEN},
+        "data": {"train": [{"path": str(data)}], "seq_len": SEQ_LEN},
+        "optim": {"lr": 1e-2, "warmup_steps": 2},
+        "train": {"steps": 12, "global_batch_size": 8, "micro_batch_size": 4, "log_every": 1, "hang_timeout": 30},
+        "checkpoint": {"every": 3, "keep": 10},
+    }
+    for name, value in changes.items():
+        section, key = name.split("__")
+        tree.setdefault(section, {})[key] = value
+    path = folder / "tiny.yaml"
+    path.write_text(yaml.safe_dump(tree))
+    return path
+
+
+def losses(run_dir: Path) -> dict[int, float]:
+    """The loss of every step; of a step that was done again after a restart, the last one."""
+    lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    return {line["step"]: line["loss"] for line in lines if "loss" in line}
+
+
+def checkpoint_steps(run_dir: Path) -> list[int]:
+    """The steps of which a checkpoint has been committed."""
+    found = (path.name.removeprefix("step_") for path in (run_dir / "checkpoints").glob("step_*"))
+    return sorted(int(name) for name in found if name.isdecimal())
+
+
+def assert_same_run(run_dir: Path, reference: Path, *, steps: int = 12) -> None:
+    """The oracle of every recovery: losses of all steps, and weights, optimizer state and position after the last one,
+    are those of a run that nothing happened to, bit for bit."""
+    wanted, got = losses(reference), losses(run_dir)
+    assert sorted(wanted) == list(range(1, steps + 1))
+    assert got == wanted
+    name = f"step_{steps:08d}"
+    ours, theirs = ({p.name: p for p in (d / "checkpoints" / name).iterdir()} for d in (run_dir, reference))
+    assert sorted(ours) == sorted(theirs)
+    shards = [file for file in ours if file.endswith(".safetensors")]
+    assert shards
+    for file in shards:
+        assert ours[file].read_bytes() == theirs[file].read_bytes(), f"{name}/{file} differs"
+    states = [json.loads((d / "checkpoints" / name / "manifest.json").read_text()) for d in (run_dir, reference)]
+    assert states[0]["state"]["train"] == states[1]["state"]["train"]
+
+
+class TinyRuns:
+    """Real launches of the tiny model on two tensor-parallel ranks; the run folder is ``FOLDER/run``.
+
+    ``faults`` is the trainer's fault language (``megatron_lite/faults.py``); ``slow`` makes each phase of a step take
+    that many seconds longer, so that there is time to do something to the run.
+    """
+
+    def __init__(self, data: Path, folder: Path) -> None:
+        self.data, self.folder = data, folder
+
+    @cached_property
+    def reference(self) -> Path:
+        """The folder of a run that nothing happened to."""
+        self.run(self.folder).expect(exit_code=0)
+        return self.folder / "run"
+
+    def run(self, folder: Path, *flags: str, faults: str = "", slow: float = 0, timeout: float = 60) -> Result:
+        return run_job(self._argv(folder, flags), timeout=timeout, env=self._env(faults, slow))
+
+    def start(
+        self, folder: Path, *flags: str, faults: str = "", slow: float = 0, timeout: float = 60
+    ) -> AbstractContextManager[RunningJob]:
+        return start_job(self._argv(folder, flags), timeout=timeout, env=self._env(faults, slow))
+
+    def on_terminal(
+        self, folder: Path, typed: Sequence[tuple[str, bytes]], *flags: str, slow: float = 0, timeout: float = 60
+    ) -> Result:
+        return run_on_terminal(self._argv(folder, flags), typed, timeout=timeout, env=self._env("", slow))
+
+    def _argv(self, folder: Path, flags: Sequence[str]) -> list[str]:
+        config = tiny_config(folder, self.data, parallel__tp=2)
+        return [PYTHON, "-m", "launch", "run", str(config), "--nproc=2", *flags]
+
+    def _env(self, faults: str, slow: float) -> dict[str, str]:
+        return {"MLITE_FAULT": ";".join(filter(None, [faults, f"sleep:seconds={slow}" if slow else ""]))}

@@ -1,0 +1,134 @@
+"""The command line, against a stand-in for ``megatron_lite`` that lies in the current directory."""
+
+import json
+import os
+import time
+from pathlib import Path
+
+import pytest
+
+from launch.__main__ import UsageError, parse
+from tests.kit.jobs import PYTHON, REPOSITORY, Result, run_job
+
+STAND_IN = """
+import json, os, sys
+command, config, *flags = sys.argv[1:]
+if command == "config":
+    if config != "good.yaml":
+        print("error: optim.lr=-1: must be greater than 0", file=sys.stderr)
+        sys.exit(2)
+    print(json.dumps({"run": {"dir": "runs", "name": "a run"}}))
+else:
+    print(json.dumps([os.environ["RANK"], config, flags]))
+    sys.exit(6)
+"""
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    (tmp_path / "megatron_lite").mkdir()
+    (tmp_path / "megatron_lite" / "__init__.py").touch()
+    (tmp_path / "megatron_lite" / "__main__.py").write_text(STAND_IN)
+    return tmp_path
+
+
+def launch(folder: Path, *words: str) -> Result:
+    return run_job([PYTHON, "-m", "launch", *words], timeout=30, cwd=folder, env={"PYTHONPATH": str(REPOSITORY)})
+
+
+def test_run_checks_the_config_and_trains_with_the_same_words(folder: Path) -> None:
+    words = ("--model.name=two words", "--a.b='\"$(x)\n'", "--c.d=", "--e.f", "-1e-4")
+    result = launch(folder, "run", "good.yaml", "--nproc", "2", *words)
+    result.expect(
+        exit_code=6,
+        stderr=r"^a run: 2 ranks through torchrun, logs in runs/a run/logs\nerror: rank . \(\S+, pid \d+\) ended",
+    )
+    flags = ["--model.name=two words", "--a.b='\"$(x)\n'", "--c.d=", "--e.f=-1e-4"]
+    assert json.loads(result.stdout) == ["0", "good.yaml", flags]
+    assert json.loads((folder / "runs" / "a run" / "outcome.json").read_text())["exit_code"] == 6
+
+
+def test_dry_run_starts_and_makes_nothing(folder: Path) -> None:
+    before = sorted(folder.iterdir())
+    result = launch(folder, "run", "good.yaml", "--dry_run", "--optim.lr=1e-3").expect(exit_code=0, stderr="^$")
+    variables, command = result.stdout.rsplit("\\\n", 1)
+    assert "MLITE_ATTEMPT=0" in variables
+    assert command.split()[1:3] == ["-m", "torch.distributed.run"]
+    assert command.endswith(" -m megatron_lite train good.yaml --optim.lr=1e-3\n")
+    assert sorted(folder.iterdir()) == before
+
+
+def test_a_bad_config_is_passed_on_at_once(folder: Path) -> None:
+    result = launch(folder, "run", "bad.yaml", "--nproc=2")
+    result.expect(exit_code=2, stderr="^error: optim.lr=-1: must be greater than 0\n$", within=1)
+    assert not (folder / "runs").exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["x.yaml", "--nprocs=2"], "unknown flag --nprocs (did you mean 'nproc'?)"),
+        (["x.yaml", "--nodes=2"], "unknown flag --nodes"),
+        (["x.yaml", "--hostfile=h"], "unknown flag --hostfile"),
+        (["x.yaml", "--via=torchrn"], "--via=torchrn: there is torchrun (did you mean 'torchrun'?)"),
+        (["x.yaml", "--via=slurm"], "--via=slurm: there is torchrun"),
+        (["x.yaml", "--nproc=0"], "--nproc=0: expected a whole number from 1 to 1024"),
+        (["x.yaml", "--nproc=1e3"], "--nproc=1e3: expected a whole number"),
+        (["x.yaml", "--nproc=999999999999"], "expected a whole number"),
+        (["x.yaml", "--nproc"], "--nproc=True: expected a whole number"),
+        (["x.yaml", "--max_restarts=-1"], "--max_restarts=-1: expected a whole number from 0"),
+        (["x.yaml", "--dry_run=maybe"], "--dry_run=maybe: expected true or false"),
+        (["x.yaml", "y.yaml"], "unexpected argument 'y.yaml'"),
+        (["x.yaml", "--", "--interactive"], "unexpected argument '--'"),
+        (["x.yaml", "-", "split"], "unexpected argument '-'"),
+        (["x.yaml", "-x"], "unknown flag --x"),
+        ([], "missing CONFIG"),
+    ],
+)
+def test_mistakes(words: list[str], message: str) -> None:
+    with pytest.raises(UsageError) as error:
+        parse(words)
+    assert message in str(error.value).splitlines()[0]
+
+
+def test_all_mistakes_are_told_together() -> None:
+    with pytest.raises(UsageError) as error:
+        parse(["--nproc=0", "--nodes=2"])
+    assert len(str(error.value).splitlines()) == 3
+
+
+def test_values_stay_text() -> None:
+    words = parse(["a,b", "--x.y=1e5", "--x.z=None", "--dry-run", "--nproc", "3", "--u.v", "[1, 2]"])
+    assert (words["config"], words["nproc"], words["dry_run"]) == ("a,b", 3, True)
+    assert words["overrides"] == {"x.y": "1e5", "x.z": "None", "u.v": "[1, 2]"}
+
+
+@pytest.mark.parametrize("words", [[], ["--help"], ["run", "--help"], ["run", "x.yaml", "-h"]])
+def test_help(folder: Path, words: list[str]) -> None:
+    launch(folder, *words).expect(exit_code=0, stdout="usage: python -m launch run CONFIG", stderr="^$")
+
+
+def test_an_unknown_command_is_one_line(folder: Path) -> None:
+    result = launch(folder, "rnu", "x.yaml")
+    result.expect(
+        exit_code=2, stderr=r"^error: unknown command 'rnu' \(did you mean 'run'\?\); there is: run\n$", within=1
+    )
+
+
+def test_a_run_folder_that_cannot_be_made_is_one_line(folder: Path) -> None:
+    (folder / "runs").write_text("a file")
+    launch(folder, "run", "good.yaml").expect(
+        exit_code=7, stderr="error: runs/a run/logs: Not a directory\n$", within=1
+    )
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
+def test_a_read_only_run_folder_is_one_line(folder: Path) -> None:
+    (folder / "runs").mkdir(mode=0o500)
+    launch(folder, "run", "good.yaml").expect(exit_code=7, stderr="error: .*: Permission denied\n$")
+
+
+def test_start_up_takes_no_time(folder: Path) -> None:
+    began = time.monotonic()
+    launch(folder, "run", "good.yaml", "--dry_run").expect(exit_code=0)
+    assert time.monotonic() - began < 1

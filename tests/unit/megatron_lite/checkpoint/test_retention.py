@@ -1,0 +1,77 @@
+"""What is kept, what is deleted, and what a path stands for."""
+
+import shutil
+
+import pytest
+
+from megatron_lite.checkpoint import find, prune
+from megatron_lite.checkpoint.inspect import inspect, verify
+from megatron_lite.errors import CheckpointError, StorageError
+from tests.kit.pieces import commit, names, ready, resume
+
+STEPS = (10, 20, 30, 40, 50)
+
+
+def kept(folder):
+    return [int(name.removeprefix("step_")) for name in names(folder) if name.startswith("step_")]
+
+
+@pytest.mark.parametrize(
+    ("keep", "every", "left"),
+    [
+        (1, None, [50]),
+        (2, None, [40, 50]),
+        (9, None, [10, 20, 30, 40, 50]),
+        (1, 20, [20, 40, 50]),
+        (2, 10, [10, 20, 30, 40, 50]),
+    ],
+)
+def test_the_last_k_and_every_nth_step_are_kept(keep, every, left, tmp_path):
+    folder = ready(tmp_path, *STEPS)
+    prune(folder, keep, every)
+    assert kept(folder) == left
+    assert "latest" in names(folder)
+
+
+def test_what_latest_names_and_what_is_newer_are_never_deleted(tmp_path):
+    folder = ready(tmp_path, *STEPS)
+    (folder / "latest").write_text("step_00000020\n")
+    prune(folder, 1)
+    assert kept(folder) == [20, 30, 40, 50]
+    (folder / "latest").write_text("nonsense")
+    prune(folder, 1)
+    assert kept(folder) == [20, 30, 40, 50]
+
+
+def test_an_interrupted_deletion_leaves_nothing_that_looks_like_a_checkpoint(tmp_path, monkeypatch):
+    folder = ready(tmp_path, *STEPS)
+
+    def fail(path):
+        raise OSError(5, "Input/output error")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "rmtree", fail)
+        with pytest.raises(StorageError, match="input/output error"):
+            prune(folder, 2)
+    assert len(names(folder)) == 6 and sum(".tmp-" in name for name in names(folder)) == 1
+    checkpoint, warnings = resume(folder)
+    assert checkpoint.step == 50 and not warnings
+    assert not [name for name in names(folder) if ".tmp-" in name]
+
+
+def test_a_run_or_its_checkpoints_stand_for_the_latest_one(tmp_path):
+    folder = ready(tmp_path / "run" / "checkpoints", 10, 20)
+    for path in (tmp_path / "run", folder, folder / "step_00000020"):
+        assert find(path) == folder / "step_00000020"
+    copied = shutil.copytree(folder / "step_00000010", tmp_path / "copy")
+    assert find(copied) == copied
+    assert "step 10" in verify(copied)
+    with pytest.raises(CheckpointError, match="no checkpoint there"):
+        find(tmp_path)
+
+
+def test_inspect_prints_a_table(tmp_path, capsys):
+    inspect(commit(ready(tmp_path), 10))
+    out = capsys.readouterr().out
+    for text in ("blocks.0.qkv.weight", "24 × 6", "BF16", "scalar", "samples: 80", "step 10: 6 tensors, 320 elements"):
+        assert text in out

@@ -1,0 +1,148 @@
+"""Who may import whom, and where the environment and the rank may be read: held by reading the sources."""
+
+import ast
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+PACKAGES = ("launch", "megatron_lite", "data_tools")
+M = "megatron_lite."
+
+# A package or module, and what of ours it may import besides itself, config and errors. The longest matching entry
+# counts; what has no entry stands at the top and may import everything.
+ALLOWED: dict[str, tuple[str, ...]] = {
+    "launch": (),
+    "data_tools": (M + "cli", M + "data", M + "dist.env"),
+    M + "errors": (),
+    M + "cli": (),
+    M + "config": (M + "cli", M + "data.tokenizer"),
+    M + "data": (),
+    M + "dist": (),
+    M + "layers": (M + "dist",),
+    M + "models": (M + "layers", M + "dist"),
+    M + "peft": (M + "layers", M + "dist"),
+    M + "optim": (M + "dist",),
+    M + "parallel": (M + "dist", M + "optim"),
+    M + "checkpoint": (M + "dist", M + "faults"),
+    M + "metrics": (M + "dist",),
+    M + "faults": (M + "dist",),
+}
+EVERYONE = (M + "config", M + "errors")  # `launch` alone may not even import these
+THIRD_PARTY: dict[str, set[str]] = {  # besides the standard library; where there is no entry, anything
+    "launch": {"fire"},
+    M + "errors": set(),
+    M + "cli": {"fire"},
+    M + "dist.env": set(),
+    M + "config": {"pydantic", "omegaconf"},
+}
+NO_TORCH = ("launch", "data_tools", M + "config", M + "cli", M + "errors", M + "data.indexed", M + "dist.env")
+
+
+def sources() -> dict[str, ast.Module]:
+    """Every module of ours by its dotted name."""
+    found = {}
+    for package in PACKAGES:
+        for path in sorted((REPOSITORY / package).rglob("*.py")):
+            name = ".".join(path.relative_to(REPOSITORY).with_suffix("").parts).removesuffix(".__init__")
+            found[name] = ast.parse(path.read_text(), str(path))
+    return found
+
+
+SOURCES = sources()
+
+
+def within(name: str, package: str) -> bool:
+    return name == package or name.startswith(package + ".")
+
+
+def imports(name: str) -> Iterator[tuple[str, int]]:
+    """Modules that ``name`` imports anywhere in its code, with the line; names of ours down to the module."""
+    for node in ast.walk(SOURCES[name]):
+        if isinstance(node, ast.Import):
+            yield from ((alias.name, node.lineno) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert not node.level, f"{name}:{node.lineno}: relative import"
+            for alias in node.names:
+                inner = f"{node.module}.{alias.name}"
+                yield (inner if inner in SOURCES else node.module or ""), node.lineno
+
+
+def rule(table: dict, name: str):
+    """The entry of ``table`` for ``name``: the longest that it lies within."""
+    matching = [entry for entry in table if within(name, entry)]
+    return table[max(matching, key=len)] if matching else None
+
+
+def own_package(name: str) -> str:
+    matching = [entry for entry in ALLOWED if within(name, entry)]
+    return max(matching, key=len) if matching else name
+
+
+@pytest.mark.parametrize("name", SOURCES)
+def test_nothing_imports_upward(name: str) -> None:
+    allowed = rule(ALLOWED, name)
+    if allowed is None or name.endswith(".__main__"):
+        allowed = PACKAGES if not within(name, "launch") else ()
+    everyone = () if within(name, "launch") else EVERYONE
+    for target, line in imports(name):
+        if target.split(".")[0] not in PACKAGES or within(target, own_package(name)) or target == "megatron_lite":
+            continue
+        assert any(within(target, entry) for entry in (*allowed, *everyone)), f"{name}:{line} imports {target}"
+
+
+@pytest.mark.parametrize("name", [name for name in SOURCES if rule(THIRD_PARTY, name) is not None])
+def test_third_party_packages_are_few(name: str) -> None:
+    for target, line in imports(name):
+        top = target.split(".")[0]
+        assert top in sys.stdlib_module_names or top in PACKAGES or top in rule(THIRD_PARTY, name), (
+            f"{name}:{line}: {top}"
+        )
+
+
+@pytest.mark.parametrize("name", [name for name in SOURCES if any(within(name, entry) for entry in NO_TORCH)])
+def test_no_torch_where_start_up_has_to_be_quick(name: str) -> None:
+    assert not [target for target, _ in imports(name) if within(target, "torch")]
+
+
+@pytest.mark.parametrize("name", SOURCES)
+def test_the_environment_is_read_in_one_place(name: str) -> None:
+    if within(name, "launch") or name == M + "dist.env":
+        return
+    for node in ast.walk(SOURCES[name]):
+        reads = isinstance(node, ast.Attribute) and node.attr in ("environ", "environb", "getenv", "putenv")
+        assert not (reads and getattr(node.value, "id", "") == "os"), f"{name}:{node.lineno} reads the environment"
+        if isinstance(node, ast.ImportFrom) and node.module == "os":
+            assert not {"environ", "getenv"}.intersection(alias.name for alias in node.names), f"{name}:{node.lineno}"
+
+
+@pytest.mark.parametrize("name", [name for name in SOURCES if within(name, M + "layers") or within(name, M + "models")])
+def test_layers_and_models_are_told_their_place(name: str) -> None:
+    for node in ast.walk(SOURCES[name]):
+        called = getattr(node, "attr", getattr(node, "id", ""))
+        assert called not in ("get_rank", "get_world_size"), f"{name}:{node.lineno} asks for its rank"
+
+
+@pytest.mark.parametrize("name", [name for name in SOURCES if within(name, M + "models")])
+def test_models_know_no_collective(name: str) -> None:
+    assert not [target for target, _ in imports(name) if within(target, "torch.distributed")]
+
+
+@pytest.mark.parametrize("name", SOURCES)
+def test_no_file_of_odds_and_ends(name: str) -> None:
+    assert name.split(".")[-1] not in ("utils", "helpers", "misc", "common")
+
+
+@pytest.mark.parametrize("name", SOURCES)
+def test_only_zero_imports_deepspeed(name: str) -> None:
+    assert name == M + "parallel.zero" or not [t for t, _ in imports(name) if within(t, "deepspeed")]
+
+
+def test_no_pickle_and_no_shell() -> None:
+    for name in SOURCES:
+        assert not [t for t, _ in imports(name) if t in ("pickle", "dill", "cloudpickle")], name
+        for node in ast.walk(SOURCES[name]):
+            shell = isinstance(node, ast.keyword) and node.arg == "shell"
+            assert not shell and getattr(node, "attr", "") not in ("system", "popen"), name
