@@ -1,0 +1,267 @@
+"""Batches for training: windows of ``seq_len`` + 1 tokens out of indexed datasets, shuffled, blended, cut by dp rank.
+
+The n-th sample of a run is a function of (seed, epoch, n) alone (``order.py``). A loader is that function, read at the
+positions that belong to its data-parallel rank, with a thread that reads ahead; its whole state is one number, the
+samples consumed. All ranks of one tensor-parallel group have the same dp rank and so read the same batches.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import queue
+import threading
+from bisect import bisect_left
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from megatron_lite.config import DataConfig, SourceConfig
+from megatron_lite.data.indexed import IndexedDataset
+from megatron_lite.data.order import Blend, permute
+from megatron_lite.dist.random import mix
+from megatron_lite.errors import DataError
+from megatron_lite.layers.loss import IGNORED
+
+Split = Literal["train", "validation", "test"]
+SPLITS: tuple[Split, ...] = ("train", "validation", "test")
+_AHEAD = 1024  # positions whose order is worked out at once: the cost a sample falls with it
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One micro batch.
+
+    tokens, targets: int64 [batch, seq]; a target of ``IGNORED`` does not count. positions, document_ids: int64 [batch,
+    seq] where documents are masked from each other, else None. index: the position of its first sample in the run.
+    """
+
+    tokens: Tensor
+    targets: Tensor
+    positions: Tensor | None
+    document_ids: Tensor | None
+    index: int
+
+    def to(self, device: torch.device) -> Batch:
+        """The batch on ``device``; to a GPU it is copied from pinned memory, without waiting."""
+        if device.type == "cpu":
+            return self
+
+        def move(tensor: Tensor | None) -> Tensor | None:
+            return None if tensor is None else tensor.pin_memory().to(device, non_blocking=True)
+
+        tokens, targets = move(self.tokens), move(self.targets)
+        assert tokens is not None and targets is not None
+        return Batch(tokens, targets, move(self.positions), move(self.document_ids), self.index)
+
+
+class Source:
+    """One indexed dataset, of it the documents of one split, as windows that overlap by one token.
+
+    Attributes:
+        start, stop: its tokens in the flat .bin; both lie on document boundaries.
+        num_samples: windows, each of whose ``seq_len`` targets no other window has.
+    """
+
+    def __init__(self, path: str, seq_len: int, fractions: tuple[float, float]) -> None:
+        self.data, self.seq_len = IndexedDataset(path), seq_len
+        self.start, self.stop = (self._boundary(fraction) for fraction in fractions)
+        self.num_samples = max(0, self.stop - self.start - 1) // seq_len
+
+    def _document_start(self, document: int) -> int:
+        """The first token of a document (of the one after the last: the number of tokens)."""
+        sequence = int(self.data.documents[document])
+        if sequence == self.data.num_sequences:
+            return self.data.num_tokens
+        return int(self.data.pointers[sequence]) // self.data.dtype.itemsize
+
+    def _boundary(self, fraction: float) -> int:
+        """The first document boundary at or after this fraction of the tokens: a bisection, no pass over the index."""
+        wanted = round(fraction * self.data.num_tokens)
+        documents = range(self.data.num_documents + 1)
+        return self._document_start(bisect_left(documents, wanted, hi=len(documents) - 1, key=self._document_start))
+
+    def read(self, sample: int, into: np.ndarray) -> None:
+        """Copy window ``sample`` into ``into`` [seq_len + 1]."""
+        self.data.check_unchanged()
+        first = self.start + sample * self.seq_len
+        into[:] = self.data.tokens[first : first + self.seq_len + 1]
+
+    def document_starts(self, sample: int) -> np.ndarray:
+        """The offsets within window ``sample`` at which a document starts, 0 included, the extra token included."""
+        first = self.start + sample * self.seq_len
+        documents = range(self.data.num_documents)
+        low = bisect_left(documents, first + 1, key=self._document_start)
+        high = bisect_left(documents, first + self.seq_len + 1, lo=low, key=self._document_start)
+        inside = {self._document_start(document) - first for document in range(low, high)}
+        return np.array(sorted({0} | inside), np.int64)
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """Everything one split is read from, in the order of the run with ``seed``."""
+
+    sources: list[Source]
+    weights: list[float]
+    seed: int
+    document_mask: bool
+    vocab_size: int | None
+    blend: Blend = field(init=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "blend", Blend.of(self.weights))
+
+    @property
+    def seq_len(self) -> int:
+        """Tokens in a sample."""
+        return self.sources[0].seq_len
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """64 hex digits over all that decides which tokens come at which position: files, weights, split, seq_len."""
+        parts = [
+            (source.data.fingerprint(), weight, source.start, source.stop)
+            for source, weight in zip(self.sources, self.blend.weights, strict=True)
+        ]
+        return hashlib.sha256(json.dumps([self.seed, self.seq_len, self.document_mask, parts]).encode()).hexdigest()
+
+    def order(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """The source, and the window of that source, of each of the int64 ``positions``."""
+        which, count = self.blend.deal(positions)
+        window = np.empty_like(count)
+        for number, source in enumerate(self.sources):
+            rows = np.flatnonzero(which == number)
+            epochs = count[rows] // source.num_samples
+            for epoch in np.unique(epochs):
+                of_epoch = rows[epochs == epoch]
+                key = mix(self.seed, number, int(epoch))
+                window[of_epoch] = permute(count[of_epoch] % source.num_samples, source.num_samples, key)
+        return which, window
+
+    def batch(self, index: int, which: np.ndarray, window: np.ndarray) -> Batch:
+        """The micro batch of the given windows; ``index`` is the position of its first."""
+        rows = np.empty((len(window), self.seq_len + 1), np.int64)
+        for row, number, sample in zip(rows, which.tolist(), window.tolist(), strict=True):
+            self.sources[number].read(sample, into=row)
+        if self.vocab_size is not None and rows.max() >= self.vocab_size:
+            row = int(np.argmax(rows.max(axis=1) >= self.vocab_size))
+            raise DataError(
+                f"{self.sources[which[row]].data.prefix}: token {rows[row].max()}, but the vocabulary has "
+                f"{self.vocab_size} entries; it was made with another tokenizer"
+            )
+        tokens, targets = torch.from_numpy(rows[:, :-1]), torch.from_numpy(rows[:, 1:])
+        if not self.document_mask:
+            return Batch(tokens, targets, None, None, index)
+        ids = np.zeros_like(rows)
+        positions = np.tile(np.arange(self.seq_len + 1), (len(rows), 1))
+        for row, number, sample in zip(range(len(rows)), which.tolist(), window.tolist(), strict=True):
+            for start in self.sources[number].document_starts(sample)[1:]:
+                ids[row, start:] += 1
+                positions[row, start:] = np.arange(self.seq_len + 1 - start)
+        rows[:, 1:][ids[:, 1:] != ids[:, :-1]] = IGNORED
+        tokens = torch.from_numpy(rows[:, :-1].copy())
+        return Batch(tokens, targets, *(torch.from_numpy(x[:, :-1]) for x in (positions, ids)), index)
+
+
+def build_dataset(data: DataConfig, seed: int, split: Split, vocab_size: int | None = None) -> Dataset:
+    """Open what ``data`` names for ``split``. Raises DataError for files that cannot be read or hold too little.
+
+    Train, validation and test are cut out of ``data.train`` at document boundaries, in file order, in the proportions
+    of ``data.split``; with ``data.validation``, those files are the validation split and ``data.train`` is all train.
+    """
+    own = data.validation is not None
+    configs: list[SourceConfig] = data.validation if split == "validation" and data.validation else data.train
+    shares = (1.0, 0.0, 0.0) if own and split != "validation" else (0.0, 1.0, 0.0) if own else data.split
+    edges = np.concatenate(([0.0], np.cumsum(shares) / max(sum(shares), 1e-30)))
+    part = SPLITS.index(split)
+    fractions = (float(edges[part]), float(edges[part + 1]))
+    sources = [Source(config.path, data.seq_len, fractions) for config in configs]
+    for source in sources:
+        if source.num_samples == 0:
+            raise DataError(
+                f"{source.data.prefix}: its {split} split has {source.stop - source.start} tokens in whole documents, "
+                f"fewer than one sample of data.seq_len + 1 = {data.seq_len + 1} (data.split={list(data.split)})"
+            )
+    return Dataset(sources, [config.weight for config in configs], seed, data.document_mask, vocab_size)
+
+
+class Loader:
+    """Endless steps of micro batches for one dp rank: ``next(loader)`` is a list of ``num_micro_batches`` batches.
+
+    Micro batch ``i`` of dp rank ``r`` takes the positions from ``consumed + (i × dp_size + r) × micro_batch_size`` on, so
+    a global batch holds the same samples however it is cut. ``prefetch`` steps are read ahead in a thread (0: none).
+    """
+
+    def __init__(
+        self,
+        dataset: Dataset,
+        *,
+        micro_batch_size: int,
+        num_micro_batches: int,
+        dp_rank: int,
+        dp_size: int,
+        consumed_samples: int,
+        prefetch: int,
+        device: torch.device,
+    ) -> None:
+        self.dataset, self.device = dataset, device
+        self._micro, self._count, self._dp_rank, self._dp_size = micro_batch_size, num_micro_batches, dp_rank, dp_size
+        self._consumed = consumed_samples
+        self._planned: list[tuple[int, np.ndarray, np.ndarray]] = []  # micro batches worked out, the next one last
+        self._queue: queue.Queue[Any] | None = None
+        if prefetch:
+            self._queue = queue.Queue(prefetch)
+            self._closing = threading.Event()
+            self._thread = threading.Thread(target=self._read_ahead, name="loader", daemon=True)
+            self._thread.start()
+
+    def __iter__(self) -> Loader:
+        return self
+
+    def __next__(self) -> list[Batch]:
+        found = self._read() if self._queue is None else self._queue.get()
+        if isinstance(found, BaseException):
+            if self._queue is not None:
+                self._queue.put(found)  # whoever asks again gets the same answer, not silence
+            raise found
+        return [batch.to(self.device) for batch in found]
+
+    def _plan(self) -> None:
+        """Work out which windows the next micro batches of this rank hold, many at once."""
+        stride = self._micro * self._dp_size
+        number = max(self._count, _AHEAD // self._micro // self._count * self._count)
+        firsts = self._consumed + stride * np.arange(number, dtype=np.int64) + self._dp_rank * self._micro
+        self._consumed += stride * number
+        positions = firsts[:, None] + np.arange(self._micro)
+        which, window = (x.reshape(positions.shape) for x in self.dataset.order(positions.reshape(-1)))
+        self._planned = list(zip(firsts.tolist(), which, window, strict=True))[::-1]
+
+    def _read(self) -> list[Batch]:
+        if not self._planned:
+            self._plan()
+        return [self.dataset.batch(*self._planned.pop()) for _ in range(self._count)]
+
+    def _read_ahead(self) -> None:
+        assert self._queue is not None
+        found: Any = None
+        while not self._closing.is_set() and not isinstance(found, BaseException):
+            try:
+                found = self._read()
+            except BaseException as error:  # handed to whoever asks for this step
+                found = error
+            while not self._closing.is_set():
+                try:
+                    self._queue.put(found, timeout=0.1)
+                    break
+                except queue.Full:
+                    continue
+
+    def close(self) -> None:
+        """Stop reading ahead."""
+        if self._queue is not None:
+            self._closing.set()
+            self._thread.join()

@@ -1,0 +1,277 @@
+"""The equivalence prover: train the same steps under two layouts and compare everything that should be equal.
+
+Each layout really runs, as processes on this machine over gloo, from the same seed and the same global batches. Per
+step it records, whole and in the order they come to be: the size of every block's output, the loss, every gradient
+before and after clipping, every weight after the update.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from megatron_lite import cli
+from megatron_lite.config import Config, apply_overrides, parse_config
+from megatron_lite.data.loader import Loader, build_dataset
+from megatron_lite.dist import comm
+from megatron_lite.dist.mesh import Mesh, build_mesh
+from megatron_lite.dist.shard import ShardSpec
+from megatron_lite.dist.spawn import run_ranks
+from megatron_lite.errors import ConfigError, MegatronLiteError
+from megatron_lite.faults import Faults
+from megatron_lite.parallel.engine import Engine
+from megatron_lite.parallel.plan import make_plan
+from megatron_lite.trainer import Trainer
+
+TOLERANCES = {"float64": 1e-10, "float32": 1e-3, "bfloat16": 1e-1}
+KINDS = ("block outputs", "loss", "gradients", "clipped gradients", "weights")
+_SIDE_KEYS = ("tp", "sp", "recompute", "dp", "accumulation", "compile")
+
+Record = dict[str, Tensor]  # "kind/name" → whole tensor, in the order of computation
+
+
+class LayoutsDifferError(MegatronLiteError):
+    """The two layouts do not compute the same training run."""
+
+    exit_code = 1
+
+
+@dataclass(frozen=True)
+class Side:
+    """One layout: the config it runs with and its number of ranks."""
+
+    name: str
+    config: Config
+    ranks: int
+
+
+@dataclass(frozen=True)
+class Row:
+    """The largest relative difference among the tensors of one kind in one step, and the first beyond tolerance."""
+
+    step: int
+    kind: str
+    difference: float
+    tensor: str
+    first_beyond: tuple[str, float] | None
+
+
+def parse_side(text: str, config: Config, dtype: str) -> Side:
+    """Read ``tp=2,sp=true,dp=2,accumulation=4``. Raises ConfigError.
+
+    ``accumulation`` (micro batches a step on each rank) changes the micro batch; the global batch stays.
+    """
+    settings: dict[str, str] = {}
+    for part in filter(None, text.replace(" ", "").split(",")):
+        key, equals, value = part.partition("=")
+        if key not in _SIDE_KEYS or not equals or not value:
+            raise ConfigError(f"layout {text!r}: {part!r}{cli.nearest(key, _SIDE_KEYS)}; keys: {', '.join(_SIDE_KEYS)}")
+        settings[key] = value
+    dp, accumulation = (cli.convert(k, settings.pop(k, "1"), int) for k in ("dp", "accumulation"))
+    overrides = {f"train.{k}" if k == "compile" else f"parallel.{k}": v for k, v in settings.items()}
+    batch = config.train.global_batch_size
+    if dp < 1 or accumulation < 1 or batch % (dp * accumulation):
+        product = f"dp {dp} × accumulation {accumulation}"
+        raise ConfigError(f"layout {text!r}: {product} must divide train.global_batch_size={batch}")
+    tree = config.model_dump()
+    tree["train"].update(micro_batch_size=batch // (dp * accumulation), precision=dtype)
+    apply_overrides(tree, overrides)
+    side = parse_config(tree)
+    ranks = dp * side.parallel.tp
+    make_plan(side, ranks)
+    return Side(text, side, ranks)
+
+
+class _RecordingEngine:
+    """An engine that notes gradients and weights at the moments the trainer passes them."""
+
+    def __init__(self, engine: Engine, note: Callable[[str, dict[str, tuple[Tensor, ShardSpec]]], None]) -> None:
+        self.engine, self.note = engine, note
+        self.model = engine.model
+
+    def finish_gradients(self) -> Tensor:
+        norm = self.engine.finish_gradients()
+        self.note("gradients", self.engine.gradients())
+        return norm
+
+    def clip(self, norm: Tensor, limit: float) -> None:
+        self.engine.clip(norm, limit)
+        self.note("clipped gradients", self.engine.gradients())
+
+    def step(self, lr: float) -> None:
+        self.engine.step(lr)
+        weights = {n.removeprefix("model."): v for n, v in self.engine.tensors().items() if n.startswith("model.")}
+        self.note("weights", weights)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.engine, name)
+
+
+def record(
+    config: Config, mesh: Mesh, steps: int, prepare: Callable[[Trainer], None] | None = None
+) -> Iterator[Record]:
+    """Train ``steps`` steps on this mesh and yield each step's record, whole on every rank. Collective.
+
+    ``prepare`` may change the trainer first: tests plant their bugs with it. Raises AssertionError when data-parallel
+    ranks disagree about a gradient or weight that they should share.
+    """
+    trainer = Trainer(config, mesh, make_plan(config, mesh.world.size), Faults.none())
+    if prepare is not None:
+        prepare(trainer)
+    noted: Record = {}
+
+    def note(kind: str, shards: dict[str, tuple[Tensor, ShardSpec]]) -> None:
+        names = list(shards) if kind == "weights" else list(reversed(shards))  # backward ends at the embedding
+        for name in names:
+            local, spec = shards[name]
+            whole = _gather(local, spec, mesh)
+            peers = comm.gather_objects(float(whole.double().sum()), mesh.dp)
+            assert len(set(peers)) == 1, f"data-parallel ranks hold different {kind} of {name}: {peers}"
+            noted[f"{kind}/{name}"] = whole
+
+    trainer.engine = _RecordingEngine(trainer.engine, note)
+    sizes = [torch.zeros((), dtype=torch.float64) for _ in trainer.model.blocks]
+    for size, block in zip(sizes, trainer.model.blocks, strict=True):
+        block.register_forward_hook(_measure(size))
+    loader = Loader(
+        build_dataset(config.data, config.run.seed, "train", config.model.vocab_size),
+        micro_batch_size=config.train.micro_batch_size,
+        num_micro_batches=trainer.plan.accumulation,
+        dp_rank=mesh.dp.rank,
+        dp_size=mesh.dp.size,
+        consumed_samples=0,
+        prefetch=0,
+        device=mesh.device,
+    )
+    for _ in range(steps):
+        noted.clear()
+        for size in sizes:
+            size.zero_()
+        result = trainer.train_step(next(loader))
+        forward: Record = {}
+        for i, size in enumerate(sizes):
+            total = comm.all_reduce(size.clone(), mesh.dp)
+            whole = comm.all_reduce(total, mesh.tp)
+            forward[f"block outputs/blocks.{i}"] = whole / (1 if trainer.model.sp else mesh.tp.size)
+        forward["loss/loss"] = torch.tensor(result.loss, dtype=torch.float64)
+        yield {**forward, **noted}
+    loader.close()
+
+
+def _measure(size: Tensor) -> Callable[..., None]:
+    @torch.compiler.disable
+    def hook(_: Any, __: Any, output: Tensor) -> None:
+        size.add_(output.detach().double().square().sum().cpu())
+
+    return hook
+
+
+def _gather(local: Tensor, spec: ShardSpec, mesh: Mesh) -> Tensor:
+    """The whole tensor from every tp rank's part, on the CPU."""
+    if spec.dim is None or mesh.tp.size == 1:
+        return local.detach().cpu().clone()
+    whole = torch.empty(spec.shape, dtype=local.dtype)
+    parts = comm.all_gather(local.detach().contiguous().view(-1), mesh.tp).chunk(mesh.tp.size)
+    for rank, part in enumerate(parts):
+        spec.put(part.view(local.shape).cpu(), rank, mesh.tp.size, into=whole)
+    return whole
+
+
+def compare(a: Record, b: Record, step: int, tolerance: float) -> list[Row]:
+    """One row for each kind. Differences are relative to a tensor's largest element, or to a millionth of the kind's
+    largest where a tensor is that small (a gradient that is zero but for rounding)."""
+    assert list(a) == list(b), "the layouts recorded different tensors"
+    rows = []
+    for kind in KINDS:
+        names = [name for name in a if name.startswith(f"{kind}/")]
+        peaks = {name: float(a[name].abs().max()) for name in names}
+        floor = 1e-6 * max(peaks.values(), default=0.0) or 1.0
+        gaps = {n: float((a[n].double() - b[n].double()).abs().max()) / max(peaks[n], floor) for n in names}
+        # A NaN compares as beyond any tolerance.
+        beyond = next(((n.removeprefix(f"{kind}/"), gaps[n]) for n in names if not gaps[n] <= tolerance), None)
+        if names:
+            worst = max(names, key=lambda n: (gaps[n] != gaps[n], gaps[n]))
+            rows.append(Row(step, kind, gaps[worst], worst.removeprefix(f"{kind}/"), beyond))
+    return rows
+
+
+def _record_rank(
+    rank: int, size: int, config: Config, steps: int, folder: str, prepare: Callable[[Trainer], None] | None
+) -> None:
+    mesh = build_mesh({"dp_replicate": size // config.parallel.tp, "tp": config.parallel.tp}, torch.device("cpu"))
+    assert mesh is not None
+    for step, noted in enumerate(record(config, mesh, steps, prepare), start=1):
+        if rank == 0:
+            # safetensors sorts by name, so the order of computation goes into the names.
+            numbered = {f"{i:06d} {name}": tensor.contiguous() for i, (name, tensor) in enumerate(noted.items())}
+            save_file(numbered, Path(folder) / f"step_{step}.safetensors")
+
+
+def _load(path: Path) -> Record:
+    return {name.split(" ", 1)[1]: tensor for name, tensor in sorted(load_file(path).items())}
+
+
+def prove(
+    config: Config,
+    a: str,
+    b: str,
+    *,
+    steps: int = 3,
+    dtype: str = "float64",
+    tolerance: float | None = None,
+    timeout: float = 600.0,
+    prepare_b: Callable[[Trainer], None] | None = None,
+    console: Console | None = None,
+) -> list[Row]:
+    """Run layouts ``a`` and ``b`` and compare them; prints a table.
+
+    Raises LayoutsDifferError naming the first tensor beyond ``tolerance``, ConfigError for a layout that cannot be.
+    """
+    if dtype not in TOLERANCES:
+        raise ConfigError(f"--dtype={dtype}: expected {', '.join(TOLERANCES)}")
+    if steps < 1:
+        raise ConfigError(f"--steps={steps}: expected at least 1")
+    limit = TOLERANCES[dtype] if tolerance is None else tolerance
+    console = console or Console()
+    sides = [parse_side(text, config, dtype) for text in (a, b)]
+    rows: list[Row] = []
+    with tempfile.TemporaryDirectory(prefix="mlite-prove-") as folder:
+        for label, side, prepare in zip("ab", sides, (None, prepare_b), strict=True):
+            console.print(
+                f"{label}: {side.name or 'tp=1'} on {side.ranks} rank{'s'[: side.ranks > 1]} …", highlight=False
+            )
+            into = Path(folder) / label
+            into.mkdir()
+            run_ranks(_record_rank, side.ranks, side.config, steps, str(into), prepare, timeout=timeout)
+        for step in range(1, steps + 1):
+            ours, theirs = (_load(Path(folder) / label / f"step_{step}.safetensors") for label in "ab")
+            rows += compare(ours, theirs, step, limit)
+    console.print(_table(rows, sides, limit))
+    for row in rows:
+        if row.first_beyond is not None:
+            name, difference = row.first_beyond
+            raise LayoutsDifferError(
+                f"the layouts differ: first at step {row.step} in the {row.kind} of {name}: "
+                f"relative difference {difference:.3g}, tolerance {limit:g}"
+            )
+    console.print(f"equal within {limit:g} over {steps} steps in {dtype}", highlight=False)
+    return rows
+
+
+def _table(rows: list[Row], sides: list[Side], limit: float) -> Table:
+    table = Table(title=f"{sides[0].name}  against  {sides[1].name}")
+    for column in ("step", "what", "largest relative difference", "in", ""):
+        table.add_column(column, justify="right" if column in ("step", "largest relative difference") else "left")
+    for row in rows:
+        verdict = "[green]equal[/green]" if row.first_beyond is None else "[red]DIFFERS[/red]"
+        table.add_row(str(row.step), row.kind, f"{row.difference:.2e}", row.tensor, verdict)
+    return table

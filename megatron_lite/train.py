@@ -1,0 +1,355 @@
+"""``python -m megatron_lite train``: one rank of a run, from the config to its exit code."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import faulthandler
+import fcntl
+import hashlib
+import logging
+import math
+import os
+import signal
+import sys
+import time
+import traceback
+from collections.abc import Iterator
+from pathlib import Path
+from types import FrameType
+from typing import IO, Any, NoReturn
+
+import torch
+
+from megatron_lite import checkpoint
+from megatron_lite.checkpoint import Piece
+from megatron_lite.config import Config, to_yaml
+from megatron_lite.data.loader import Dataset, Loader, build_dataset
+from megatron_lite.data.tokenizer import load_tokenizer
+from megatron_lite.dist.env import Rank, read_rank
+from megatron_lite.dist.mesh import Mesh, build_mesh, peer_failure, pick_device, process_group
+from megatron_lite.dist.shard import named_shards
+from megatron_lite.errors import (
+    CheckpointError,
+    ConfigError,
+    DataError,
+    MegatronLiteError,
+    PeerError,
+    Preempted,
+    StorageError,
+)
+from megatron_lite.faults import Faults
+from megatron_lite.generate import Sampling, generate
+from megatron_lite.metrics import Reporter, flops_per_token, memory_bytes, peak_flops
+from megatron_lite.parallel.plan import Plan, make_plan
+from megatron_lite.trainer import StepResult, Trainer, TrainState, pieces
+
+logger = logging.getLogger("megatron_lite")
+
+
+class StopRequest:
+    """SIGTERM, SIGINT or SIGUSR1 ask to save and stop after the current step; a second one ends the process now."""
+
+    def __init__(self) -> None:
+        self.asked = False
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+            signal.signal(number, self._receive)
+
+    def _receive(self, number: int, _: FrameType | None) -> None:
+        if self.asked:
+            os._exit(128 + number)
+        self.asked = True
+
+
+@contextlib.contextmanager
+def locked(folder: Path, rank: Rank) -> Iterator[None]:
+    """Hold the run folder's lock on rank 0; the kernel drops it when the process dies, however it dies."""
+    if rank.rank != 0:
+        yield
+        return
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with (folder / "lock").open("a+") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                file.seek(0)
+                owner = file.read().strip() or "another process"
+                raise ConfigError(f"{folder} is in use by {owner}; choose another run.name or end that run") from None
+            file.truncate(0)
+            file.write(f"pid {os.getpid()} on {rank.host}")
+            file.flush()
+            yield
+    except OSError as error:
+        raise StorageError(f"cannot use the run folder {folder}: {error.strerror}") from None
+
+
+def file_digest(path: str) -> str:
+    """The SHA-256 of a file, in hexadecimal."""
+    return hashlib.sha256(Path(path).read_bytes()).hexdigest()
+
+
+def die(error: BaseException) -> NoReturn:
+    """Report and leave at once: with peers gone, an orderly shutdown of the process group could block."""
+    if isinstance(error, MegatronLiteError):
+        failure: MegatronLiteError = error
+    elif peer_failure(error):
+        failure = PeerError(f"lost contact with another rank: {' '.join(str(error).split())[:300]}")
+    else:
+        traceback.print_exception(error)
+        sys.stderr.flush()
+        os._exit(1)
+    prefix = "" if isinstance(failure, Preempted) else "error: "
+    for line in str(failure).splitlines():
+        print(f"{prefix}{line}", file=sys.stderr)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(failure.exit_code)
+
+
+class Run:
+    """One rank of a run: the trainer, its data and its checkpoints, and the loop around ``train_step``."""
+
+    def __init__(self, config: Config, plan: Plan, rank: Rank, mesh: Mesh, stop: StopRequest) -> None:
+        self.config, self.plan, self.mesh, self.stop = config, plan, mesh, stop
+        self.folder, self.lead = config.folder, rank.rank == 0
+        self.checkpoints = self.folder / "checkpoints"
+        self.faults = Faults.parse(rank.faults, rank.rank, rank.attempt)
+        self.tokenizer = load_tokenizer(config.data.tokenizer) if config.data.tokenizer else None
+        self.tokenizer_digest = file_digest(config.data.tokenizer) if config.data.tokenizer else None
+        data, seed, vocab = config.data, config.run.seed, config.model.vocab_size
+        self.train_data = build_dataset(data, seed, "train", vocab)
+        self.validation_data = build_dataset(data, seed, "validation", vocab) if self._evaluates else None
+        checkpoint.prepare(self.checkpoints, mesh.world)
+        self.trainer = Trainer(config, mesh, plan, self.faults)
+        self.reporter: Reporter | None = None
+
+    @property
+    def _evaluates(self) -> bool:
+        return self.config.train.eval_every > 0
+
+    # Checkpoints
+
+    def pieces(self) -> dict[str, Piece]:
+        """Everything that a checkpoint's shards hold, under layout-free names."""
+        return pieces(self.trainer.engine.tensors(), self.mesh.tp)
+
+    def save(self) -> None:
+        """Commit a checkpoint of the current step, then prune older ones."""
+        config, state = self.config, self.trainer.state
+        content = {
+            "train": vars(state),
+            "seed": config.run.seed,
+            "dataset": self.train_data.fingerprint,
+            "vocab_size": config.model.vocab_size,
+            "tokenizer_sha256": self.tokenizer_digest,
+        }
+        extras = {"config.yaml": to_yaml(config).encode()}
+        if config.data.tokenizer:
+            extras["tokenizer.model"] = Path(config.data.tokenizer).read_bytes()
+        path = checkpoint.save(
+            self.checkpoints, state.step, self.pieces(), content, extras, self.mesh.world, self.faults
+        )
+        if self.lead:
+            checkpoint.prune(self.checkpoints, config.checkpoint.keep, config.checkpoint.keep_every)
+            logger.info("saved %s", path)
+
+    def resume(self) -> None:
+        """Continue from ``checkpoint.resume``: ``auto`` (the newest that verifies, if any), ``none``, or a path."""
+        wanted, world = self.config.checkpoint.resume, self.mesh.world
+        if wanted == "none":
+            return
+        found = checkpoint.newest(self.checkpoints, world) if wanted == "auto" else None
+        if wanted != "auto":
+            found = checkpoint.open_checkpoint(Path(wanted), world)
+        if found is None:
+            return
+        content = found.state()
+        self._check_same_run(found.path, content)
+        found.load(self.pieces(), world)
+        self.trainer.state = TrainState(**content["train"])
+        self.trainer.engine.restore_updates(self.trainer.state.updates)
+        if self.lead:
+            logger.info("resumed %s: step %d", found.path, self.trainer.state.step)
+
+    def _check_same_run(self, path: Path, content: dict[str, Any]) -> None:
+        """Refuse a checkpoint of another vocabulary or tokenizer, and a dataset that changed under it."""
+        vocab, digest = self.config.model.vocab_size, self.tokenizer_digest
+        theirs = content["tokenizer_sha256"]
+        if (content["vocab_size"], theirs) != (vocab, digest):
+            raise CheckpointError(
+                f"{path}: checkpoint vocab {content['vocab_size']} (tokenizer sha {str(theirs)[:8]}) "
+                f"vs config {vocab} (tokenizer sha {str(digest)[:8]})"
+            )
+        now = self.train_data.fingerprint
+        if content["dataset"] != now and not self.config.data.allow_change:
+            raise DataError(
+                f"the training data (files, weights, split, seq_len or seed) changed since {path}: "
+                f"fingerprint {content['dataset']} then, {now} now; data.allow_change=true goes on with it"
+            )
+
+    # Reporting
+
+    def _open_reporter(self) -> None:
+        state, device = self.trainer.state, self.mesh.device
+        self.flops = flops_per_token(self.config.model, self.config.data.seq_len)
+        # Measured on every rank at once, as the ranks will compute.
+        self.peak, source = peak_flops(device, self.trainer.compute_dtype)
+        if self.config.train.peak_tflops:
+            self.peak, source = self.config.train.peak_tflops * 1e12, "train.peak_tflops"
+        if not self.lead:
+            return
+        logger.info("%s", self.plan.describe(self.config))
+        parameters = sum(math.prod(spec.shape) for _, _, spec in named_shards(self.trainer.model))
+        logger.info("%s parameters; peak %.3g FLOP/s a rank (%s)", f"{parameters:,}", self.peak, source)
+        self.reporter = Reporter(self.folder, self.config.train.steps, state.step)
+
+    def report(self, result: StepResult, seconds: float) -> None:
+        """The numbers of one step, on rank 0."""
+        if self.reporter is None:
+            return
+        step, rate = self.trainer.state.step, result.tokens / seconds
+        mfu = rate * self.flops / (self.peak * self.mesh.world.size)
+        scalars = {
+            "loss": result.loss,
+            "grad_norm": result.grad_norm,
+            "lr": result.lr,
+            "tokens_per_second": rate,
+            "mfu": mfu,
+            "memory_gib": memory_bytes(self.mesh.device) / 2**30,
+        }
+        self.reporter.scalars(step, {name: value for name, value in scalars.items() if math.isfinite(value)})
+        summary = (
+            f"loss {result.loss:.4f}  norm {result.grad_norm:.3f}  lr {result.lr:.2e}  {rate:,.0f} tok/s  mfu {mfu:.1%}"
+        )
+        if result.skipped:
+            summary += "  SKIPPED: not finite, weights unchanged"
+        due = result.skipped or step % self.config.train.log_every == 0 or step == self.config.train.steps
+        self.reporter.advance(step, summary, log=due)
+
+    def evaluate(self) -> None:
+        """Validation loss and perplexity over the first ``eval_steps`` global batches, the same ones every time."""
+        assert self.validation_data is not None
+        config, loader = self.config.train, self._loader(self.validation_data, 0)
+        with contextlib.closing(loader):
+            loss = self.trainer.evaluate([next(loader) for _ in range(config.eval_steps)])
+        if self.reporter is not None:
+            values = {"validation_loss": loss, "validation_perplexity": math.exp(min(loss, 700.0))}
+            self.reporter.scalars(self.trainer.state.step, values)
+            logger.info("validation loss %.4f  perplexity %.2f", *values.values())
+
+    def sample(self) -> None:
+        """Continue ``train.sample_prompt`` greedily and show the text."""
+        if self.tokenizer is None:
+            return
+        prompt = self.tokenizer.encode(self.config.train.sample_prompt, add_bos=False) or [self.tokenizer.eos_id()]
+        sampling = Sampling(max_new_tokens=64)
+        tokens = generate(self.trainer.model, prompt, sampling, self.tokenizer.eos_id(), self.trainer.compute_dtype)
+        if self.reporter is not None:
+            text = self.tokenizer.decode([*prompt, *tokens])
+            self.reporter.text(self.trainer.state.step, "sample", text)
+
+    # The loop
+
+    def _loader(self, dataset: Dataset, samples: int) -> Loader:
+        batch = self.config.train.micro_batch_size
+        return Loader(
+            dataset,
+            micro_batch_size=batch,
+            num_micro_batches=self.plan.accumulation,
+            dp_rank=self.mesh.dp.rank,
+            dp_size=self.mesh.dp.size,
+            consumed_samples=samples,
+            prefetch=self.config.data.prefetch,
+            device=self.mesh.device,
+        )
+
+    def loop(self) -> None:
+        """Train to the last step, pausing every so often to evaluate, to sample and to save."""
+        train, trainer = self.config.train, self.trainer
+        self.resume()
+        self._open_reporter()
+        saved = trainer.state.step
+        profiler = self._profiler()
+        with contextlib.closing(self._loader(self.train_data, trainer.state.samples)) as loader:
+            while trainer.state.step < train.steps:
+                self._watch()
+                began = time.perf_counter()
+                result = trainer.train_step(next(loader), stop=self.stop.asked)
+                step = trainer.state.step
+                self.report(result, time.perf_counter() - began)
+                if profiler is not None:
+                    profiler.step()
+                if self._evaluates and (step % train.eval_every == 0 or step == train.steps):
+                    self.evaluate()
+                if train.sample_every and step % train.sample_every == 0:
+                    self.sample()
+                every = self.config.checkpoint.every
+                if result.stop or step == train.steps or (every and step % every == 0):
+                    self._watch()
+                    self.save()
+                    saved = step
+                if result.stop and step < train.steps:
+                    raise Preempted(f"stopped at step {step} on request, saved; run again to continue")
+        if saved < trainer.state.step:
+            self.save()
+
+    def _watch(self) -> None:
+        """Dump every thread's stack into the log if the next step makes no progress for ``hang_timeout``."""
+        if self.stacks is None:
+            self.stacks = (self.folder / "logs" / f"rank_{self.mesh.world.rank}.stacks.txt").open("w")
+        faulthandler.dump_traceback_later(self.config.train.hang_timeout, file=self.stacks)
+
+    stacks: IO[str] | None = None
+
+    def _profiler(self) -> torch.profiler.profile | None:
+        """A torch profiler over the chosen steps of rank 0; its trace goes to the run folder."""
+        wanted = self.config.train.profile
+        if wanted is None or not self.lead:
+            return None
+        schedule = torch.profiler.schedule(wait=max(0, wanted.start - 2), warmup=1, active=wanted.steps, repeat=1)
+        trace = str(self.folder / "trace.json")
+        profiler = torch.profiler.profile(schedule=schedule, on_trace_ready=lambda p: p.export_chrome_trace(trace))
+        profiler.start()
+        return profiler
+
+
+def _prepare_folder(config: Config, rank: Rank) -> None:
+    """The run folder's files that say what runs, and the log of this rank."""
+    (config.folder / "logs").mkdir(parents=True, exist_ok=True)
+    if rank.rank == 0:
+        (config.folder / "config.yaml").write_text(to_yaml(config), encoding="utf-8")
+    logging.basicConfig(
+        format="%(message)s", level=logging.INFO if rank.rank == 0 else logging.WARNING, stream=sys.stdout
+    )
+
+
+def die_with_parent() -> None:
+    """Ask the kernel to kill this process when its parent goes: no rank trains on after its launcher has died."""
+    ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+
+
+def train(config: Config) -> None:
+    """Run one rank to its end; the process exits here on any failure, with the documented exit code."""
+    rank = read_rank()
+    if rank.size > 1:
+        die_with_parent()
+    plan = make_plan(config, rank.size)
+    Faults.parse(rank.faults)
+    try:
+        with locked(config.folder, rank):
+            _prepare_folder(config, rank)
+            stop = StopRequest()
+            device = pick_device(rank)
+            with process_group(rank, device, config.train.hang_timeout):
+                mesh = build_mesh({"dp_replicate": plan.dp, "tp": plan.tp}, device)
+                assert mesh is not None
+                run = Run(config, plan, rank, mesh, stop)
+                try:
+                    run.loop()
+                finally:
+                    faulthandler.cancel_dump_traceback_later()
+                    if run.reporter is not None:
+                        run.reporter.close()
+    except BaseException as error:
+        die(error)

@@ -1,0 +1,157 @@
+"""The training step: one batch from the loader through the model to new weights."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megatron_lite.checkpoint import Piece
+from megatron_lite.config import Config
+from megatron_lite.dist import comm, random, shard
+from megatron_lite.dist.mesh import Axis, Mesh
+from megatron_lite.dist.shard import ShardSpec
+from megatron_lite.errors import NonFiniteError
+from megatron_lite.faults import Faults
+from megatron_lite.layers.loss import IGNORED
+from megatron_lite.models.decoder import Decoder
+from megatron_lite.optim import build_optimizer, learning_rate
+from megatron_lite.parallel.ddp import DataParallel
+from megatron_lite.parallel.engine import Engine
+from megatron_lite.parallel.plan import Plan
+from megatron_lite.parallel.recompute import apply_recompute
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
+
+
+def model_tensors(model: Decoder) -> dict[str, tuple[Tensor, ShardSpec]]:
+    """A model's weights under the names that checkpoints use."""
+    return {f"model.{name}": (parameter.detach(), spec) for name, parameter, spec in shard.named_shards(model)}
+
+
+def pieces(tensors: Mapping[str, tuple[Tensor, ShardSpec]], tp: Axis) -> dict[str, Piece]:
+    """Local tensors as the pieces of a checkpoint."""
+    return {name: Piece(tensor, spec.shape, spec.boxes(tp.rank, tp.size)) for name, (tensor, spec) in tensors.items()}
+
+
+@dataclass
+class TrainState:
+    """Every number that a resumed run continues from, beside weights and optimizer state.
+
+    ``step``: steps done. ``updates``: those that changed the weights (a skipped batch does not).
+    ``samples``: samples consumed, the loader's whole position.
+    """
+
+    step: int = 0
+    updates: int = 0
+    samples: int = 0
+    skipped: int = 0
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What one step reports: mean loss per target token, global gradient norm before clipping, learning rate."""
+
+    loss: float
+    grad_norm: float
+    lr: float
+    tokens: int
+    stop: bool
+    skipped: bool = False
+
+
+class Trainer:
+    """Model, engine and state of one run on this rank; ``train_step`` is the whole of training."""
+
+    def __init__(self, config: Config, mesh: Mesh, plan: Plan, faults: Faults) -> None:
+        self.config, self.mesh, self.plan, self.faults = config, mesh, plan, faults
+        self.compute_dtype = DTYPES[config.train.precision]
+        master = torch.promote_types(self.compute_dtype, torch.float32)
+        with torch.device(mesh.device):
+            self.model = Decoder(config.model, mesh.tp, sp=plan.sp).to(master)
+        shard.check_model(self.model, mesh.tp.size)
+        shard.initialize(self.model, config.run.seed, mesh.tp)
+        apply_recompute(self.model.blocks, config.parallel.recompute)
+        if config.train.compile:
+            for block in self.model.blocks:
+                block.compile()
+        self.engine: Engine = DataParallel(
+            self.model, build_optimizer(self.model, config.optim), mesh, config.parallel.bucket_mb
+        )
+        self.state = TrainState()
+
+    def loss(self, batch: Any, *, training: bool) -> Tensor:
+        """Sum of the cross entropies of one micro batch."""
+        seed = random.mix(self.config.run.seed, batch.index) if training else None
+        return self.model(
+            batch.tokens,
+            batch.targets,
+            positions=batch.positions,
+            document_ids=batch.document_ids,
+            seed=seed,
+            dtype=self.compute_dtype,
+        )
+
+    def train_step(self, micro_batches: list[Any], *, stop: bool = False) -> StepResult:
+        """One step over this rank's micro batches: forward, backward, reduce, clip, update.
+
+        ``stop``: this rank was asked to stop; the result says whether any rank was. Raises NonFiniteError on every
+        rank, before the update, when the global loss or gradient norm is not finite.
+        """
+        state, mesh, step = self.state, self.mesh, self.state.step + 1
+        counts = torch.stack([(batch.targets != IGNORED).sum() for batch in micro_batches]).sum()
+        tokens = comm.all_reduce(counts, mesh.dp)
+
+        total = torch.zeros((), dtype=torch.float64, device=mesh.device)
+        for i, batch in enumerate(micro_batches):
+            self.faults.at("fwd", step)
+            loss = self.faults.poison(self.loss(batch, training=True) / tokens, step)
+            self.faults.at("bwd", step)
+            self.engine.backward(loss, last=i == len(micro_batches) - 1)
+            total += loss.detach()
+
+        norm = self.engine.finish_gradients()
+        # Every tp rank holds the same loss: divided by tp, the sum over the world is the sum over dp.
+        agreed = comm.all_reduce(torch.stack((total / mesh.tp.size, total.new_tensor(float(stop)))), mesh.world)
+        loss_value, stops, norm_value = (*agreed.tolist(), norm.item())
+
+        lr = learning_rate(self.config.optim, state.step, self.config.train.steps)
+        finite = math.isfinite(loss_value) and math.isfinite(norm_value)
+        if finite:
+            self.faults.at("optim", step)
+            if self.config.optim.clip > 0:
+                self.engine.clip(norm, self.config.optim.clip)
+            self.engine.step(lr)
+            state.updates += 1
+        else:
+            self._refuse(step, loss_value, norm_value)
+        state.step = step
+        state.samples += self.config.train.global_batch_size
+        return StepResult(loss_value, norm_value, lr, int(tokens), stops > 0, skipped=not finite)
+
+    def _refuse(self, step: int, loss: float, norm: float) -> None:
+        """A step that must not touch the weights: count it as skipped where the config allows, else stop the run."""
+        state, size = self.state, self.config.train.global_batch_size
+        self.engine.drop_gradients()
+        if state.skipped >= self.config.train.skip_bad_batches:
+            raise NonFiniteError(
+                f"step {step}: loss {loss:g}, gradient norm {norm:g} on samples {state.samples} to "
+                f"{state.samples + size - 1}; the weights of step {step - 1} are untouched "
+                f"(train.skip_bad_batches={self.config.train.skip_bad_batches})"
+            )
+        state.skipped += 1
+
+    @torch.no_grad()
+    def evaluate(self, steps: list[list[Any]]) -> float:
+        """Mean loss per target token over validation batches, the same on every rank."""
+        sums = torch.zeros(2, dtype=torch.float64, device=self.mesh.device)
+        for micro_batches in steps:
+            for batch in micro_batches:
+                sums[0] += self.loss(batch, training=False)
+                sums[1] += (batch.targets != IGNORED).sum()
+        total, count = comm.all_reduce(sums, self.mesh.dp).tolist()
+        return total / count

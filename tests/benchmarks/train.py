@@ -1,0 +1,195 @@
+"""Training speed and memory of one rank against bare PyTorch and transformers, side by side.
+
+    python tests/benchmarks/train.py [--dtype=float32] [--rounds=5] [--contenders=ours,bare]
+
+Every contender trains the same 8-layer Llama on the same tokens, in its own process with the same number of threads.
+Processes are prepared first and then take turns, one step at a time, so that a slow moment of the machine meets all
+of them; figures are medians. Peak memory is the process's, less what it held before the model was built.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import resource
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from types import SimpleNamespace
+
+VOCAB, HIDDEN, LAYERS, HEADS, FFN, SEQ, BATCH = 32000, 512, 8, 8, 1376, 512, 4
+THREADS = 2
+LR = 1e-4
+
+
+def bare(dtype: str, compiled: bool) -> Callable[[int], float]:
+    """A hand-written loop: SDPA, fused AdamW, autocast for bfloat16."""
+    import torch
+    import torch.nn.functional as F
+    from torch import nn
+
+    class Block(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm1, self.norm2 = nn.RMSNorm(HIDDEN, eps=1e-5), nn.RMSNorm(HIDDEN, eps=1e-5)
+            self.qkv, self.out = nn.Linear(HIDDEN, 3 * HIDDEN, bias=False), nn.Linear(HIDDEN, HIDDEN, bias=False)
+            self.gate_up, self.down = nn.Linear(HIDDEN, 2 * FFN, bias=False), nn.Linear(FFN, HIDDEN, bias=False)
+
+        def forward(self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+            b, s, _ = x.shape
+            q, k, v = self.qkv(self.norm1(x)).view(b, s, 3, HEADS, -1).permute(2, 0, 3, 1, 4)
+
+            def rotate(t: torch.Tensor) -> torch.Tensor:
+                first, second = t.chunk(2, -1)
+                return torch.cat((first * cos - second * sin, second * cos + first * sin), -1).to(v.dtype)
+
+            y = F.scaled_dot_product_attention(rotate(q), rotate(k), v, is_causal=True)
+            x = x + self.out(y.transpose(1, 2).reshape(b, s, HIDDEN))
+            gate, up = self.gate_up(self.norm2(x)).chunk(2, -1)
+            return x + self.down(F.silu(gate) * up)
+
+    class Llama(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.embedding = nn.Embedding(VOCAB, HIDDEN)
+            self.blocks = nn.ModuleList(Block() for _ in range(LAYERS))
+            self.norm, self.head = nn.RMSNorm(HIDDEN, eps=1e-5), nn.Linear(HIDDEN, VOCAB, bias=False)
+            width = HIDDEN // HEADS
+            angles = torch.outer(torch.arange(SEQ).float(), 10000.0 ** (-torch.arange(0, width, 2).float() / width))
+            self.register_buffer("cos", angles.cos())
+            self.register_buffer("sin", angles.sin())
+
+        def forward(self, tokens: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+            x = self.embedding(tokens)
+            for block in self.blocks:
+                x = block(x, self.cos, self.sin)
+            return F.cross_entropy(self.head(self.norm(x)).view(-1, VOCAB), targets.view(-1))
+
+    model = Llama()
+    run = torch.compile(model) if compiled else model
+    return _plain_loop(model, lambda tokens, targets: run(tokens, targets), dtype)
+
+
+def transformers(dtype: str, compiled: bool) -> Callable[[int], float]:
+    """The same loop around transformers' LlamaForCausalLM."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(
+        vocab_size=VOCAB,
+        hidden_size=HIDDEN,
+        intermediate_size=FFN,
+        num_hidden_layers=LAYERS,
+        num_attention_heads=HEADS,
+        max_position_embeddings=SEQ,
+        use_cache=False,
+    )
+    model = LlamaForCausalLM(config)
+    run = torch.compile(model) if compiled else model
+    # transformers shifts the labels itself; the loss runs over one token less.
+    return _plain_loop(model, lambda tokens, targets: run(input_ids=tokens, labels=tokens).loss, dtype)
+
+
+def _plain_loop(model, loss_of, dtype: str) -> Callable[[int], float]:
+    import torch
+
+    optimizer = torch.optim.AdamW(model.parameters(), lr=LR, fused=True)
+    generator = torch.Generator().manual_seed(0)
+
+    def step(_: int) -> float:
+        tokens = torch.randint(0, VOCAB, (BATCH, SEQ + 1), generator=generator)
+        with torch.autocast("cpu", torch.bfloat16, enabled=dtype == "bfloat16"):
+            loss = loss_of(tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous())
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        return loss.item()
+
+    return step
+
+
+def ours(dtype: str, compiled: bool) -> Callable[[int], float]:
+    """This project's train_step."""
+    import torch
+
+    from megatron_lite.config import parse_config
+    from megatron_lite.dist.mesh import solo_mesh
+    from megatron_lite.faults import Faults
+    from megatron_lite.parallel.plan import make_plan
+    from megatron_lite.trainer import Trainer
+
+    model = {
+        "vocab_size": VOCAB,
+        "hidden_size": HIDDEN,
+        "num_layers": LAYERS,
+        "num_heads": HEADS,
+        "ffn_size": FFN,
+        "max_seq_len": SEQ,
+    }
+    train = {"global_batch_size": BATCH, "micro_batch_size": BATCH, "precision": dtype, "compile": compiled}
+    data = {"train": [{"path": "unused"}], "seq_len": SEQ}
+    config = parse_config({"model": model, "data": data, "train": train, "optim": {"lr": LR, "schedule": "constant"}})
+    trainer = Trainer(config, solo_mesh(), make_plan(config, 1), Faults.none())
+    generator = torch.Generator().manual_seed(0)
+
+    def step(number: int) -> float:
+        tokens = torch.randint(0, VOCAB, (BATCH, SEQ + 1), generator=generator)
+        parts = {"tokens": tokens[:, :-1].contiguous(), "targets": tokens[:, 1:].contiguous()}
+        batch = SimpleNamespace(**parts, positions=None, document_ids=None, index=number * BATCH)
+        return trainer.train_step([batch]).loss
+
+    return step
+
+
+MAKERS = {"ours": ours, "bare": bare, "transformers": transformers}
+
+
+def _contender(pipe, name: str, dtype: str) -> None:
+    import torch
+
+    torch.set_num_threads(THREADS)
+    torch.manual_seed(0)
+    torch.ones(8, 8) @ torch.ones(8, 8)
+    maker, _, mode = name.partition("-")
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    step = MAKERS[maker](dtype, mode == "compiled")
+    while (number := pipe.recv()) is not None:
+        began = time.perf_counter()
+        loss = step(number)
+        pipe.send((time.perf_counter() - began, loss, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before))
+    os._exit(0)
+
+
+def main(dtype: str = "float32", rounds: int = 5, contenders: str = "") -> None:
+    names = contenders.split(",") if contenders else ["ours", "bare", "transformers", "ours-compiled", "bare-compiled"]
+    context = multiprocessing.get_context("spawn")
+    pipes = {}
+    for name in names:
+        pipes[name], theirs = context.Pipe()
+        context.Process(target=_contender, args=(theirs, name, dtype), daemon=True).start()
+    seconds: dict[str, list[float]] = {name: [] for name in names}
+    memory, losses = {}, {}
+    for number in range(rounds + 2):  # two to warm up and compile
+        for name, pipe in pipes.items():
+            pipe.send(number)
+            taken, losses[name], memory[name] = pipe.recv()
+            if number >= 2:
+                seconds[name].append(taken)
+    print(f"{dtype}, {THREADS} threads, {rounds} rounds: median of the paired ratios against bare eager")
+    print(f"{'':<16}{'tokens/s':>10}{'ratio':>8}{'peak MiB':>10}{'ratio':>8}{'loss':>9}")
+    reference = "bare" if "bare" in names else names[0]
+    for name in names:
+        rate = BATCH * SEQ / statistics.median(seconds[name])
+        ratio = statistics.median(r / s for r, s in zip(seconds[reference], seconds[name], strict=True))
+        print(
+            f"{name:<16}{rate:>10.0f}{ratio:>8.2f}{memory[name] / 1024:>10.0f}"
+            f"{memory[name] / memory[reference]:>8.2f}{losses[name]:>9.4f}"
+        )
+        pipes[name].send(None)
+
+
+if __name__ == "__main__":
+    pairs = (argument.lstrip("-").split("=") for argument in sys.argv[1:])
+    main(**{key: int(value) if value.isdigit() else value for key, value in pairs})
