@@ -91,14 +91,13 @@ class Source:
         first = self.start + sample * self.seq_len
         into[:] = self.data.tokens[first : first + self.seq_len + 1]
 
-    def document_starts(self, sample: int) -> np.ndarray:
-        """The offsets within window ``sample`` at which a document starts, 0 included, the extra token included."""
+    def document_starts(self, sample: int) -> list[int]:
+        """The offsets in window ``sample`` at which a document starts, beyond its first token."""
         first = self.start + sample * self.seq_len
         documents = range(self.data.num_documents)
         low = bisect_left(documents, first + 1, key=self._document_start)
         high = bisect_left(documents, first + self.seq_len + 1, lo=low, key=self._document_start)
-        inside = {self._document_start(document) - first for document in range(low, high)}
-        return np.array(sorted({0} | inside), np.int64)
+        return sorted({self._document_start(document) - first for document in range(low, high)})
 
 
 @dataclass(frozen=True)
@@ -145,26 +144,28 @@ class Dataset:
     def batch(self, index: int, which: np.ndarray, window: np.ndarray) -> Batch:
         """The micro batch of the given windows; ``index`` is the position of its first."""
         rows = np.empty((len(window), self.seq_len + 1), np.int64)
-        for row, number, sample in zip(rows, which.tolist(), window.tolist(), strict=True):
-            self.sources[number].read(sample, into=row)
+        origins = [
+            (self.sources[number], sample) for number, sample in zip(which.tolist(), window.tolist(), strict=True)
+        ]
+        for row, (source, sample) in zip(rows, origins, strict=True):
+            source.read(sample, into=row)
         if self.vocab_size is not None and rows.max() >= self.vocab_size:
-            row = int(np.argmax(rows.max(axis=1) >= self.vocab_size))
+            bad = int(np.argmax(rows.max(axis=1)))
             raise DataError(
-                f"{self.sources[which[row]].data.prefix}: token {rows[row].max()}, but the vocabulary has "
-                f"{self.vocab_size} entries; it was made with another tokenizer"
+                f"{origins[bad][0].data.prefix}: token {rows[bad].max()}, but the vocabulary has {self.vocab_size} "
+                "entries; it was made with another tokenizer"
             )
-        tokens, targets = torch.from_numpy(rows[:, :-1]), torch.from_numpy(rows[:, 1:])
         if not self.document_mask:
-            return Batch(tokens, targets, None, None, index)
-        ids = np.zeros_like(rows)
-        positions = np.tile(np.arange(self.seq_len + 1), (len(rows), 1))
-        for row, number, sample in zip(range(len(rows)), which.tolist(), window.tolist(), strict=True):
-            for start in self.sources[number].document_starts(sample)[1:]:
-                ids[row, start:] += 1
-                positions[row, start:] = np.arange(self.seq_len + 1 - start)
-        rows[:, 1:][ids[:, 1:] != ids[:, :-1]] = IGNORED
-        tokens = torch.from_numpy(rows[:, :-1].copy())
-        return Batch(tokens, targets, *(torch.from_numpy(x[:, :-1]) for x in (positions, ids)), index)
+            return Batch(torch.from_numpy(rows[:, :-1]), torch.from_numpy(rows[:, 1:]), None, None, index)
+        targets, positions, ids = rows[:, 1:].copy(), np.empty_like(rows), np.zeros_like(rows)
+        positions[:] = np.arange(self.seq_len + 1)
+        for number, (source, sample) in enumerate(origins):
+            for start in source.document_starts(sample):
+                ids[number, start:] += 1
+                positions[number, start:] = np.arange(self.seq_len + 1 - start)
+        targets[ids[:, 1:] != ids[:, :-1]] = IGNORED  # no document says how the next one starts
+        inputs = [torch.from_numpy(x[:, :-1]) for x in (rows, positions, ids)]
+        return Batch(inputs[0], torch.from_numpy(targets), inputs[1], inputs[2], index)
 
 
 def build_dataset(data: DataConfig, seed: int, split: Split, vocab_size: int | None = None) -> Dataset:
@@ -192,8 +193,8 @@ def build_dataset(data: DataConfig, seed: int, split: Split, vocab_size: int | N
 class Loader:
     """Endless steps of micro batches for one dp rank: ``next(loader)`` is a list of ``num_micro_batches`` batches.
 
-    Micro batch ``i`` of dp rank ``r`` takes the positions from ``consumed + (i × dp_size + r) × micro_batch_size`` on, so
-    a global batch holds the same samples however it is cut. ``prefetch`` steps are read ahead in a thread (0: none).
+    Micro batch i of dp rank r takes the positions from ``consumed + (i × dp_size + r) × micro_batch_size`` on, so a
+    global batch holds the same samples however it is cut. ``prefetch`` steps are read ahead in a thread (0: none).
     """
 
     def __init__(
