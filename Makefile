@@ -15,6 +15,20 @@ $(VENV)/.dev: pyproject.toml constraints.txt
 	$(BIN)/pip install -q --disable-pip-version-check -c constraints.txt -e '.[dev]'
 	touch $@ $(VENV)/.demo
 
+# From nothing to a model that writes Python, on this machine's CPU. Everything it makes is in demo/.
+demo: $(VENV)/.demo
+	$(BIN)/python -m data_tools corpus --source=python-stdlib --out=demo/corpus
+	$(BIN)/python -m data_tools tokenizer --input='demo/corpus/*.jsonl' --vocab_size=4096 --out=demo/tokenizer
+	$(BIN)/python -m data_tools tokenize --input='demo/corpus/*.jsonl' --tokenizer=demo/tokenizer.model --out=demo/python --workers=2
+	$(BIN)/python -m data_tools inspect demo/python --samples=0
+	$(BIN)/python -m launch run configs/demo.yaml --nproc=2
+	@echo; echo 'A sample, at temperature 0.7:'; echo
+	$(BIN)/python -m megatron_lite generate demo/runs/demo --prompt='import os' --temperature=0.7 --top_k=50
+	@echo; echo 'Compare the validation loss above with the unigram entropy: a model that knows only frequencies.'
+	@echo 'Curves:      $(BIN)/tensorboard --logdir demo/runs'
+	@echo 'Checkpoint:  $(BIN)/python -m megatron_lite ckpt inspect demo/runs/demo'
+	@echo 'Go on:       $(BIN)/python -m launch run configs/demo.yaml --nproc=2 --train.steps=1200'
+
 test: $(VENV)/.dev
 	$(BIN)/python -m pytest
 

@@ -17,6 +17,7 @@ from megatron_lite.errors import ConfigError, DataError
 
 _BAR = 40  # columns
 _SHOWN = 60  # tokens at the start of each sample
+_CHUNK = 1 << 24  # tokens counted at once
 
 
 def inspect(prefix: str, samples: int = 3, tokenizer: str = "") -> None:
@@ -51,6 +52,7 @@ def _facts(dataset: IndexedDataset, card: dict[str, Any] | None) -> str:
         "tokens": f"{dataset.num_tokens:,} ({dataset.dtype})",
         "documents": f"{dataset.num_documents:,}",
         "sequences": f"{dataset.num_sequences:,}",
+        "unigram entropy": f"{_unigram_entropy(dataset):.3f} nats a token, a model's loss that knows only frequencies",
         "fingerprint": dataset.fingerprint(),
         "card": "none" if card is None else dataset_file(dataset.prefix, ".card.json"),
     }
@@ -60,6 +62,18 @@ def _facts(dataset: IndexedDataset, card: dict[str, Any] | None) -> str:
         if key not in ("documents", "sequences", "tokens", "dtype"):
             facts[key] = value
     return "\n".join(f"{key:<17} {_printable(str(value))}" for key, value in facts.items())
+
+
+def _unigram_entropy(dataset: IndexedDataset) -> float:
+    """The entropy of the token frequencies, in nats: the loss to beat. Reads every token, in bounded memory."""
+    counts = np.zeros(0, np.int64)
+    for start in range(0, dataset.num_tokens, _CHUNK):
+        dataset.check_unchanged()
+        more = np.bincount(dataset.tokens[start : start + _CHUNK])
+        counts = np.pad(counts, (0, max(0, len(more) - len(counts))))
+        counts[: len(more)] += more
+    shares = counts[counts > 0] / max(dataset.num_tokens, 1)
+    return float(-(shares * np.log(shares)).sum())
 
 
 def _document_lengths(dataset: IndexedDataset) -> np.ndarray:

@@ -70,16 +70,18 @@ def prove(
 
 
 def ckpt(action: str, path: str) -> None:
-    """Look into a checkpoint: ckpt inspect PATH, ckpt verify PATH."""
+    """Look into a checkpoint: ckpt inspect PATH, ckpt verify PATH. PATH is a checkpoint, or a run: its latest one."""
     actions = ("inspect", "verify")
     if action not in actions:
         raise ConfigError(f"unknown action {action!r}{cli.nearest(action, actions)}; there are: {', '.join(actions)}")
+    from megatron_lite.checkpoint import find
     from megatron_lite.checkpoint import inspect as look
 
+    found = find(Path(path))
     if action == "inspect":
-        look.inspect(Path(path))
+        look.inspect(found)
     else:
-        print(look.verify(Path(path)))
+        print(look.verify(found))
 
 
 COMMANDS: dict[str, cli.Command] = {

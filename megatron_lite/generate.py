@@ -104,7 +104,7 @@ def generate_text(path: Path, prompt: str, sampling: Sampling, dtype: torch.dtyp
     with process_group(rank, device, timeout_seconds=600.0):
         mesh = build_mesh({"tp": rank.size}, device)
         assert mesh is not None
-        found = checkpoint.open_checkpoint(path, mesh.world)
+        found = checkpoint.open_checkpoint(checkpoint.find(path), mesh.world)
         config = parse_config(parse_yaml(found.extra("config.yaml").decode(), str(path / "config.yaml")))
         check_tp(config, rank.size)
         tokenizer = SentencePieceProcessor(model_proto=found.extra("tokenizer.model"))

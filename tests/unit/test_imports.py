@@ -19,7 +19,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     M + "errors": (),
     M + "cli": (),
     M + "config": (M + "cli", M + "data.tokenizer"),
-    M + "data": (),
+    M + "data": (M + "dist.random", M + "layers.loss"),
     M + "dist": (),
     M + "layers": (M + "dist",),
     M + "models": (M + "layers", M + "dist"),
