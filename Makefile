@@ -23,7 +23,7 @@ demo: $(VENV)/.demo
 	$(BIN)/python -m data_tools inspect demo/python --samples=0
 	$(BIN)/python -m launch run configs/demo.yaml --nproc=2
 	@echo; echo 'A sample, at temperature 0.7:'; echo
-	$(BIN)/python -m megatron_lite generate demo/runs/demo --prompt='import os' --temperature=0.7 --top_k=50
+	$(BIN)/python -m megatron_lite generate demo/runs/demo --prompt='def __init__(self' --temperature=0.7 --top_k=50
 	@echo; echo 'Compare the validation loss above with the unigram entropy: a model that knows only frequencies.'
 	@echo 'Curves:      $(BIN)/tensorboard --logdir demo/runs'
 	@echo 'Checkpoint:  $(BIN)/python -m megatron_lite ckpt inspect demo/runs/demo'

@@ -121,8 +121,8 @@ def record(
 ) -> Iterator[Record]:
     """Train ``steps`` steps on this mesh and yield each step's record, whole on every rank. Collective.
 
-    ``prepare`` may change the trainer first: tests plant their bugs with it. Raises AssertionError when data-parallel
-    ranks disagree about a gradient or weight that they should share.
+    Where ranks disagree about a tensor that they should share, the copy that is furthest from this rank's is recorded.
+    ``prepare`` may change the trainer first: tests plant their bugs with it.
     """
     trainer = Trainer(config, mesh, make_plan(config, mesh.world.size), Faults.none())
     if prepare is not None:
@@ -132,11 +132,9 @@ def record(
     def note(kind: str, shards: dict[str, tuple[Tensor, ShardSpec]]) -> None:
         names = list(shards) if kind == "weights" else list(reversed(shards))  # backward ends at the embedding
         for name in names:
-            local, spec = shards[name]
-            whole = _gather(local, spec, mesh)
-            peers = comm.gather_objects(float(whole.double().sum()), mesh.dp)
-            assert len(set(peers)) == 1, f"data-parallel ranks hold different {kind} of {name}: {peers}"
-            noted[f"{kind}/{name}"] = whole
+            whole = _gather(*shards[name], mesh)
+            copies = comm.all_gather(whole.unsqueeze(0), mesh.world)
+            noted[f"{kind}/{name}"] = max(copies, key=lambda copy: float((copy - whole).abs().max()))
 
     trainer.engine = _RecordingEngine(trainer.engine, note)
     sizes = [torch.zeros((), dtype=torch.float64) for _ in trainer.model.blocks]

@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from megatron_lite.config import ModelConfig
 from megatron_lite.dist import comm, random
 from megatron_lite.dist.mesh import Axis
-from megatron_lite.dist.shard import ShardSpec, attach
 from megatron_lite.layers.attention import Attention, Context, KeyValueCache
 from megatron_lite.layers.embedding import VocabParallelEmbedding
+from megatron_lite.layers.linear import ColumnParallelLinear
 from megatron_lite.layers.loss import linear_cross_entropy
 from megatron_lite.layers.mlp import MLP
 from megatron_lite.layers.norm import LayerNorm, RMSNorm
@@ -90,15 +90,14 @@ class Decoder(nn.Module):
         self.blocks = nn.ModuleList(Block(config, layer, tp, sp=sp) for layer in range(config.num_layers))
         norm = LayerNorm if config.family == "gpt2" else RMSNorm
         self.norm = norm(hidden, tp, sp=sp, eps=config.norm_eps)
-        self.head: nn.Parameter | None = None
+        self.head: ColumnParallelLinear | None = None  # its product is the loss's
         if not config.tie_embeddings:
-            spec = ShardSpec((vocab, hidden), dim=0)
-            self.head = attach(nn.Parameter(torch.empty(spec.local_shape(tp.size))), spec, std)
+            self.head = ColumnParallelLinear(hidden, vocab, tp, bias=False, sp=sp, std=std)
 
     @property
     def head_weight(self) -> Tensor:
         """This rank's rows of the output projection."""
-        return self.embedding.weight if self.head is None else self.head
+        return self.embedding.weight if self.head is None else self.head.weight
 
     @contextlib.contextmanager
     def whole_tokens(self) -> Iterator[None]:

@@ -72,8 +72,8 @@ def assert_same_run(run_dir: Path, reference: Path, *, steps: int = 12) -> None:
     assert shards
     for file in shards:
         assert ours[file].read_bytes() == theirs[file].read_bytes(), f"{name}/{file} differs"
-    states = [json.loads((d / "checkpoints" / name / "manifest.json").read_text()) for d in (run_dir, reference)]
-    assert states[0]["state"]["train"] == states[1]["state"]["train"]
+    states = [json.loads((d / "checkpoints" / name / "state.json").read_text()) for d in (run_dir, reference)]
+    assert states[0] == states[1]
 
 
 class TinyRuns:

@@ -1,0 +1,100 @@
+"""Layouts to compare: a tiny model, a dataset, and what one process computes as the truth."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from megatron_lite.config import Config, parse_config
+from megatron_lite.dist import shard
+from megatron_lite.dist.mesh import build_mesh, solo_mesh
+from megatron_lite.prove import Record, Row, compare, record
+from megatron_lite.trainer import Trainer
+
+Change = Callable[[Trainer], None]
+
+STEPS, SEQ_LEN, GLOBAL_BATCH, TOLERANCE = 2, 16, 8, 1e-10
+SIZES = {"hidden_size": 32, "num_layers": 2, "num_heads": 4, "ffn_size": 64, "max_seq_len": SEQ_LEN}
+TREE: dict[str, dict[str, Any]] = {
+    "model": {**SIZES, "vocab_size": 101, "vocab_multiple": 8, "init_std": 0.2},  # padded to 104
+    "data": {"seq_len": SEQ_LEN},
+    "optim": {"lr": 1e-2, "clip": 0.1},
+    "parallel": {},
+    "train": {"global_batch_size": GLOBAL_BATCH, "precision": "float64"},
+}
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Ranks 0 to dp × tp - 1 of the world, and how they work."""
+
+    dp: int = 1
+    tp: int = 1
+    accumulation: int = 1
+    parallel: Mapping[str, Any] = field(default_factory=dict)
+    compile: bool = False
+
+    def config(self, data: str, changes: Mapping[str, Mapping[str, Any]]) -> Config:
+        """The tiny model with ``changes`` to some sections, trained on the dataset at ``data`` in this layout."""
+        own = {
+            "data": {"train": [{"path": data}]},
+            "parallel": {"tp": self.tp, **self.parallel},
+            "train": {"micro_batch_size": GLOBAL_BATCH // self.dp // self.accumulation, "compile": self.compile},
+        }
+        return parse_config({name: {**TREE[name], **own.get(name, {}), **changes.get(name, {})} for name in TREE})
+
+
+def ruffle(trainer: Trainer) -> None:
+    """Add a wave to every parameter: those that start as zeros or ones would hide a missing or doubled term."""
+    tp = trainer.mesh.tp
+    with torch.no_grad():
+        for _, parameter, spec in shard.named_shards(trainer.model):
+            wave = 0.01 * torch.arange(math.prod(spec.shape), dtype=torch.float64).sin().view(spec.shape)
+            parameter += spec.take(wave, tp.rank, tp.size)
+
+
+def train(layout: Layout, data: str, changes: Mapping[str, Mapping[str, Any]], plant: Change | None) -> list[Record]:
+    """The records of ``STEPS`` steps on the first ranks of the world, from ruffled weights; ``plant`` may then spoil
+    the trainer. Every rank of the world calls this; a rank without a part in it gets nothing."""
+    degrees = {"dp_replicate": layout.dp, "tp": layout.tp}
+    size = layout.dp * layout.tp
+    mesh = solo_mesh() if size == 1 else build_mesh(degrees, torch.device("cpu"), ranks=range(size))
+    if mesh is None:
+        return []
+
+    def prepare(trainer: Trainer) -> None:
+        ruffle(trainer)
+        if plant is not None:
+            plant(trainer)
+
+    return list(record(layout.config(data, changes), mesh, STEPS, prepare))
+
+
+@dataclass(frozen=True)
+class Case:
+    """``layout`` against ``truth``, which takes one rank."""
+
+    layout: Layout
+    changes: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    truth: Layout = Layout()
+    plant: Change | None = None
+
+
+def run_cases(rank: int, size: int, data: str, cases: Mapping[str, Case]) -> dict[str, list[Row]]:
+    """On rank 0, for each case, one row a step and kind of tensor. All in one world: processes are what costs."""
+    rows: dict[str, list[Row]] = {}
+    truths: dict[str, list[Record]] = {}
+    for name, case in cases.items():
+        got = train(case.layout, data, case.changes, case.plant)
+        if rank:
+            continue
+        key = repr((case.truth, case.changes))
+        if key not in truths:
+            truths[key] = train(case.truth, data, case.changes, None)
+        steps = zip(truths[key], got, strict=True)
+        rows[name] = [row for step, (a, b) in enumerate(steps, 1) for row in compare(a, b, step, TOLERANCE)]
+    return rows

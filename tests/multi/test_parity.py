@@ -1,0 +1,145 @@
+"""The parity table: every layout trains what one process trains, in float64, with clipping on.
+
+Compared at each step: block outputs, loss, every gradient before and after clipping, every weight after the update.
+"""
+
+import pytest
+import torch
+
+from megatron_lite.dist.mesh import Axis
+from megatron_lite.dist.spawn import run_ranks
+from tests.kit.parity import STEPS, TOLERANCE, Case, Layout, run_cases
+from tests.kit.tiny import tiny_data
+
+MODELS = {
+    "llama": {},
+    "llama tied, grouped kv": {"num_kv_heads": 2, "tie_embeddings": True},
+    "llama 1 kv head, qkv bias": {"num_kv_heads": 1, "qkv_bias": True},
+    "gpt2": {"family": "gpt2"},
+    "gpt2 untied, grouped kv": {"family": "gpt2", "num_kv_heads": 2, "tie_embeddings": False},
+}
+SP = {"sp": True}
+LAYOUTS = {
+    "tp 2": Layout(tp=2),
+    "tp 4": Layout(tp=4),
+    "tp 2, sp": Layout(tp=2, parallel=SP),
+    "tp 4, sp": Layout(tp=4, parallel=SP),
+    "dp 2": Layout(dp=2),
+    "dp 4": Layout(dp=4),
+    "dp 2 × tp 2": Layout(dp=2, tp=2),
+    "dp 2 × tp 2, sp, accumulation 2": Layout(dp=2, tp=2, accumulation=2, parallel=SP),
+    "accumulation 4": Layout(accumulation=4),
+    "dp 2, accumulation 4, small buckets": Layout(dp=2, accumulation=4, parallel={"bucket_mb": 0.01}),
+    "selective recomputation": Layout(parallel={"recompute": "selective"}),
+    "full recomputation": Layout(parallel={"recompute": "full"}),
+    "tp 2, sp, selective recomputation": Layout(tp=2, parallel={**SP, "recompute": "selective"}),
+    "dp 2 × tp 2, sp, full recomputation": Layout(dp=2, tp=2, parallel={**SP, "recompute": "full"}),
+}
+DROPOUT = {"model": {"dropout": 0.1, "attention_dropout": 0.1}}
+ACCUMULATED = Layout(accumulation=2)  # dropout masks belong to micro batches, so these must be the same
+
+
+def table() -> dict[str, Case]:
+    cases = {
+        f"{model}: {layout}": Case(LAYOUTS[layout], {"model": MODELS[model]}) for model in MODELS for layout in LAYOUTS
+    }
+    for layout in ("dp 2 × tp 2", "tp 4, sp"):
+        cases[f"document mask: {layout}"] = Case(LAYOUTS[layout], {"data": {"document_mask": True}})
+        cases[f"gpt2, document mask: {layout}"] = Case(
+            LAYOUTS[layout], {"data": {"document_mask": True}, "model": {"family": "gpt2"}}
+        )
+    for recompute in ("none", "selective", "full"):
+        parallel = {"recompute": recompute}
+        cases[f"dropout, {recompute} recomputation: dp 2"] = Case(Layout(dp=2, parallel=parallel), DROPOUT, ACCUMULATED)
+        cases[f"dropout, {recompute} recomputation: accumulation"] = Case(
+            Layout(accumulation=2, parallel=parallel), DROPOUT, ACCUMULATED
+        )
+    residual = {"model": {"dropout": 0.1}}  # the mask is that of whole tokens, which tp does not split
+    cases["dropout of residuals: tp 2"] = Case(Layout(tp=2), residual)
+    scaling = {"type": "llama3", "factor": 4.0, "original_max_seq_len": 8}
+    cases["scaled rotation: tp 2, sp"] = Case(LAYOUTS["tp 2, sp"], {"model": {"rope_scaling": scaling}})
+    cases["compiled"] = Case(Layout(compile=True))
+    cases["compiled: tp 2, sp"] = Case(Layout(tp=2, parallel=SP, compile=True))
+    return cases
+
+
+CASES = table()
+
+
+def no_sum(trainer):
+    """One attention layer passes on its partial sum."""
+    out = trainer.model.blocks[1].attention.out
+    out.forward = lambda x: x @ out.weight.t()
+
+
+def no_norm_reduction(trainer):
+    """Under sequence parallelism a norm's gradient stays that of this rank's tokens."""
+    trainer.model.blocks[0].mlp_norm.partial = Axis("tp")
+
+
+def norm_of_the_shard(trainer):
+    """Clipping goes by the norm of this rank's shard."""
+    engine = trainer.engine
+    engine.finish_gradients = lambda: torch.stack([p.grad.square().sum() for p in engine.parameters]).sum().sqrt()
+
+
+def averaged_over_dp(trainer):
+    """Gradients are averaged, as DDP does, and clipping would hide it."""
+    engine, finish = trainer.engine, trainer.engine.finish_gradients
+
+    def halved():
+        for gradient, _ in engine.gradients().values():
+            gradient /= 2
+        return finish()
+
+    engine.finish_gradients = halved
+
+
+def no_dp_reduction(trainer):
+    """Every data-parallel rank goes by its own gradient; the last bucket is forgotten."""
+    engine, finish = trainer.engine, trainer.engine.finish_gradients
+
+    def own():
+        norm = finish()
+        if trainer.mesh.dp.rank:
+            engine.parameters[0].grad *= 1.001
+        return norm
+
+    engine.finish_gradients = own
+
+
+def every_weight_decays(trainer):
+    """Weight decay reaches the norms, too."""
+    for group in trainer.engine.optimizer.param_groups:
+        group["weight_decay"] = 0.1
+
+
+BUGS = {  # what is planted in which layout, and where it shows first
+    no_sum: (Layout(tp=2), "block outputs", "blocks.1"),
+    no_norm_reduction: (Layout(tp=2, parallel=SP), "gradients", "blocks.0.mlp_norm.weight"),
+    norm_of_the_shard: (Layout(tp=2), "clipped gradients", "head.weight"),
+    averaged_over_dp: (Layout(dp=2), "gradients", "head.weight"),
+    no_dp_reduction: (Layout(dp=2), "gradients", "embedding.weight"),
+    every_weight_decays: (Layout(), "weights", "embedding.weight"),
+}
+
+
+@pytest.fixture(scope="module")
+def rows(tmp_path_factory):
+    data = str(tiny_data(tmp_path_factory.mktemp("parity")))
+    planted = {bug.__name__: Case(layout, plant=bug) for bug, (layout, _, _) in BUGS.items()}
+    return run_ranks(run_cases, 4, data, {**CASES, **planted}, timeout=110)[0]
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_equal(rows, case):
+    assert len(rows[case]) == 5 * STEPS
+    worst = max(rows[case], key=lambda row: row.difference)
+    assert worst.difference <= TOLERANCE, worst
+
+
+@pytest.mark.parametrize("bug", BUGS, ids=lambda bug: bug.__name__)
+def test_a_planted_bug_is_found_where_it_is(rows, bug):
+    _, kind, tensor = BUGS[bug]
+    first = next(row for row in rows[bug.__name__] if row.first_beyond is not None)
+    assert (first.step, first.kind, first.first_beyond[0]) == (1, kind, tensor)
