@@ -1,0 +1,29 @@
+"""FAULTS row 1: a rank is killed in the middle of a step."""
+
+import json
+import time
+from pathlib import Path
+
+from tests.kit.tiny import TinyRuns, assert_same_run
+
+
+def test_the_job_ends_at_once_and_names_the_rank(tiny: TinyRuns, tmp_path: Path) -> None:
+    result = tiny.run(tmp_path, faults="kill:rank=1:step=7:phase=bwd")
+    ended = time.time()
+    result.expect(
+        exit_code=5, stderr=r"error: rank 1 \(\S+, pid \d+\) was killed by SIGKILL \(out of memory\?\); log: "
+    )
+    killed = json.loads((tmp_path / "run" / "logs" / "rank_1.exit.json").read_text())["time"]
+    assert ended - killed < 5
+    outcome = json.loads((tmp_path / "run" / "outcome.json").read_text())
+    assert (outcome["exit_code"], outcome["rank"], outcome["step"]) == (5, 1, 6)
+
+
+def test_restarts_end_like_a_run_that_nothing_happened_to(tiny: TinyRuns, tmp_path: Path) -> None:
+    faults = (
+        "kill:rank=1:step=5:phase=fwd;kill:rank=0:step=7:phase=bwd:attempt=1;kill:rank=1:step=8:phase=optim:attempt=2"
+    )
+    result = tiny.run(tmp_path, "--max_restarts=3", faults=faults).expect(exit_code=0)
+    named = [line.split(" (")[0] for line in result.stderr.splitlines() if "was killed by SIGKILL" in line]
+    assert named == ["error: rank 1", "error: rank 0", "error: rank 1"]
+    assert_same_run(tmp_path / "run", tiny.reference)
