@@ -7,6 +7,7 @@ before and after clipping, every weight after the update.
 
 from __future__ import annotations
 
+import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -239,7 +240,7 @@ def prove(
     if steps < 1:
         raise ConfigError(f"--steps={steps}: expected at least 1")
     limit = TOLERANCES[dtype] if tolerance is None else tolerance
-    console = console or Console()
+    console = console or Console(width=None if sys.stdout.isatty() else 120)  # names whole in a log
     sides = [parse_side(text, config, dtype) for text in (a, b)]
     rows: list[Row] = []
     with tempfile.TemporaryDirectory(prefix="mlite-prove-") as folder:

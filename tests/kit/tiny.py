@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import yaml
 
-from megatron_lite.data.indexed import IndexedWriter
+from megatron_lite.data.indexed import IndexedDataset, IndexedWriter
 from tests.kit.jobs import PYTHON, Result, RunningJob, run_job, start_job
 from tests.kit.terminal import run_on_terminal
 
@@ -27,6 +27,23 @@ def tiny_data(folder: Path) -> Path:
             start, stride = rng.integers(0, VOCAB), rng.integers(1, 4)
             writer.add_document(((start + stride * np.arange(length)) % VOCAB).astype(np.uint16))
     return folder / "data"
+
+
+def append_document(data: Path) -> None:
+    """One short document more at the end."""
+    dataset = IndexedDataset(data)
+    texts = [np.array(dataset[i]) for i in range(dataset.num_sequences)]
+    with IndexedWriter(data, np.dtype(np.uint16)) as writer:
+        for text in [*texts, texts[0]]:
+            writer.add_document(text)
+
+
+def edit_token(data: Path) -> None:
+    """Another token in the middle; sizes stay as they are."""
+    path = Path(f"{data}.bin")
+    raw = bytearray(path.read_bytes())
+    raw[len(raw) // 4 * 2] ^= 1
+    path.write_bytes(raw)
 
 
 def tiny_config(folder: Path, data: Path, **changes: Any) -> Path:
@@ -77,14 +94,14 @@ def assert_same_run(run_dir: Path, reference: Path, *, steps: int = 12) -> None:
 
 
 class TinyRuns:
-    """Real launches of the tiny model on two tensor-parallel ranks; the run folder is ``FOLDER/run``.
+    """Real launches of the tiny model, split over two tensor-parallel ranks; the run folder is ``FOLDER/run``.
 
     ``faults`` is the trainer's fault language (``megatron_lite/faults.py``); ``slow`` makes each phase of a step take
     that many seconds longer, so that there is time to do something to the run.
     """
 
-    def __init__(self, data: Path, folder: Path) -> None:
-        self.data, self.folder = data, folder
+    def __init__(self, data: Path, folder: Path, ranks: int = 2) -> None:
+        self.data, self.folder, self.ranks = data, folder, ranks
 
     @cached_property
     def reference(self) -> Path:
@@ -106,8 +123,8 @@ class TinyRuns:
         return run_on_terminal(self._argv(folder, flags), typed, timeout=timeout, env=self._env("", slow))
 
     def _argv(self, folder: Path, flags: Sequence[str]) -> list[str]:
-        config = tiny_config(folder, self.data, parallel__tp=2)
-        return [PYTHON, "-m", "launch", "run", str(config), "--nproc=2", *flags]
+        config = tiny_config(folder, self.data, parallel__tp=self.ranks)
+        return [PYTHON, "-m", "launch", "run", str(config), f"--nproc={self.ranks}", *flags]
 
     def _env(self, faults: str, slow: float) -> dict[str, str]:
         return {"MLITE_FAULT": ";".join(filter(None, [faults, f"sleep:seconds={slow}" if slow else ""]))}

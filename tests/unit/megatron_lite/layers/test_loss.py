@@ -1,0 +1,74 @@
+"""The fused projection and cross entropy: what torch computes in two steps, without ever holding the logits."""
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from megatron_lite.dist.mesh import Axis
+from megatron_lite.layers import loss as module
+from megatron_lite.layers.loss import linear_cross_entropy
+
+TOKENS, HIDDEN, VOCAB, PADDED = 50, 16, 37, 40
+
+
+def inputs(dtype=torch.float64):
+    generator = torch.Generator().manual_seed(3)
+    hidden = torch.randn(TOKENS, HIDDEN, generator=generator, dtype=dtype).requires_grad_()
+    weight = torch.randn(PADDED, HIDDEN, generator=generator, dtype=torch.float64).to(
+        torch.promote_types(dtype, torch.float32)
+    )
+    targets = torch.randint(0, VOCAB, (TOKENS,), generator=generator)
+    targets[[0, 7, 8]] = -100
+    return hidden, weight.requires_grad_(), targets
+
+
+@pytest.mark.parametrize("chunk", [1, PADDED * 7, 1 << 23])
+def test_equal_to_torch(monkeypatch, chunk):
+    monkeypatch.setattr(module, "_CHUNK_ELEMENTS", chunk)
+    hidden, weight, targets = inputs()
+    loss = linear_cross_entropy(hidden, weight, targets, VOCAB, Axis("tp"), sp=False)
+    (3 * loss).backward()
+    got = loss.detach(), hidden.grad.clone(), weight.grad.clone()
+    hidden.grad = weight.grad = None
+    want = torch.nn.functional.cross_entropy((hidden @ weight.t())[:, :VOCAB], targets, reduction="sum")
+    (3 * want).backward()
+    for ours, theirs in zip(got, (want.detach(), hidden.grad, weight.grad), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
+    assert not got[2][VOCAB:].any(), "the padding of the vocabulary gets a gradient"
+
+
+def test_bfloat16_keeps_sums_in_float32():
+    hidden, weight, targets = inputs(torch.bfloat16)
+    loss = linear_cross_entropy(hidden, weight, targets, VOCAB, Axis("tp"), sp=False)
+    loss.backward()
+    assert (loss.dtype, hidden.grad.dtype, weight.grad.dtype) == (torch.float32, torch.bfloat16, torch.float32)
+    logits = hidden.double() @ weight.double().t()
+    want = torch.nn.functional.cross_entropy(logits[:, :VOCAB], targets, reduction="sum")
+    torch.testing.assert_close(loss.double(), want, rtol=1e-2, atol=0)
+
+
+def test_nothing_counted_is_zero_and_without_gradient():
+    hidden, weight, targets = inputs()
+    loss = linear_cross_entropy(hidden, weight, torch.full_like(targets, -100), VOCAB, Axis("tp"), sp=False)
+    loss.backward()
+    assert (loss.item(), hidden.grad.abs().max().item(), weight.grad.abs().max().item()) == (0, 0, 0)
+
+
+class Largest(TorchDispatchMode):
+    """Remembers the largest tensor that any operation returns."""
+
+    numel = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        tensors = result if isinstance(result, (tuple, list)) else (result,)
+        self.numel = max([self.numel, *(t.numel() for t in tensors if isinstance(t, torch.Tensor))])
+        return result
+
+
+def test_the_whole_logits_never_exist(monkeypatch):
+    monkeypatch.setattr(module, "_CHUNK_ELEMENTS", 10 * PADDED)
+    hidden, weight, targets = inputs()
+    with Largest() as largest:
+        linear_cross_entropy(hidden, weight, targets, VOCAB, Axis("tp"), sp=False).backward()
+    assert largest.numel == max(TOKENS * HIDDEN, PADDED * HIDDEN) < TOKENS * VOCAB
