@@ -56,8 +56,9 @@ def permute(indices: np.ndarray, size: int, key: int) -> np.ndarray:
 class Blend:
     """Deals positions 0, 1, 2, … out to datasets in proportion to their ``weights``, at every prefix.
 
-    A balanced tree of two-way splits; each sends position n left if ``floor((n + 1) p) > floor(n p)``. With two
-    datasets, of the first n positions each has received its exact share to within one; with more, to within two.
+    A balanced tree of two-way splits; of its first n positions each sends n p, rounded, to the left. So a split adds
+    at most half a sample of error: of any first n positions a dataset has its exact share to within half a sample
+    where there are two, one where there are up to four, ``ceil(log2(datasets)) / 2`` in general.
     """
 
     weights: tuple[int, ...]
@@ -86,9 +87,10 @@ class Blend:
         middle = (first + last) // 2
         left, total = sum(self.weights[first:middle]), sum(self.weights[first:last])
         n = count[rows]
-        # floor(n × left ÷ total) without ever forming n × left, which could pass 2**63
-        before = n // total * left + n % total * left // total
-        goes_left = (n % total) * left % total >= total - left
+        # floor(n × left ÷ total + 1/2) without ever forming n × left, which could pass 2**63
+        doubled = 2 * (n % total) * left + total
+        before = n // total * left + doubled // (2 * total)
+        goes_left = doubled % (2 * total) >= 2 * (total - left)
         count[rows] = np.where(goes_left, before, n - before)
         self._split(first, middle, rows[goes_left], source, count)
         self._split(middle, last, rows[~goes_left], source, count)
