@@ -153,10 +153,16 @@ class OptimConfig(Section):
 
 
 class ParallelConfig(Section):
-    """Degrees of parallelism; data parallelism follows from the number of ranks."""
+    """Degrees of parallelism; data parallelism follows from the number of ranks.
+
+    ``zero``: what is divided over data-parallel ranks: 0 nothing, 2 gradients and optimizer state, 3 weights, too.
+    ``dp_replicate`` groups of ranks each hold everything, divided among themselves (hybrid sharding).
+    """
 
     tp: Positive = 1
     sp: bool = False
+    zero: Annotated[int, Field(ge=0, le=3)] = 0
+    dp_replicate: Positive = 1
     recompute: Literal["none", "selective", "full"] = "none"
     bucket_mb: PositiveFloat = 25.0
 

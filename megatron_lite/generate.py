@@ -15,11 +15,12 @@ from megatron_lite.config import parse_config, parse_yaml
 from megatron_lite.dist import random
 from megatron_lite.dist.env import read_rank
 from megatron_lite.dist.mesh import build_mesh, pick_device, process_group
+from megatron_lite.dist.shard import materialize, pieces_of
 from megatron_lite.errors import ConfigError
 from megatron_lite.layers.attention import KeyValueCache
 from megatron_lite.models.decoder import Decoder
 from megatron_lite.parallel.plan import check_tp
-from megatron_lite.trainer import DTYPES, model_tensors, pieces
+from megatron_lite.trainer import DTYPES
 
 
 @dataclass(frozen=True)
@@ -109,9 +110,11 @@ def generate_text(path: Path, prompt: str, sampling: Sampling, dtype: torch.dtyp
         check_tp(config, rank.size)
         tokenizer = SentencePieceProcessor(model_proto=found.extra("tokenizer.model"))
         compute = dtype or DTYPES[config.train.precision]
-        with torch.device(device):
+        with torch.device("meta"):
             model = Decoder(config.model, mesh.tp, sp=False).to(torch.promote_types(compute, torch.float32))
-        found.load(pieces(model_tensors(model), mesh.tp), mesh.world, partial=True)
+        materialize(model, device)
+        weights = {f"model.{name}": piece for name, piece in pieces_of(model, mesh.tp).items()}
+        found.load(weights, mesh.world, partial=True)
         tokens = tokenizer.encode(prompt) or [tokenizer.eos_id()]
         if len(tokens) >= config.model.max_seq_len:
             raise ConfigError(f"the prompt has {len(tokens)} tokens; this model holds {config.model.max_seq_len}")

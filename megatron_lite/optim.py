@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from megatron_lite.config import OptimConfig
 from megatron_lite.dist import comm
 from megatron_lite.dist.mesh import Axis
-from megatron_lite.dist.shard import spec_of
+from megatron_lite.dist.shard import ShardSpec
 
 
 def decays(name: str, parameter: nn.Parameter) -> bool:
@@ -51,29 +51,29 @@ def learning_rate(config: OptimConfig, step: int, steps: int) -> float:
 
 
 @torch.no_grad()
-def gradient_norm(parameters: Iterable[nn.Parameter], tp: Axis) -> Tensor:
-    """L2 norm of the global gradient, each element counted once: one all-reduce of a scalar over tp.
+def gradient_norm(gradients: Iterable[tuple[Tensor, ShardSpec]], tp: Axis, dp_shard: Axis) -> Tensor:
+    """L2 norm of the global gradient, each element counted once: a scalar all-reduced over tp, then over dp_shard.
 
-    Split parameters are summed over the ranks; a replicated one is the same on each and counts once.
+    Along tp, parameters that are split are summed; a replicated one is the same on each rank and counts once. Along
+    dp_shard (size 1 where gradients are not divided) every element is on one rank only.
     """
     split: list[Tensor] = []
     whole: list[Tensor] = []
-    for parameter in parameters:
-        if parameter.grad is not None:
-            (split if spec_of(parameter).dim is not None else whole).append(parameter.grad)
+    for gradient, spec in gradients:
+        (split if spec.dim is not None else whole).append(gradient)
 
-    def squared(grads: list[Tensor]) -> Tensor:
-        if not grads:
+    def squared(tensors: list[Tensor]) -> Tensor:
+        if not tensors:
             return torch.zeros(())
-        return torch.stack(torch._foreach_norm(grads)).to(torch.float64).square().sum()
+        return torch.stack(torch._foreach_norm(tensors)).to(torch.float64).square().sum()
 
-    total = comm.all_reduce(squared(split).to(whole[0].device if whole else split[0].device), tp)
-    return (total + squared(whole).to(total.device)).sqrt()
+    device = (split or whole)[0].device
+    total = comm.all_reduce(squared(split).to(device), tp) + squared(whole).to(device)
+    return comm.all_reduce(total, dp_shard).sqrt()
 
 
 @torch.no_grad()
-def scale_gradients(parameters: Iterable[nn.Parameter], norm: Tensor, limit: float) -> None:
+def scale_gradients(gradients: list[Tensor], norm: Tensor, limit: float) -> None:
     """Clip by the global norm: scale every gradient by min(1, limit / norm)."""
-    grads = [p.grad for p in parameters if p.grad is not None]
     factor = (limit / (norm + 1e-6)).clamp(max=1.0)
-    torch._foreach_mul_(grads, factor.to(grads[0].dtype))
+    torch._foreach_mul_(gradients, factor.to(gradients[0].dtype))

@@ -24,8 +24,8 @@ from megatron_lite import cli
 from megatron_lite.config import Config, apply_overrides, parse_config
 from megatron_lite.data.loader import Loader, build_dataset
 from megatron_lite.dist import comm
-from megatron_lite.dist.mesh import Mesh, build_mesh
-from megatron_lite.dist.shard import ShardSpec
+from megatron_lite.dist.mesh import Axis, Mesh, build_mesh
+from megatron_lite.dist.shard import Piece
 from megatron_lite.dist.spawn import run_ranks
 from megatron_lite.errors import ConfigError, MegatronLiteError
 from megatron_lite.faults import Faults
@@ -35,7 +35,7 @@ from megatron_lite.trainer import Trainer
 
 TOLERANCES = {"float64": 1e-10, "float32": 1e-3, "bfloat16": 1e-1}
 KINDS = ("block outputs", "loss", "gradients", "clipped gradients", "weights")
-_SIDE_KEYS = ("tp", "sp", "recompute", "dp", "accumulation", "compile")
+_SIDE_KEYS = ("tp", "sp", "zero", "dp_replicate", "recompute", "dp", "accumulation", "compile")
 
 Record = dict[str, Tensor]  # "kind/name" → whole tensor, in the order of computation
 
@@ -95,7 +95,7 @@ def parse_side(text: str, config: Config, dtype: str) -> Side:
 class _RecordingEngine:
     """An engine that notes gradients and weights at the moments the trainer passes them."""
 
-    def __init__(self, engine: Engine, note: Callable[[str, dict[str, tuple[Tensor, ShardSpec]]], None]) -> None:
+    def __init__(self, engine: Engine, note: Callable[[str, dict[str, Piece]], None]) -> None:
         self.engine, self.note = engine, note
         self.model = engine.model
 
@@ -110,8 +110,7 @@ class _RecordingEngine:
 
     def step(self, lr: float) -> None:
         self.engine.step(lr)
-        weights = {n.removeprefix("model."): v for n, v in self.engine.tensors().items() if n.startswith("model.")}
-        self.note("weights", weights)
+        self.note("weights", self.engine.weights())
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.engine, name)
@@ -130,14 +129,12 @@ def record(
         prepare(trainer)
     noted: Record = {}
 
-    def note(kind: str, shards: dict[str, tuple[Tensor, ShardSpec]]) -> None:
-        names = list(shards) if kind == "weights" else list(reversed(shards))  # backward ends at the embedding
+    def note(kind: str, pieces: dict[str, Piece]) -> None:
+        names = list(pieces) if kind == "weights" else list(reversed(pieces))  # backward ends at the embedding
         for name in names:
-            whole = _gather(*shards[name], mesh)
-            copies = comm.all_gather(whole.unsqueeze(0), mesh.world)
-            noted[f"{kind}/{name}"] = max(copies, key=lambda copy: float((copy - whole).abs().max()))
+            noted[f"{kind}/{name}"] = _whole(pieces[name], mesh.world)
 
-    trainer.engine = _RecordingEngine(trainer.engine, note)
+    trainer.engine = _RecordingEngine(trainer.engine, note)  # type: ignore[assignment]
     sizes = [torch.zeros((), dtype=torch.float64) for _ in trainer.model.blocks]
     for size, block in zip(sizes, trainer.model.blocks, strict=True):
         block.register_forward_hook(_measure(size))
@@ -174,14 +171,16 @@ def _measure(size: Tensor) -> Callable[..., None]:
     return hook
 
 
-def _gather(local: Tensor, spec: ShardSpec, mesh: Mesh) -> Tensor:
-    """The whole tensor from every tp rank's part, on the CPU."""
-    if spec.dim is None or mesh.tp.size == 1:
-        return local.detach().cpu().clone()
-    whole = torch.empty(spec.shape, dtype=local.dtype)
-    parts = comm.all_gather(local.detach().contiguous().view(-1), mesh.tp).chunk(mesh.tp.size)
-    for rank, part in enumerate(parts):
-        spec.put(part.view(local.shape).cpu(), rank, mesh.tp.size, into=whole)
+def _whole(piece: Piece, world: Axis) -> Tensor:
+    """The global tensor from every rank's part. Where several ranks hold the same part and disagree, the one that is
+    furthest from the first is kept. Collective."""
+    whole = torch.full(piece.shape, float("nan"), dtype=piece.data.dtype)
+    first = whole.clone()
+    own = [(box.place, piece.data[box.local].cpu()) for box in piece.boxes]
+    for place, part in (part for parts in comm.gather_objects(own, world) for part in parts):
+        first[place] = torch.where(first[place].isnan(), part, first[place])
+        closer = whole[place].isnan() | ((whole[place] - first[place]).abs() < (part - first[place]).abs())
+        whole[place] = torch.where(closer, part, whole[place])
     return whole
 
 
@@ -206,7 +205,7 @@ def compare(a: Record, b: Record, step: int, tolerance: float) -> list[Row]:
 def _record_rank(
     rank: int, size: int, config: Config, steps: int, folder: str, prepare: Callable[[Trainer], None] | None
 ) -> None:
-    mesh = build_mesh({"dp_replicate": size // config.parallel.tp, "tp": config.parallel.tp}, torch.device("cpu"))
+    mesh = build_mesh(make_plan(config, size).degrees, torch.device("cpu"))
     assert mesh is not None
     for step, noted in enumerate(record(config, mesh, steps, prepare), start=1):
         if rank == 0:

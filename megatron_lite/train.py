@@ -22,13 +22,11 @@ from typing import IO, Any, NoReturn
 import torch
 
 from megatron_lite import checkpoint
-from megatron_lite.checkpoint import Piece
 from megatron_lite.config import Config, to_yaml
 from megatron_lite.data.loader import Dataset, Loader, build_dataset
 from megatron_lite.data.tokenizer import load_tokenizer
 from megatron_lite.dist.env import Rank, read_rank
 from megatron_lite.dist.mesh import Mesh, build_mesh, peer_failure, pick_device, process_group
-from megatron_lite.dist.shard import named_shards
 from megatron_lite.errors import (
     CheckpointError,
     ConfigError,
@@ -42,7 +40,7 @@ from megatron_lite.faults import Faults
 from megatron_lite.generate import Sampling, generate
 from megatron_lite.metrics import Reporter, flops_per_token, memory_bytes, peak_flops
 from megatron_lite.parallel.plan import Plan, make_plan
-from megatron_lite.trainer import StepResult, Trainer, TrainState, pieces
+from megatron_lite.trainer import StepResult, Trainer, TrainState
 
 logger = logging.getLogger("megatron_lite")
 
@@ -130,10 +128,6 @@ class Run:
 
     # Checkpoints
 
-    def pieces(self) -> dict[str, Piece]:
-        """Everything that a checkpoint's shards hold, under layout-free names."""
-        return pieces(self.trainer.engine.tensors(), self.mesh.tp)
-
     def save(self) -> None:
         """Commit a checkpoint of the current step, then prune older ones."""
         config, state = self.config, self.trainer.state
@@ -148,7 +142,7 @@ class Run:
         if config.data.tokenizer:
             extras["tokenizer.model"] = Path(config.data.tokenizer).read_bytes()
         path = checkpoint.save(
-            self.checkpoints, state.step, self.pieces(), content, extras, self.mesh.world, self.faults
+            self.checkpoints, state.step, self.trainer.engine.pieces(), content, extras, self.mesh.world, self.faults
         )
         if self.lead:
             checkpoint.prune(self.checkpoints, config.checkpoint.keep, config.checkpoint.keep_every)
@@ -166,7 +160,7 @@ class Run:
             return
         content = found.state()
         self._check_same_run(found.path, content)
-        found.load(self.pieces(), world)
+        found.load(self.trainer.engine.pieces(), world)
         self.trainer.state = TrainState(**content["train"])
         self.trainer.engine.restore_updates(self.trainer.state.updates)
         if self.lead:
@@ -200,7 +194,7 @@ class Run:
         if not self.lead:
             return
         logger.info("%s", self.plan.describe(self.config))
-        parameters = sum(math.prod(spec.shape) for _, _, spec in named_shards(self.trainer.model))
+        parameters = sum(math.prod(spec.shape) for spec in self.trainer.engine.specs.values())
         logger.info("%s parameters; peak %.3g FLOP/s a rank (%s)", f"{parameters:,}", self.peak, source)
         self.reporter = Reporter(self.folder, self.config.train.steps, state.step)
 
@@ -342,7 +336,7 @@ def train(config: Config) -> None:
             stop = StopRequest()
             device = pick_device(rank)
             with process_group(rank, device, config.train.hang_timeout):
-                mesh = build_mesh({"dp_replicate": plan.dp, "tp": plan.tp}, device)
+                mesh = build_mesh(plan.degrees, device)
                 assert mesh is not None
                 run = Run(config, plan, rank, mesh, stop)
                 try:

@@ -3,39 +3,25 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from megatron_lite.checkpoint import Piece
 from megatron_lite.config import Config
 from megatron_lite.dist import comm, random, shard
-from megatron_lite.dist.mesh import Axis, Mesh
-from megatron_lite.dist.shard import ShardSpec
+from megatron_lite.dist.mesh import Mesh
 from megatron_lite.errors import NonFiniteError
 from megatron_lite.faults import Faults
 from megatron_lite.layers.loss import IGNORED
 from megatron_lite.models.decoder import Decoder
-from megatron_lite.optim import build_optimizer, learning_rate
-from megatron_lite.parallel.ddp import DataParallel
-from megatron_lite.parallel.engine import Engine
+from megatron_lite.optim import learning_rate
+from megatron_lite.parallel.engine import build_engine
 from megatron_lite.parallel.plan import Plan
 from megatron_lite.parallel.recompute import apply_recompute
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
-
-
-def model_tensors(model: Decoder) -> dict[str, tuple[Tensor, ShardSpec]]:
-    """A model's weights under the names that checkpoints use."""
-    return {f"model.{name}": (parameter.detach(), spec) for name, parameter, spec in shard.named_shards(model)}
-
-
-def pieces(tensors: Mapping[str, tuple[Tensor, ShardSpec]], tp: Axis) -> dict[str, Piece]:
-    """Local tensors as the pieces of a checkpoint."""
-    return {name: Piece(tensor, spec.shape, spec.boxes(tp.rank, tp.size)) for name, (tensor, spec) in tensors.items()}
 
 
 @dataclass
@@ -71,17 +57,14 @@ class Trainer:
         self.config, self.mesh, self.plan, self.faults = config, mesh, plan, faults
         self.compute_dtype = DTYPES[config.train.precision]
         master = torch.promote_types(self.compute_dtype, torch.float32)
-        with torch.device(mesh.device):
+        with torch.device("meta"):
             self.model = Decoder(config.model, mesh.tp, sp=plan.sp).to(master)
         shard.check_model(self.model, mesh.tp.size)
-        shard.initialize(self.model, config.run.seed, mesh.tp)
         apply_recompute(self.model.blocks, config.parallel.recompute)
         if config.train.compile:
             for block in self.model.blocks:
                 block.compile()
-        self.engine: Engine = DataParallel(
-            self.model, build_optimizer(self.model, config.optim), mesh, config.parallel.bucket_mb
-        )
+        self.engine = build_engine(self.model, config, mesh)
         self.state = TrainState()
 
     def loss(self, batch: Any, *, training: bool) -> Tensor:

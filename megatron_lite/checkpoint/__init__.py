@@ -6,6 +6,6 @@
 from megatron_lite.checkpoint.commit import prepare, save
 from megatron_lite.checkpoint.reading import Checkpoint, open_checkpoint
 from megatron_lite.checkpoint.retention import find, newest, prune
-from megatron_lite.checkpoint.shards import Piece
+from megatron_lite.dist.shard import Piece
 
 __all__ = ["Checkpoint", "Piece", "find", "newest", "open_checkpoint", "prepare", "prune", "save"]

@@ -13,9 +13,10 @@ from typing import Any
 from megatron_lite.checkpoint import manifest as manifest_file
 from megatron_lite.checkpoint.commit import STATE, step_of
 from megatron_lite.checkpoint.manifest import FileEntry, Manifest
-from megatron_lite.checkpoint.shards import Piece, check_pieces, fill
+from megatron_lite.checkpoint.shards import check_pieces, fill
 from megatron_lite.checkpoint.storage import agree, amount
 from megatron_lite.dist.mesh import Axis
+from megatron_lite.dist.shard import Piece
 from megatron_lite.errors import CheckpointError
 
 _MAX_READ_BYTES = 256 << 20  # of a manifest (a million boxes take about 80 MB), state.json or an extra

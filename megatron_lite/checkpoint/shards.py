@@ -19,7 +19,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from megatron_lite.checkpoint.manifest import BoxEntry, Manifest, TensorEntry, overlap
-from megatron_lite.dist.shard import Box
+from megatron_lite.dist.shard import Box, Piece
 from megatron_lite.errors import CheckpointError
 
 DTYPES = {
@@ -38,25 +38,6 @@ DTYPES = {
 }
 _DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 _MAX_HEADER_BYTES = 100_000_000  # the safetensors library reads no larger one
-
-
-@dataclass(frozen=True)
-class Piece:
-    """What this rank holds of one global tensor: ``data`` is local, ``shape`` global, ``boxes`` say what lies where."""
-
-    data: Tensor
-    shape: tuple[int, ...]
-    boxes: Sequence[Box]
-
-    @classmethod
-    def whole(cls, data: Tensor) -> Piece:
-        """A tensor of which every rank that names it holds all."""
-        shape = tuple(data.shape)
-        return cls(data, shape, [Box(tuple(slice(0, n) for n in shape), (0,) * len(shape), shape)])
-
-    def boxes_with_content(self) -> Iterator[Box]:
-        """The boxes with at least one element."""
-        return (box for box in self.boxes if math.prod(box.shape))
 
 
 class Holding(NamedTuple):

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -25,6 +25,11 @@ class Box:
     local: tuple[slice, ...]
     offset: tuple[int, ...]
     shape: tuple[int, ...]
+
+    @property
+    def place(self) -> tuple[slice, ...]:
+        """Its slices in the global tensor."""
+        return tuple(slice(o, o + n) for o, n in zip(self.offset, self.shape, strict=True))
 
 
 @dataclass(frozen=True)
@@ -74,17 +79,39 @@ class ShardSpec:
             shape[self.dim] //= size
         return tuple(shape)
 
-    def take(self, tensor: Tensor, rank: int, size: int) -> Tensor:
-        """The local tensor of ``rank``, copied out of the global ``tensor``."""
-        local = tensor.new_empty(self.local_shape(size))
-        for box in self.boxes(rank, size):
-            local[box.local] = tensor[tuple(slice(o, o + n) for o, n in zip(box.offset, box.shape, strict=True))]
-        return local
+    def piece(self, local: Tensor, tp: Axis) -> Piece:
+        """What ``local``, this rank's part along ``tp``, is of the global tensor."""
+        return Piece(local, self.shape, self.boxes(tp.rank, tp.size))
 
-    def put(self, local: Tensor, rank: int, size: int, into: Tensor) -> None:
-        """Write the ``local`` tensor of ``rank`` at its place in the global tensor ``into``."""
-        for box in self.boxes(rank, size):
-            into[tuple(slice(o, o + n) for o, n in zip(box.offset, box.shape, strict=True))] = local[box.local]
+
+@dataclass(frozen=True)
+class Piece:
+    """What this rank holds of one global tensor: ``data`` is local, ``shape`` global, ``boxes`` say what lies where."""
+
+    data: Tensor
+    shape: tuple[int, ...]
+    boxes: Sequence[Box]
+
+    @classmethod
+    def whole(cls, data: Tensor) -> Piece:
+        """A tensor of which every rank that names it holds all."""
+        shape = tuple(data.shape)
+        return cls(data, shape, [Box(tuple(slice(0, n) for n in shape), (0,) * len(shape), shape)])
+
+    def rows(self, start: int, data: Tensor) -> Piece:
+        """The piece whose local tensor is ``data``: those rows of this one that begin at ``start``."""
+        stop, found = start + data.shape[0], []
+        for box in self.boxes:
+            first, last = max(start, box.local[0].start), min(stop, box.local[0].stop)
+            if first < last:
+                local = (slice(first - start, last - start), *box.local[1:])
+                offset = (box.offset[0] + first - box.local[0].start, *box.offset[1:])
+                found.append(Box(local, offset, (last - first, *box.shape[1:])))
+        return Piece(data, self.shape, found)
+
+    def boxes_with_content(self) -> Iterator[Box]:
+        """The boxes with at least one element."""
+        return (box for box in self.boxes if math.prod(box.shape))
 
 
 def attach(parameter: nn.Parameter, spec: ShardSpec, init: float | str) -> nn.Parameter:
@@ -103,10 +130,22 @@ def spec_of(parameter: Tensor) -> ShardSpec:
     return parameter.shard_spec  # type: ignore[attr-defined,no-any-return]
 
 
-def named_shards(model: nn.Module) -> Iterator[tuple[str, nn.Parameter, ShardSpec]]:
-    """Every parameter with its layout-free name and its spec; a tied parameter appears once, under its first name."""
-    for name, parameter in model.named_parameters():
-        yield name, parameter, spec_of(parameter)
+def inits_of(model: nn.Module) -> dict[str, float | str]:
+    """How each parameter starts, by its layout-free name; a tied parameter appears once, under its first name."""
+    return {name: parameter.init for name, parameter in model.named_parameters()}  # type: ignore[attr-defined]
+
+
+def pieces_of(model: nn.Module, tp: Axis) -> dict[str, Piece]:
+    """A model's parameters, split over ``tp`` alone, by name."""
+    return {name: spec_of(p).piece(p.detach(), tp) for name, p in model.named_parameters()}
+
+
+def materialize(model: nn.Module, device: torch.device) -> None:
+    """Give the parameters of a model on the meta device memory on ``device``, uninitialised; their marks stay."""
+    for module in model.modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            real = nn.Parameter(torch.empty_like(parameter, device=device))
+            setattr(module, name, attach(real, spec_of(parameter), parameter.init))  # type: ignore[attr-defined]
 
 
 def check_model(model: nn.Module, size: int) -> None:
@@ -121,41 +160,38 @@ def check_model(model: nn.Module, size: int) -> None:
 _INIT_BLOCK = 1 << 20  # elements drawn at a time; the numbers depend on it, so it never changes
 
 
-def fill_normal(parameter: Tensor, name: str, spec: ShardSpec, seed: int, std: float, rank: int, size: int) -> None:
-    """Fill a local shard with its slice of one global N(0, std²) tensor that depends on (seed, name, shape) alone.
+def fill_normal(piece: Piece, name: str, seed: int, std: float) -> None:
+    """Fill a piece with its part of one global N(0, std²) tensor that depends on (seed, name, shape) alone.
 
     The global tensor is drawn in blocks of whole rows, each from its own generator, so that a rank never holds more
     than one block of it and skips the blocks it has no part in. Draws are float32 on the CPU whatever the device.
     """
-    columns = math.prod(spec.shape[1:])
+    rows, columns = piece.shape[0], math.prod(piece.shape[1:])
     block_rows = max(1, _INIT_BLOCK // max(1, columns))
     generator = torch.Generator()
-    boxes = spec.boxes(rank, size)
-    with torch.no_grad():
-        for start in range(0, spec.shape[0], block_rows):
-            rows = min(block_rows, spec.shape[0] - start)
-            parts = [b for b in boxes if b.offset[0] < start + rows and b.offset[0] + b.shape[0] > start]
-            if not parts:
-                continue
-            key = hashlib.sha256(f"{seed}/{name}/{start}".encode()).digest()
-            generator.manual_seed(int.from_bytes(key[:8], "little") >> 1)
-            block = torch.empty((rows, *spec.shape[1:])).normal_(0.0, std, generator=generator)
-            for box in parts:
-                first, last = max(start, box.offset[0]), min(start + rows, box.offset[0] + box.shape[0])
-                local_row = box.local[0].start + first - box.offset[0]
-                into = parameter[(slice(local_row, local_row + last - first), *box.local[1:])]
-                others = (slice(o, o + n) for o, n in zip(box.offset[1:], box.shape[1:], strict=True))
-                into.copy_(block[(slice(first - start, last - start), *others)])
+    for start in range(0, rows, block_rows):
+        stop = min(rows, start + block_rows)
+        parts = [b for b in piece.boxes if b.offset[0] < stop and b.offset[0] + b.shape[0] > start]
+        if not parts:
+            continue
+        key = hashlib.sha256(f"{seed}/{name}/{start}".encode()).digest()
+        generator.manual_seed(int.from_bytes(key[:8], "little") >> 1)
+        block = torch.empty((stop - start, *piece.shape[1:]), device="cpu").normal_(0.0, std, generator=generator)
+        for box in parts:
+            first, last = max(start, box.offset[0]), min(stop, box.offset[0] + box.shape[0])
+            local_row = box.local[0].start + first - box.offset[0]
+            into = piece.data[(slice(local_row, local_row + last - first), *box.local[1:])]
+            into.copy_(block[(slice(first - start, last - start), *box.place[1:])])
 
 
-def initialize(model: nn.Module, seed: int, tp: Axis) -> None:
+@torch.no_grad()
+def initialize(pieces: Mapping[str, Piece], inits: Mapping[str, float | str], seed: int) -> None:
     """Give every parameter its first value: the same global tensors at every layout. No communication."""
-    for name, parameter, spec in named_shards(model):
-        init: float | str = parameter.init  # type: ignore[attr-defined]
-        with torch.no_grad():
-            if init == "ones":
-                parameter.fill_(1.0)
-            elif init == 0.0:
-                parameter.zero_()
-            else:
-                fill_normal(parameter, name, spec, seed, float(init), tp.rank, tp.size)
+    for name, piece in pieces.items():
+        init = inits[name]
+        if init == "ones":
+            piece.data.fill_(1.0)
+        elif init == 0.0:
+            piece.data.zero_()
+        else:
+            fill_normal(piece, name, seed, float(init))

@@ -12,9 +12,9 @@ import torch
 import torch.distributed as torch_dist
 from torch import Tensor, nn
 
-from megatron_lite.dist.mesh import Mesh
-from megatron_lite.dist.shard import ShardSpec, named_shards
-from megatron_lite.optim import gradient_norm, scale_gradients
+from megatron_lite.config import Config
+from megatron_lite.dist.shard import Piece, materialize
+from megatron_lite.parallel.engine import Engine
 
 
 class _Bucket:
@@ -30,28 +30,30 @@ class _Bucket:
             start += parameter.numel()
 
 
-class DataParallel:
-    """The engine of ZeRO stage 0: an all-reduce over dp, in buckets, started as backward fills each of them.
+class DataParallel(Engine):
+    """ZeRO stage 0: an all-reduce over dp, in buckets, started as backward fills each of them.
 
     The bucketed overlap follows PyTorch DDP (Li et al. 2020), but sums where DDP averages.
     """
 
-    def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer, mesh: Mesh, bucket_mb: float) -> None:
-        self.model, self.optimizer, self.mesh = model, optimizer, mesh
-        self.parameters = list(model.parameters())
+    def spread(self, config: Config) -> None:
+        materialize(self.model, self.mesh.device)
         self.buckets: list[_Bucket] = []
         self._reducing = False
-        if mesh.dp.size > 1:
-            self._fill_buckets(bucket_mb * 2**20)
+        if self.mesh.dp.size > 1:
+            self._fill_buckets(list(self.model.parameters()), config.parallel.bucket_mb * 2**20)
 
-    def _fill_buckets(self, limit: float) -> None:
+    def piece(self, name: str, tensor: Tensor) -> Piece:
+        return self.specs[name].piece(tensor, self.mesh.tp)
+
+    def _fill_buckets(self, parameters: list[nn.Parameter], limit: float) -> None:
         # Backward reaches the last parameters first.
         group: list[nn.Parameter] = []
         size = 0
-        for parameter in reversed(self.parameters):
+        for parameter in reversed(parameters):
             group.append(parameter)
             size += parameter.numel() * parameter.element_size()
-            if size >= limit or parameter is self.parameters[0]:
+            if size >= limit or parameter is parameters[0]:
                 bucket = _Bucket(group)
                 self.buckets.append(bucket)
                 for member in group:
@@ -80,40 +82,11 @@ class DataParallel:
             assert bucket.work is not None, "a parameter got no gradient, so its bucket was never reduced"
             bucket.work.wait()
             bucket.work = None
-        return gradient_norm(self.parameters, self.mesh.tp)
-
-    def clip(self, norm: Tensor, limit: float) -> None:
-        scale_gradients(self.parameters, norm, limit)
-
-    def gradients(self) -> dict[str, tuple[Tensor, ShardSpec]]:
-        return {n: (p.grad, spec) for n, p, spec in named_shards(self.model) if p.grad is not None}
-
-    def step(self, lr: float) -> None:
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr
-        self.optimizer.step()
-        self.drop_gradients()
-
-    def tensors(self) -> dict[str, tuple[Tensor, ShardSpec]]:
-        found: dict[str, tuple[Tensor, ShardSpec]] = {}
-        for name, parameter, spec in named_shards(self.model):
-            state = self.optimizer.state[parameter]
-            if not state:  # what AdamW itself would make in its first step
-                state["step"] = torch.zeros((), dtype=torch.float32, device=parameter.device)
-                state["exp_avg"] = torch.zeros_like(parameter)
-                state["exp_avg_sq"] = torch.zeros_like(parameter)
-            found[f"model.{name}"] = (parameter.detach(), spec)
-            found[f"optimizer.{name}.exp_avg"] = (state["exp_avg"], spec)
-            found[f"optimizer.{name}.exp_avg_sq"] = (state["exp_avg_sq"], spec)
-        return found
-
-    def restore_updates(self, updates: int) -> None:
-        for state in self.optimizer.state.values():
-            state["step"].fill_(updates)
+        return self.norm()
 
     def drop_gradients(self) -> None:
         if self.buckets:
             for bucket in self.buckets:
                 bucket.flat.zero_()
         else:
-            self.optimizer.zero_grad(set_to_none=True)
+            super().drop_gradients()

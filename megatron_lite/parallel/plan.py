@@ -16,13 +16,20 @@ class Plan:
     dp: int
     sp: bool
     accumulation: int
+    dp_shard: int = 1
+
+    @property
+    def degrees(self) -> dict[str, int]:
+        """The mesh's axes, for ``build_mesh``."""
+        return {"dp_replicate": self.dp // self.dp_shard, "dp_shard": self.dp_shard, "tp": self.tp}
 
     def describe(self, config: Config) -> str:
         """One line for the log: how the ranks and the global batch are divided."""
         size, micro = config.train.global_batch_size, config.train.micro_batch_size
         sp = " with sequence parallelism" if self.sp else ""
+        sharded = f" (ZeRO {config.parallel.zero} over {self.dp_shard})" if self.dp_shard > 1 else ""
         return (
-            f"{self.tp * self.dp} ranks = dp {self.dp} × tp {self.tp}{sp}; "
+            f"{self.tp * self.dp} ranks = dp {self.dp}{sharded} × tp {self.tp}{sp}; "
             f"global batch {size} = dp {self.dp} × {self.accumulation} × micro {micro} "
             f"({size * config.data.seq_len:,} tokens)"
         )
@@ -71,6 +78,18 @@ def make_plan(config: Config, world_size: int) -> Plan:
     tokens = train.micro_batch_size * config.data.seq_len
     if config.parallel.sp and tokens % tp:
         mistakes.append(f"parallel.sp: micro batch × seq_len = {tokens} tokens cannot be split over tp={tp}")
+    zero, replicate = config.parallel.zero, config.parallel.dp_replicate
+    if zero == 1:
+        mistakes.append(
+            "parallel.zero=1: FSDP2 divides gradients wherever it divides optimizer state; parallel.zero=2 does both, "
+            "sends as many bytes and needs less memory"
+        )
+    if zero == 0 and replicate > 1:
+        mistakes.append(
+            f"parallel.dp_replicate={replicate}: with parallel.zero=0 every rank holds everything; it takes zero 2 or 3"
+        )
+    if world_size % tp == 0 and world_size // tp % replicate:
+        mistakes.append(f"parallel.dp_replicate={replicate} does not divide dp {world_size // tp}")
     if mistakes:
         raise ConfigError("\n".join(mistakes))
     dp = world_size // tp
@@ -82,4 +101,5 @@ def make_plan(config: Config, world_size: int) -> Plan:
             f"train.global_batch_size={train.global_batch_size} must be a multiple of dp {dp} × "
             f"train.micro_batch_size {train.micro_batch_size} = {step}; nearest: {near}"
         )
-    return Plan(tp, dp, config.parallel.sp and tp > 1, train.global_batch_size // (dp * train.micro_batch_size))
+    accumulation = train.global_batch_size // (dp * train.micro_batch_size)
+    return Plan(tp, dp, config.parallel.sp and tp > 1, accumulation, dp // replicate if zero else 1)

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 
 from megatron_lite.config import Config, parse_config
-from megatron_lite.dist import shard
 from megatron_lite.dist.mesh import build_mesh, solo_mesh
+from megatron_lite.parallel.plan import make_plan
 from megatron_lite.prove import Record, Row, compare, record
 from megatron_lite.trainer import Trainer
 
@@ -50,18 +50,17 @@ class Layout:
 
 def ruffle(trainer: Trainer) -> None:
     """Add a wave to every parameter: those that start as zeros or ones would hide a missing or doubled term."""
-    tp = trainer.mesh.tp
-    with torch.no_grad():
-        for _, parameter, spec in shard.named_shards(trainer.model):
-            wave = 0.01 * torch.arange(math.prod(spec.shape), dtype=torch.float64).sin().view(spec.shape)
-            parameter += spec.take(wave, tp.rank, tp.size)
+    for piece in trainer.engine.weights().values():
+        wave = 0.01 * torch.arange(math.prod(piece.shape), dtype=torch.float64).sin().view(piece.shape)
+        for box in piece.boxes:
+            piece.data[box.local] += wave[box.place]
 
 
 def train(layout: Layout, data: str, changes: Mapping[str, Mapping[str, Any]], plant: Change | None) -> list[Record]:
     """The records of ``STEPS`` steps on the first ranks of the world, from ruffled weights; ``plant`` may then spoil
     the trainer. Every rank of the world calls this; a rank without a part in it gets nothing."""
-    degrees = {"dp_replicate": layout.dp, "tp": layout.tp}
-    size = layout.dp * layout.tp
+    size, config = layout.dp * layout.tp, layout.config(data, changes)
+    degrees = make_plan(config, size).degrees
     mesh = solo_mesh() if size == 1 else build_mesh(degrees, torch.device("cpu"), ranks=range(size))
     if mesh is None:
         return []
@@ -71,7 +70,7 @@ def train(layout: Layout, data: str, changes: Mapping[str, Mapping[str, Any]], p
         if plant is not None:
             plant(trainer)
 
-    return list(record(layout.config(data, changes), mesh, STEPS, prepare))
+    return list(record(config, mesh, STEPS, prepare))
 
 
 @dataclass(frozen=True)

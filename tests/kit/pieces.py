@@ -41,10 +41,18 @@ def global_tensors(step: int) -> dict[str, Tensor]:
     }
 
 
+def take(tensor: Tensor, spec: ShardSpec, rank: int, size: int) -> Tensor:
+    """The part of a global tensor that ``rank`` of ``size`` tensor-parallel ranks holds."""
+    local = tensor.new_empty(spec.local_shape(size))
+    for box in spec.boxes(rank, size):
+        local[box.local] = tensor[box.place]
+    return local
+
+
 def cut(tensors: dict[str, Tensor], rank: int = 0, size: int = 1) -> dict[str, Piece]:
     """The pieces that ``rank`` of ``size`` tensor-parallel ranks holds."""
     return {
-        name: Piece(spec.take(tensors[name], rank, size), spec.shape, spec.boxes(rank, size))
+        name: Piece(take(tensors[name], spec, rank, size), spec.shape, spec.boxes(rank, size))
         for name, (spec, _) in SPECS.items()
     }
 

@@ -28,6 +28,10 @@ LAYOUTS = {
     "dp 4": Layout(dp=4),
     "dp 2 × tp 2": Layout(dp=2, tp=2),
     "dp 2 × tp 2, sp, accumulation 2": Layout(dp=2, tp=2, accumulation=2, parallel=SP),
+    "zero 2": Layout(dp=2, parallel={"zero": 2}),
+    "zero 3": Layout(dp=4, parallel={"zero": 3}),
+    "zero 3 × tp 2, sp, accumulation 4": Layout(dp=2, tp=2, accumulation=4, parallel={**SP, "zero": 3}),
+    "zero 3, hybrid, accumulation 2": Layout(dp=4, accumulation=2, parallel={"zero": 3, "dp_replicate": 2}),
     "accumulation 4": Layout(accumulation=4),
     "dp 2, accumulation 4, small buckets": Layout(dp=2, accumulation=4, parallel={"bucket_mb": 0.01}),
     "selective recomputation": Layout(parallel={"recompute": "selective"}),
@@ -80,7 +84,9 @@ def no_norm_reduction(trainer):
 def norm_of_the_shard(trainer):
     """Clipping goes by the norm of this rank's shard."""
     engine = trainer.engine
-    engine.finish_gradients = lambda: torch.stack([p.grad.square().sum() for p in engine.parameters]).sum().sqrt()
+    engine.finish_gradients = lambda: (
+        torch.stack([piece.data.square().sum() for piece in engine.gradients().values()]).sum().sqrt()
+    )
 
 
 def averaged_over_dp(trainer):
@@ -88,8 +94,8 @@ def averaged_over_dp(trainer):
     engine, finish = trainer.engine, trainer.engine.finish_gradients
 
     def halved():
-        for gradient, _ in engine.gradients().values():
-            gradient /= 2
+        for piece in engine.gradients().values():
+            piece.data.div_(2)
         return finish()
 
     engine.finish_gradients = halved
@@ -102,7 +108,7 @@ def no_dp_reduction(trainer):
     def own():
         norm = finish()
         if trainer.mesh.dp.rank:
-            engine.parameters[0].grad *= 1.001
+            engine.gradients()["embedding.weight"].data.mul_(1.001)
         return norm
 
     engine.finish_gradients = own

@@ -5,7 +5,7 @@ import torch
 
 from megatron_lite.config import ModelConfig
 from megatron_lite.dist.mesh import Axis, build_mesh, solo_mesh
-from megatron_lite.dist.shard import initialize
+from megatron_lite.dist.shard import initialize, inits_of, pieces_of
 from megatron_lite.dist.spawn import run_ranks
 from megatron_lite.errors import ConfigError
 from megatron_lite.generate import Sampling, choose, generate
@@ -20,7 +20,7 @@ def decoder(family, tp=None, sp=False):
     config = ModelConfig(**sizes, max_seq_len=LENGTH, init_std=0.3, **FAMILIES[family])
     axis = tp or Axis("tp")
     model = Decoder(config, axis, sp=sp).double()
-    initialize(model, 1, axis)
+    initialize(pieces_of(model, axis), inits_of(model), 1)
     return model
 
 

@@ -8,7 +8,7 @@ import torch
 
 from megatron_lite.config import ModelConfig, OptimConfig
 from megatron_lite.dist.mesh import Axis
-from megatron_lite.dist.shard import ShardSpec, attach
+from megatron_lite.dist.shard import ShardSpec
 from megatron_lite.models.decoder import Decoder
 from megatron_lite.optim import build_optimizer, gradient_norm, learning_rate, scale_gradients
 
@@ -54,18 +54,14 @@ def test_norms_biases_and_embeddings_do_not_decay():
 @pytest.mark.parametrize("limit", [0.5, 1e6])
 def test_clipping_is_torchs(limit):
     generator = torch.Generator().manual_seed(0)
-    shapes = [(4, 3), (5,), (2, 2, 2)]
-    parameters = [
-        attach(torch.nn.Parameter(torch.zeros(s)), ShardSpec(s, 0 if len(s) > 1 else None), 0.0) for s in shapes
-    ]
-    for parameter in parameters:
-        parameter.grad = torch.randn(parameter.shape, generator=generator)
-    theirs = [torch.nn.Parameter(torch.zeros(s)) for s in shapes]
-    for ours, their in zip(parameters, theirs, strict=True):
-        their.grad = ours.grad.clone()
+    specs = [ShardSpec((4, 3), 0), ShardSpec((5,)), ShardSpec((2, 2, 2), 0)]
+    gradients = [torch.randn(spec.shape, generator=generator) for spec in specs]
+    theirs = [torch.nn.Parameter(torch.zeros(spec.shape)) for spec in specs]
+    for parameter, gradient in zip(theirs, gradients, strict=True):
+        parameter.grad = gradient.clone()
     want = torch.nn.utils.clip_grad_norm_(theirs, limit)
-    norm = gradient_norm(parameters, Axis("tp"))
-    scale_gradients(parameters, norm, limit)
+    norm = gradient_norm(zip(gradients, specs, strict=True), Axis("tp"), Axis("dp_shard"))
+    scale_gradients(gradients, norm, limit)
     torch.testing.assert_close(norm.float(), want)
-    for ours, their in zip(parameters, theirs, strict=True):
-        torch.testing.assert_close(ours.grad, their.grad)
+    for gradient, parameter in zip(gradients, theirs, strict=True):
+        torch.testing.assert_close(gradient, parameter.grad)

@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from megatron_lite.dist.shard import ShardSpec, fill_normal
+from megatron_lite.dist.mesh import Axis
+from megatron_lite.dist.shard import Piece, ShardSpec, fill_normal
 
 SPECS = [
     ShardSpec((16, 6), dim=0),
@@ -14,36 +15,48 @@ SPECS = [
 ]
 
 
+def pieces(spec, size, dp):
+    """The uninitialised pieces of every rank, tensor-parallel shards cut into rows for ``dp`` ranks each."""
+    for rank in range(size):
+        local = torch.empty(spec.local_shape(size))
+        piece = spec.piece(local, Axis("tp", rank, size))
+        step, rows = -(-local.shape[0] // dp), local.shape[0]
+        for start in (min(rows, step * i) for i in range(dp)):
+            yield piece.rows(start, local[start : min(rows, start + step)])
+
+
 @pytest.mark.parametrize("spec", SPECS, ids=str)
 @pytest.mark.parametrize("size", [1, 2, 4])
-def test_put_undoes_take(spec, size):
-    whole = torch.randn(spec.shape)
-    again = torch.full(spec.shape, float("nan"))
-    for rank in range(size):
-        local = spec.take(whole, rank, size)
-        assert tuple(local.shape) == spec.local_shape(size)
-        spec.put(local, rank, size, into=again)
-    assert torch.equal(again, whole)
+@pytest.mark.parametrize("dp", [1, 3])
+def test_boxes_of_all_ranks_tile_the_tensor(spec, size, dp):
+    count = torch.zeros(spec.shape)
+    for piece in pieces(spec, size, dp):
+        held = torch.zeros(piece.data.shape)
+        for box in piece.boxes_with_content():
+            held[box.local] += 1
+            count[box.place] += 1
+        assert (held == 1).all()
+    assert (count == (1 if spec.dim is not None else size)).all()
 
 
 @pytest.mark.parametrize("spec", SPECS, ids=str)
 @pytest.mark.parametrize("size", [2, 4])
-def test_initial_weights_are_slices_of_one_global_tensor(spec, size, monkeypatch):
+@pytest.mark.parametrize("dp", [1, 2, 3])
+def test_initial_weights_are_parts_of_one_global_tensor(spec, size, dp, monkeypatch):
     monkeypatch.setattr("megatron_lite.dist.shard._INIT_BLOCK", 20)  # several blocks even for these small shapes
-    whole = torch.empty(spec.shape)
-    fill_normal(whole, "blocks.0.weight", spec, seed=3, std=0.5, rank=0, size=1)
-    for rank in range(size):
-        local = torch.empty(spec.local_shape(size))
-        fill_normal(local, "blocks.0.weight", spec, seed=3, std=0.5, rank=rank, size=size)
-        assert torch.equal(local, spec.take(whole, rank, size))
+    whole = Piece.whole(torch.empty(spec.shape))
+    fill_normal(whole, "blocks.0.weight", seed=3, std=0.5)
+    for piece in pieces(spec, size, dp):
+        fill_normal(piece, "blocks.0.weight", seed=3, std=0.5)
+        for box in piece.boxes:
+            assert torch.equal(piece.data[box.local], whole.data[box.place])
 
 
 def test_initial_weights_depend_on_name_and_seed_and_have_the_wanted_spread():
-    spec = ShardSpec((512, 256), dim=0)
     draws = {}
     for name, seed in [("a", 1), ("b", 1), ("a", 2)]:
-        draws[name, seed] = torch.empty(spec.shape)
-        fill_normal(draws[name, seed], name, spec, seed=seed, std=0.02, rank=0, size=1)
+        draws[name, seed] = torch.empty(512, 256)
+        fill_normal(Piece.whole(draws[name, seed]), name, seed=seed, std=0.02)
     assert not torch.equal(draws["a", 1], draws["b", 1])
     assert not torch.equal(draws["a", 1], draws["a", 2])
     assert draws["a", 1].std().item() == pytest.approx(0.02, rel=0.02)

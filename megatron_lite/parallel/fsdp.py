@@ -1,0 +1,65 @@
+"""Fully sharded data parallelism: FSDP2 around local tensor-parallel shards, ZeRO stages 2 and 3.
+
+Each block is a group that is gathered, used and, at stage 3, dropped again; what is outside the blocks (embedding,
+final norm, projection) is one more group. FSDP2 divides the first dim of each local tensor over dp_shard, reduces
+gradients over dp_shard and, where there is one, over dp_replicate (hybrid sharding).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+
+from megatron_lite.config import Config
+from megatron_lite.dist.shard import Piece
+from megatron_lite.parallel.engine import Engine
+
+_DTYPES = {"float32": None, "float64": None, "bfloat16": torch.bfloat16}
+
+
+class FullyShardedDataParallel(Engine):
+    """Weights, gradients and optimizer state divided over dp_shard; gradients summed, where FSDP averages.
+
+    With bfloat16 the blocks' weights are gathered in it; embedding and projection are gathered in float32, because
+    rows of an embedding sum up many gradients. Gradients are reduced in the masters' precision.
+    """
+
+    def spread(self, config: Config) -> None:
+        model: Any = self.model
+        device_mesh = self.mesh.device_mesh
+        assert device_mesh is not None
+        axes = ("dp_replicate", "dp_shard") if self.mesh.dp_replicate.size > 1 else ("dp_shard",)
+        compute, master = _DTYPES[config.train.precision], next(model.parameters()).dtype
+
+        def divide(module: Any, dtype: torch.dtype | None, reshard: bool) -> None:
+            policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=master, cast_forward_inputs=False)
+            fully_shard(module, mesh=device_mesh[axes], reshard_after_forward=reshard, mp_policy=policy)
+
+        for block in model.blocks:
+            divide(block, compute, config.parallel.zero == 3)
+        divide(model, None, False)
+        for module in model.modules():
+            if isinstance(module, FSDPModule):
+                module.set_gradient_divide_factor(1.0)
+                module.set_force_sum_reduction_for_comms(True)
+        model.to_empty(device=self.mesh.device)
+
+    def piece(self, name: str, tensor: Tensor) -> Piece:
+        local = tensor.to_local() if hasattr(tensor, "to_local") else tensor
+        whole = self.specs[name].piece(local, self.mesh.tp)
+        rows = self.specs[name].local_shape(self.mesh.tp.size)[0]
+        # FSDP2 cuts as torch.chunk does: equal parts, the last ones shorter or empty.
+        start = min(rows, -(-rows // self.mesh.dp_shard.size) * self.mesh.dp_shard.rank)
+        return whole.rows(start, local)
+
+    def backward(self, loss: Tensor, *, last: bool) -> None:
+        model: Any = self.model
+        model.set_is_last_backward(last)
+        model.set_requires_all_reduce(last)
+        loss.backward()
+
+    def finish_gradients(self) -> Tensor:
+        return self.norm()
