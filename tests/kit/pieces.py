@@ -108,6 +108,17 @@ def assert_whole(checkpoint: Checkpoint) -> None:
     assert {name: checkpoint.extra(name) for name in EXTRAS} == EXTRAS
 
 
+class OperationLog(Faults):
+    """No fault; notes the file operations of a save in ``names``."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def file_operation(self, name: str) -> None:
+        self.names.append(name)
+
+
 def names(folder: Path) -> list[str]:
     """What is in a folder."""
     return sorted(path.name for path in folder.iterdir())

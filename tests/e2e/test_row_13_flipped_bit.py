@@ -1,0 +1,45 @@
+"""FAULTS row 13: one bit of one file of a checkpoint is wrong, wherever it is."""
+
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from megatron_lite.checkpoint import open_checkpoint
+from megatron_lite.errors import CheckpointError
+from tests.kit.pieces import names, ready, resume
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return ready(tmp_path_factory.mktemp("flipped") / "checkpoints", 1, 2)
+
+
+@settings(max_examples=300)
+@given(data=st.data())
+def test_it_is_found_and_never_loaded(folder: Path, data: st.DataObject) -> None:
+    checkpoint = folder / "step_00000002"
+    file = checkpoint / data.draw(st.sampled_from(names(checkpoint)))
+    intact = file.read_bytes()
+    bit = data.draw(st.integers(0, 8 * len(intact) - 1))
+    damaged = bytearray(intact)
+    damaged[bit // 8] ^= 1 << bit % 8
+    file.write_bytes(damaged)
+    try:
+        with pytest.raises(CheckpointError, match=file.name.replace(".", r"\.")) as caught:
+            open_checkpoint(checkpoint)
+        assert caught.value.exit_code == 4
+        found, warnings = resume(folder)
+        assert found is not None
+        assert found.step == 1
+        assert warnings
+    finally:
+        file.write_bytes(intact)
+
+
+def test_the_intact_one_loads(folder: Path) -> None:
+    found, warnings = resume(folder)
+    assert found is not None
+    assert (found.step, warnings) == (2, [])
+    assert len(names(folder / "step_00000002")) == 5  # a shard, the state, the manifest and two extras are all drawn
