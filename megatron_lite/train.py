@@ -3,21 +3,14 @@
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import faulthandler
-import fcntl
 import hashlib
 import logging
 import math
-import os
-import signal
 import sys
 import time
-import traceback
-from collections.abc import Iterator
 from pathlib import Path
-from types import FrameType
-from typing import IO, Any, NoReturn
+from typing import IO, Any
 
 import torch
 
@@ -26,18 +19,11 @@ from megatron_lite.config import Config, to_yaml
 from megatron_lite.data.loader import Dataset, Loader, build_dataset
 from megatron_lite.data.tokenizer import load_tokenizer
 from megatron_lite.dist.env import Rank, read_rank
-from megatron_lite.dist.mesh import Mesh, build_mesh, peer_failure, pick_device, process_group
-from megatron_lite.errors import (
-    CheckpointError,
-    ConfigError,
-    DataError,
-    MegatronLiteError,
-    PeerError,
-    Preempted,
-    StorageError,
-)
+from megatron_lite.dist.mesh import Mesh, build_mesh, pick_device, process_group
+from megatron_lite.errors import CheckpointError, DataError, Preempted
 from megatron_lite.faults import Faults
 from megatron_lite.generate import Sampling, generate
+from megatron_lite.lifetime import StopRequest, die, die_with_parent, locked
 from megatron_lite.metrics import Reporter, flops_per_token, memory_bytes, peak_flops
 from megatron_lite.parallel.plan import Plan, make_plan
 from megatron_lite.trainer import StepResult, Trainer, TrainState
@@ -45,64 +31,9 @@ from megatron_lite.trainer import StepResult, Trainer, TrainState
 logger = logging.getLogger("megatron_lite")
 
 
-class StopRequest:
-    """SIGTERM, SIGINT or SIGUSR1 ask to save and stop after the current step; a second one ends the process now."""
-
-    def __init__(self) -> None:
-        self.asked = False
-        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
-            signal.signal(number, self._receive)
-
-    def _receive(self, number: int, _: FrameType | None) -> None:
-        if self.asked:
-            os._exit(128 + number)
-        self.asked = True
-
-
-@contextlib.contextmanager
-def locked(folder: Path, rank: Rank) -> Iterator[None]:
-    """Hold the run folder's lock on rank 0; the kernel drops it when the process dies, however it dies."""
-    if rank.rank != 0:
-        yield
-        return
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with (folder / "lock").open("a+") as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                file.seek(0)
-                owner = file.read().strip() or "another process"
-                raise ConfigError(f"{folder} is in use by {owner}; choose another run.name or end that run") from None
-            file.truncate(0)
-            file.write(f"pid {os.getpid()} on {rank.host}")
-            file.flush()
-            yield
-    except OSError as error:
-        raise StorageError(f"cannot use the run folder {folder}: {error.strerror}") from None
-
-
 def file_digest(path: str) -> str:
     """The SHA-256 of a file, in hexadecimal."""
     return hashlib.sha256(Path(path).read_bytes()).hexdigest()
-
-
-def die(error: BaseException) -> NoReturn:
-    """Report and leave at once: with peers gone, an orderly shutdown of the process group could block."""
-    if isinstance(error, MegatronLiteError):
-        failure: MegatronLiteError = error
-    elif peer_failure(error):
-        failure = PeerError(f"lost contact with another rank: {' '.join(str(error).split())[:300]}")
-    else:
-        traceback.print_exception(error)
-        sys.stderr.flush()
-        os._exit(1)
-    prefix = "" if isinstance(failure, Preempted) else "error: "
-    for line in str(failure).splitlines():
-        print(f"{prefix}{line}", file=sys.stderr)
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(failure.exit_code)
 
 
 class Run:
@@ -316,11 +247,6 @@ def _prepare_folder(config: Config, rank: Rank) -> None:
     logging.basicConfig(
         format="%(message)s", level=logging.INFO if rank.rank == 0 else logging.WARNING, stream=sys.stdout
     )
-
-
-def die_with_parent() -> None:
-    """Ask the kernel to kill this process when its parent goes: no rank trains on after its launcher has died."""
-    ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
 
 
 def train(config: Config) -> None:

@@ -1,0 +1,79 @@
+"""The life of a rank's process: who may use the run folder, what asks it to stop, and how it ends."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import fcntl
+import os
+import signal
+import sys
+import traceback
+from collections.abc import Iterator
+from pathlib import Path
+from types import FrameType
+from typing import NoReturn
+
+from megatron_lite.dist.env import Rank
+from megatron_lite.dist.mesh import peer_failure
+from megatron_lite.errors import ConfigError, MegatronLiteError, PeerError, Preempted, StorageError
+
+
+@contextlib.contextmanager
+def locked(folder: Path, rank: Rank) -> Iterator[None]:
+    """Hold the run folder's lock on rank 0; the kernel drops it when the process dies, however it dies."""
+    if rank.rank != 0:
+        yield
+        return
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with (folder / "lock").open("a+") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                file.seek(0)
+                owner = file.read().strip() or "another process"
+                raise ConfigError(f"{folder} is in use by {owner}; choose another run.name or end that run") from None
+            file.truncate(0)
+            file.write(f"pid {os.getpid()} on {rank.host}")
+            file.flush()
+            yield
+    except OSError as error:
+        raise StorageError(f"cannot use the run folder {folder}: {error.strerror}") from None
+
+
+def die_with_parent() -> None:
+    """Ask the kernel to kill this process when its parent goes: no rank trains on after its launcher has died."""
+    ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+
+
+class StopRequest:
+    """SIGTERM, SIGINT or SIGUSR1 ask to save and stop after the current step; a second one ends the process now."""
+
+    def __init__(self) -> None:
+        self.asked = False
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+            signal.signal(number, self._receive)
+
+    def _receive(self, number: int, _: FrameType | None) -> None:
+        if self.asked:
+            os._exit(128 + number)
+        self.asked = True
+
+
+def die(error: BaseException) -> NoReturn:
+    """Report and leave at once: with peers gone, an orderly shutdown of the process group could block."""
+    if isinstance(error, MegatronLiteError):
+        failure: MegatronLiteError = error
+    elif peer_failure(error):
+        failure = PeerError(f"lost contact with another rank: {' '.join(str(error).split())[:300]}")
+    else:
+        traceback.print_exception(error)
+        sys.stderr.flush()
+        os._exit(1)
+    prefix = "" if isinstance(failure, Preempted) else "error: "
+    for line in str(failure).splitlines():
+        print(f"{prefix}{line}", file=sys.stderr)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(failure.exit_code)
