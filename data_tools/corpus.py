@@ -41,10 +41,14 @@ def corpus(source: str, out: str, shards: int = 1, license: str = "", text_key: 
     documents = standard_library() if stdlib else texts(source, text_key)
     license = license or ("PSF-2.0" if stdlib else "")
     folder, temporary = Path(out), Path(f"{out.rstrip('/')}.tmp")
-    if folder.exists() and not all(path.match("*-?????-of-?????.jsonl") for path in folder.iterdir()):
-        raise ConfigError(f"--out={out}: a folder of other files; name a new one")
+    if not folder.name:
+        raise ConfigError(f"--out={out}: expected the name of a folder")
     count = size = 0
     with storage_errors(folder), ExitStack() as stack:
+        if folder.exists() and not folder.is_dir():
+            raise ConfigError(f"--out={out}: a file; name a folder")
+        if folder.exists() and not all(path.match("*-?????-of-?????.jsonl") for path in folder.iterdir()):
+            raise ConfigError(f"--out={out}: a folder of other files; name a new one")
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
         stack.callback(shutil.rmtree, temporary, ignore_errors=True)

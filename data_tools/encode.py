@@ -13,9 +13,10 @@ import numpy as np
 from sentencepiece import SentencePieceProcessor
 
 from data_tools.documents import MAX_LINE_BYTES, read
-from data_tools.sources import Span
+from data_tools.sources import Span, similar
 from megatron_lite.data.indexed import IndexedWriter, token_dtype
 from megatron_lite.data.tokenizer import load_tokenizer
+from megatron_lite.errors import ConfigError
 
 _BATCH_BYTES = 256 << 10  # texts handed to sentencepiece at once
 PIECE_BYTES = 1 << 20  # a longer document is encoded in pieces: sentencepiece's memory and time grow with its input
@@ -57,6 +58,13 @@ def cut(text: bytes, size: int = PIECE_BYTES) -> list[bytes]:
         pieces.append(text[start:stop])
         start = stop
     return [*pieces, text[start:]]
+
+
+def named_tokenizer(path: str) -> SentencePieceProcessor:
+    """The model that --tokenizer names. Raises ConfigError where there is none, DataError where it does not load."""
+    if not Path(path).is_file():
+        raise ConfigError(f"--tokenizer={path}: no such file{similar(Path(path))}")
+    return load_tokenizer(path)
 
 
 @lru_cache(maxsize=1)  # a worker process encodes many units with one model

@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from data_tools.encode import named_tokenizer
 from megatron_lite.data.indexed import IndexedDataset, dataset_file, read_card
 from megatron_lite.data.tokenizer import load_tokenizer
 from megatron_lite.errors import ConfigError, DataError
@@ -31,12 +32,12 @@ def inspect(prefix: str, samples: int = 3, tokenizer: str = "") -> None:
     dataset = IndexedDataset(prefix)
     dataset.verify()
     card = read_card(prefix)
+    model, note = _find_tokenizer(prefix, card, tokenizer)
     console = Console(highlight=False, markup=False, soft_wrap=True)
     console.print(_facts(dataset, card), end="\n\n")
     lengths = _document_lengths(dataset)
     if len(lengths):
         console.print(_histogram(lengths))
-    model, note = _find_tokenizer(prefix, card, tokenizer)
     if note and samples:
         console.print(note)
     for i in np.unique(np.linspace(0, dataset.num_documents - 1, samples).astype(int)) if len(lengths) else ():
@@ -99,7 +100,7 @@ def _histogram(lengths: np.ndarray) -> Table:
 def _find_tokenizer(prefix: str, card: dict[str, Any] | None, given: str) -> tuple[Any, str]:
     """The tokenizer to decode with, or None and why."""
     if given:
-        return load_tokenizer(given), ""
+        return named_tokenizer(given), ""
     if not card or not card.get("tokenizer"):
         return None, "no dataset card names the tokenizer: samples are token ids (--tokenizer=… decodes them)"
     named = Path(str(card["tokenizer"]))

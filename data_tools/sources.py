@@ -22,6 +22,8 @@ _KINDS = {
     ".json.gz": "gzip",
     ".parquet": "parquet",
 }
+_COMPRESSED = (".gz", ".zst", ".bz2", ".xz", ".lz4", ".zip")
+_NOT_TEXT = (".rejects.jsonl", ".card.json", ".bin", ".idx", ".tmp", ".model")  # what the data tools write
 
 
 @dataclass(frozen=True)
@@ -55,29 +57,43 @@ def find_sources(pattern: str) -> list[Source]:
     """The files that a file name, a folder or a glob means, sorted; commas separate several of these.
 
     The suffix tells jsonl (``.jsonl``, ``.json``, ``.ndjson``, each also ``.gz``) and parquet; any other file is plain
-    text, one document. Hidden files and earlier ``.rejects.jsonl`` are left out. Raises DataError if nothing matches.
+    text, one document. In folders and globs, hidden files and what the data tools themselves write are left out. Raises
+    DataError if nothing matches.
     """
     paths: dict[Path, None] = {}
-    for part in pattern.split(","):
-        if Path(part).is_dir():
-            found = sorted(
-                p for p in Path(part).rglob("*") if not any(x.startswith(".") for x in p.parts[len(Path(part).parts) :])
-            )
-        elif Path(part).exists():
-            found = [Path(part)]
+    for part in filter(None, pattern.split(",")):
+        path = Path(part)
+        if path.is_dir():
+            found = [p for p in sorted(path.rglob("*")) if not _left_out(p.relative_to(path)) and p.is_file()]
+        elif path.exists():
+            found = [path] if path.is_file() else []
         else:
-            found = [Path(p) for p in sorted(glob.glob(part, recursive=True))]  # noqa: PTH207 (absolute patterns)
-        found = [p for p in found if p.is_file() and not p.name.endswith(".rejects.jsonl")]
+            matches = map(Path, sorted(glob.glob(part, recursive=True)))  # noqa: PTH207 (absolute patterns)
+            found = [p for p in matches if not _left_out(Path(p.name)) and p.is_file()]
+        if not found and path.exists():
+            raise DataError(f"{part}: {'no files in this folder' if path.is_dir() else 'not a regular file'}")
         if not found:
-            folder = Path(part).parent
-            names = [p.name for p in folder.iterdir()] if folder.is_dir() else []
-            raise DataError(f"no file matches {part!r}{nearest(Path(part).name, names)}")
+            raise DataError(f"no file matches {part!r}{similar(path)}")
         paths.update(dict.fromkeys(found))
+    if not paths:
+        raise DataError(f"no file matches {pattern!r}")
     return [_source(path) for path in paths]
+
+
+def similar(path: Path) -> str:
+    """`` (did you mean 'x'?)`` for the file beside ``path`` with the closest name, or an empty string."""
+    names = [p.name for p in path.parent.iterdir() if p.name != path.name] if path.parent.is_dir() else []
+    return nearest(path.name, names)
+
+
+def _left_out(path: Path) -> bool:
+    return any(part.startswith(".") or part.endswith(_NOT_TEXT) for part in path.parts)
 
 
 def _source(path: Path) -> Source:
     kind = next((kind for suffix, kind in _KINDS.items() if path.name.endswith(suffix)), "text")
+    if kind == "text" and path.suffix in _COMPRESSED:
+        raise DataError(f"{path}: compressed text is read only as .jsonl.gz; decompress it first")
     status = path.stat()
     if not os.access(path, os.R_OK):
         raise DataError(f"{path}: permission denied")

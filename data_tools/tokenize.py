@@ -9,7 +9,9 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import socket
 from collections import Counter
+from contextlib import ExitStack
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -17,15 +19,14 @@ from typing import Any
 
 from data_tools import workers as processes
 from data_tools.documents import MAX_LINE_BYTES
-from data_tools.encode import Options, Part, encode
+from data_tools.encode import Options, Part, encode, named_tokenizer
 from data_tools.progress import Progress
 from data_tools.sources import Source, Span, find_sources, units
 from megatron_lite.cli import nearest
 from megatron_lite.data.files import storage_errors
 from megatron_lite.data.indexed import IndexedWriter, dataset_file, token_dtype
-from megatron_lite.data.tokenizer import load_tokenizer
 from megatron_lite.dist.env import started_by_mpi
-from megatron_lite.errors import ConfigError, DataError
+from megatron_lite.errors import ConfigError, DataError, StorageError
 
 _UNIT_BYTES = 4 << 20
 
@@ -59,24 +60,26 @@ def tokenize(
     options = Options(append_eos, text_key, on_error, max_document_tokens, long_documents, max_line_bytes)
 
     def prepare() -> tuple[list[Source], dict[str, Any]]:
-        _check_flags(options, workers, max_bad)
+        _check_flags(options, workers, max_bad, out)
         return find_sources(input), _describe_tokenizer(tokenizer, append_eos)
 
     comm = processes.world() if started_by_mpi() else None
-    sources, facts = processes.on_root(comm, prepare) if comm else prepare()
+    sources, facts = processes.on_root(comm, prepare)
     writer = IndexedWriter(out, token_dtype(facts["vocab_size"]))
     work = partial(_work, folder=writer.folder, tokenizer=tokenizer, options=options)
     todo = enumerate(units(sources, _UNIT_BYTES))
-    if comm and comm.rank > 0:
-        processes.on_root(comm, lambda: None)  # the folder exists from here on
-        processes.run_ranks(comm, todo, work, lambda part: None)
-        return
+    with ExitStack() as stack:
 
-    total = sum(source.size for source in sources)
-    with writer, Progress(total) as progress:
-        merger = _Merger(writer, options, progress)
+        def begin() -> None:
+            stack.enter_context(writer)
+
+        processes.on_root(comm, begin)  # its folder exists from here on
+        if comm and comm.rank > 0:
+            processes.run_ranks(comm, todo, work, lambda part: None)
+            return
+        total = sum(source.size for source in sources)
+        merger = _Merger(writer, options, stack.enter_context(Progress(total)))
         if comm:
-            processes.on_root(comm, lambda: None)
             processes.run_ranks(comm, todo, work, merger.add)
         else:
             count = workers or len(os.sched_getaffinity(0))
@@ -90,10 +93,14 @@ def tokenize(
 
 def _work(unit: tuple[int, list[Span]], folder: Path, tokenizer: str, options: Options) -> Part:
     number, spans = unit
+    if not folder.is_dir():
+        raise StorageError(
+            f"{folder}: not there on {socket.gethostname()}; --out must be on storage that all hosts share"
+        )
     return encode(spans, str(folder / f"part_{number:09d}"), tokenizer, options)
 
 
-def _check_flags(options: Options, workers: int, max_bad: str) -> None:
+def _check_flags(options: Options, workers: int, max_bad: str, out: str) -> None:
     mistakes = []
     if workers < 0:
         mistakes.append(f"--workers={workers}: expected 0 (one for each CPU) or more")
@@ -107,8 +114,10 @@ def _check_flags(options: Options, workers: int, max_bad: str) -> None:
         mistakes.append(f"--max_document_tokens={options.max_document_tokens}: expected 0 (no limit), or 2 or more")
     if options.max_line_bytes < 1:
         mistakes.append(f"--max_line_bytes={options.max_line_bytes}: expected at least 1")
+    if not out or out.endswith("/"):
+        mistakes.append(f"--out={out}: expected the beginning of the file names, such as data/web")
     try:
-        _allowed(max_bad, 0)
+        _allowed(max_bad, 1)
     except ValueError:
         mistakes.append(f"--max_bad={max_bad}: expected a share of the lines such as 0.1% or a number of lines")
     if mistakes:
@@ -125,16 +134,12 @@ def _allowed(max_bad: str, lines: int) -> float:
 
 def _describe_tokenizer(path: str, append_eos: bool) -> dict[str, Any]:
     """What the dataset card says about the tokenizer. Raises for a missing or damaged model, or one without eos."""
-    file = Path(path)
-    if not file.is_file():
-        names = [p.name for p in file.parent.iterdir()] if file.parent.is_dir() else []
-        raise DataError(f"--tokenizer={path}: no such file{nearest(file.name, names)}")
-    model = load_tokenizer(path)
+    model = named_tokenizer(path)
     if append_eos and model.eos_id() < 0:
         raise ConfigError(f"{path}: has no end-of-sequence token; give --append_eos=false")
     return {
         "tokenizer": path,
-        "tokenizer_sha256": hashlib.sha256(file.read_bytes()).hexdigest(),
+        "tokenizer_sha256": hashlib.sha256(Path(path).read_bytes()).hexdigest(),
         "vocab_size": model.vocab_size(),
         "eos_id": model.eos_id(),
     }

@@ -8,6 +8,7 @@ import random
 import re
 import tempfile
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from pathlib import Path
 
 from data_tools.corpus import texts
@@ -23,6 +24,7 @@ _CHUNK = 4096
 # reserves for a program's own use, escapes it, and itself: any text at all comes back as it was.
 _ESCAPE = "2581\tFDD0 30\nFDD0\tFDD0 31\n"
 _UNESCAPE = "FDD0 30\t2581\nFDD0 31\tFDD0\n"
+_NOT_IN_SYMBOLS = " \u2581\ufdd0\0"  # a symbol is matched in the text as it stands, before the escapes
 
 
 def tokenizer(
@@ -54,10 +56,18 @@ def tokenizer(
         mistakes.append(f"--character_coverage={character_coverage}: expected a number above 0 and up to 1")
     if sample_bytes < 0:
         mistakes.append(f"--sample_bytes={sample_bytes}: expected 0 or more")
-    if taken := [symbol for symbol in symbols if symbol in SPECIAL or symbols.count(symbol) > 1]:
-        mistakes.append(f"--user_symbols: {taken[0]} is there already")
+    taken = {*SPECIAL, *(f"<0x{byte:02X}>" for byte in range(256))}
+    for symbol in symbols:
+        if symbol in taken:
+            mistakes.append(f"--user_symbols: {symbol} is there already")
+        elif set(symbol) & set(_NOT_IN_SYMBOLS):
+            mistakes.append(f"--user_symbols: {symbol!r}: expected no space, U+2581, U+FDD0 or NUL in a symbol")
+        taken.add(symbol)
     if vocab_size <= (least := len(SPECIAL) + len(symbols) + 256):
         mistakes.append(f"--vocab_size={vocab_size}: 256 bytes and {least - 256} symbols need more than {least}")
+    path = Path(out.removesuffix(".model") + ".model")
+    if path.name == ".model" or path.is_dir():
+        mistakes.append(f"--out={out}: expected a file name, to which .model is added")
     if mistakes:
         raise ConfigError("\n".join(mistakes))
 
@@ -65,17 +75,19 @@ def tokenizer(
     chunks = sample(documents, sample_bytes or vocab_size * _MODEL_TYPES[model_type], seed)
     if not chunks:
         raise DataError(f"{input}: no documents")
-    model = train(chunks, vocab_size, model_type, symbols, character_coverage, split_digits)
-    path = Path(out.removesuffix(".model") + ".model")
+    temporary = path.with_name(f"{path.name}.tmp")
     with storage_errors(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f"{path.name}.tmp")
+        if not path.parent.exists():
+            path.parent.mkdir(parents=True)
         try:
+            temporary.touch()  # where it cannot be written, say so before the training
+            model = train(chunks, vocab_size, model_type, symbols, character_coverage, split_digits)
             temporary.write_bytes(model)
             sync(temporary)
             temporary.replace(path)
         finally:
-            temporary.unlink(missing_ok=True)
+            with suppress(OSError):
+                temporary.unlink(missing_ok=True)
     size = sum(len(chunk.encode()) for chunk in chunks)
     print(f"{vocab_size:,} entries from {size:,} bytes of text: {path}")
 

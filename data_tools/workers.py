@@ -12,6 +12,7 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 from itertools import islice
 from typing import Any, TypeVar
 
@@ -66,16 +67,22 @@ def world() -> Any:
 
 
 def on_root(comm: Any, action: Callable[[], Result]) -> Result:
-    """The result of ``action``, done on rank 0 and broadcast. An error is raised there; other ranks exit quietly."""
-    result: Any = None
-    error = None
-    if comm.rank == 0:
-        try:
-            result = action()
-        except MegatronLiteError as caught:
-            error = caught
-    result, error = comm.bcast((result, error))
-    return result if error is None else _leave(comm, error)
+    """The result of ``action``, done on rank 0 and broadcast; without MPI (None), simply done.
+
+    An error is raised on rank 0; the other ranks exit quietly with its code.
+    """
+    if comm is None:
+        return action()
+    with _all_or_none(comm):
+        result: Any = None
+        error = None
+        if comm.rank == 0:
+            try:
+                result = action()
+            except MegatronLiteError as caught:
+                error = caught
+        result, error = comm.bcast((result, error))
+        return result if error is None else _leave(comm, error)
 
 
 def run_ranks(
@@ -85,7 +92,7 @@ def run_ranks(
 
     One gather and one broadcast for each round of as many units as there are ranks.
     """
-    try:
+    with _all_or_none(comm):
         while turn := list(islice(units, comm.size)):
             result: Any = None
             if comm.rank < len(turn):
@@ -97,10 +104,19 @@ def run_ranks(
             failure = comm.bcast(_merge_turn(results[: len(turn)], merge) if comm.rank == 0 else None)
             if failure is not None:
                 _leave(comm, failure)
-    except Exception as error:
-        if isinstance(error, MegatronLiteError):
-            raise
-        traceback.print_exc()  # a defect of ours; the other ranks wait in a collective
+
+
+@contextmanager
+def _all_or_none(comm: Any) -> Iterator[None]:
+    """Where a rank fails in a way the others do not know of, they wait in a collective for ever: end them all."""
+    try:
+        yield
+    except MegatronLiteError:
+        raise  # all ranks have agreed on it
+    except KeyboardInterrupt:
+        comm.Abort(130)
+    except Exception:  # a defect of ours
+        traceback.print_exc()
         sys.stderr.flush()
         comm.Abort(1)
 
