@@ -7,10 +7,12 @@ before and after clipping, every weight after the update.
 
 from __future__ import annotations
 
+import math
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +26,7 @@ from megatron_lite import cli
 from megatron_lite.config import Config, apply_overrides, parse_config
 from megatron_lite.data.loader import Loader, build_dataset
 from megatron_lite.dist import comm
-from megatron_lite.dist.mesh import Axis, Mesh, build_mesh
+from megatron_lite.dist.mesh import Mesh, build_mesh
 from megatron_lite.dist.shard import Piece
 from megatron_lite.dist.spawn import run_ranks
 from megatron_lite.errors import ConfigError, MegatronLiteError
@@ -131,8 +133,10 @@ def record(
 
     def note(kind: str, pieces: dict[str, Piece]) -> None:
         names = list(pieces) if kind == "weights" else list(reversed(pieces))  # backward ends at the embedding
-        for name in names:
-            noted[f"{kind}/{name}"] = _whole(pieces[name], mesh.world)
+        for some in _batches(names, pieces):
+            own = [[(tile.place, tile.data.cpu().clone()) for tile in pieces[name].tiles] for name in some]
+            for name, parts in zip(some, zip(*comm.gather_objects(own, mesh.world), strict=True), strict=True):
+                noted[f"{kind}/{name}"] = _whole(pieces[name], chain.from_iterable(parts))
 
     trainer.engine = _RecordingEngine(trainer.engine, note)  # type: ignore[assignment]
     sizes = [torch.zeros((), dtype=torch.float64) for _ in trainer.model.blocks]
@@ -171,13 +175,26 @@ def _measure(size: Tensor) -> Callable[..., None]:
     return hook
 
 
-def _whole(piece: Piece, world: Axis) -> Tensor:
-    """The global tensor from every rank's part. Where several ranks hold the same part and disagree, the one that is
-    furthest from the first is kept. Collective."""
-    whole = torch.full(piece.shape, float("nan"), dtype=piece.data.dtype)
+def _batches(names: Iterable[str], pieces: Mapping[str, Piece]) -> Iterator[list[str]]:
+    """The names in order, a few megabytes of tensors at a time: a gather costs more than what a small one carries."""
+    some: list[str] = []
+    size = 0
+    for name in names:
+        some.append(name)
+        size += math.prod(pieces[name].shape)
+        if size > 1 << 20:
+            yield some
+            some, size = [], 0
+    if some:
+        yield some
+
+
+def _whole(piece: Piece, parts: Iterable[tuple[Any, Tensor]]) -> Tensor:
+    """The global tensor from every rank's parts and their places. Where several ranks hold the same part and disagree,
+    the one that is furthest from the first is kept."""
+    whole = torch.full(piece.shape, float("nan"), dtype=piece.dtype)
     first = whole.clone()
-    own = [(box.place, piece.data[box.local].cpu()) for box in piece.boxes]
-    for place, part in (part for parts in comm.gather_objects(own, world) for part in parts):
+    for place, part in parts:
         first[place] = torch.where(first[place].isnan(), part, first[place])
         closer = whole[place].isnan() | ((whole[place] - first[place]).abs() < (part - first[place]).abs())
         whole[place] = torch.where(closer, part, whole[place])

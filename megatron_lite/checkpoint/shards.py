@@ -16,10 +16,9 @@ from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
-from torch import Tensor
 
 from megatron_lite.checkpoint.manifest import BoxEntry, Manifest, TensorEntry, overlap
-from megatron_lite.dist.shard import Box, Piece
+from megatron_lite.dist.shard import Piece, Tile
 from megatron_lite.errors import CheckpointError
 
 DTYPES = {
@@ -52,9 +51,9 @@ def holdings(pieces: Mapping[str, Piece]) -> dict[str, Holding]:
     """The description of ``pieces`` that ``plan`` is made from."""
     return {
         name: Holding(
-            _DTYPE_NAMES[piece.data.dtype],
-            tuple(piece.shape),
-            [(tuple(box.offset), tuple(box.shape)) for box in piece.boxes_with_content()],
+            _DTYPE_NAMES[piece.dtype],
+            piece.shape,
+            [(tile.offset, tile.shape) for tile in piece.tiles if 0 not in tile.shape],
         )
         for name, piece in pieces.items()
     }
@@ -106,10 +105,9 @@ class Shard:
         """The file as buffers, one box of ``pieces`` at a time: only a strided or device-resident box is copied."""
         yield self.header
         for name, entry in self.boxes:
-            piece = pieces[name]
-            box = next(b for b in piece.boxes if list(b.offset) == entry.offset and list(b.shape) == entry.shape)
-            flat = piece.data.detach()[box.local].contiguous().cpu().reshape(-1)
-            yield flat.view(torch.uint8).numpy()
+            place = (tuple(entry.offset), tuple(entry.shape))
+            tile = next(tile for tile in pieces[name].tiles if (tile.offset, tile.shape) == place)
+            yield tile.data.detach().contiguous().cpu().reshape(-1).view(torch.uint8).numpy()
 
 
 def shard(tensors: Mapping[str, TensorEntry], file: str) -> Shard | None:
@@ -145,8 +143,8 @@ def check_pieces(manifest: Manifest, pieces: Mapping[str, Piece], partial: bool,
         if list(piece.shape) != tensor.shape:
             raise CheckpointError(f"{where}: {name} has shape {tuple(tensor.shape)}, wanted {tuple(piece.shape)}")
         stored = DTYPES[tensor.dtype]
-        if stored != piece.data.dtype and not (stored.is_floating_point and piece.data.is_floating_point()):
-            raise CheckpointError(f"{where}: {name} has dtype {stored}, wanted {piece.data.dtype}")
+        if stored != piece.dtype and not (stored.is_floating_point and piece.dtype.is_floating_point):
+            raise CheckpointError(f"{where}: {name} has dtype {stored}, wanted {piece.dtype}")
 
 
 def fill(folder: Path, manifest: Manifest, pieces: Mapping[str, Piece]) -> None:
@@ -154,33 +152,33 @@ def fill(folder: Path, manifest: Manifest, pieces: Mapping[str, Piece]) -> None:
 
     Only overlapping parts are read. Raises CheckpointError where a file contradicts the manifest.
     """
-    wanted: dict[str, list[tuple[str, BoxEntry, Box]]] = defaultdict(list)
+    wanted: dict[str, list[tuple[str, BoxEntry, Tile]]] = defaultdict(list)
     for name, piece in pieces.items():
-        for box in piece.boxes_with_content():
+        for tile in piece.tiles:
             for entry in manifest.tensors[name].boxes:
-                if overlap(entry, box) is not None:
-                    wanted[entry.file].append((name, entry, box))
+                if overlap(entry, tile) is not None:
+                    wanted[entry.file].append((name, entry, tile))
     for file, reads in sorted(wanted.items()):
         try:
             with safe_open(folder / file, framework="pt") as stored, torch.no_grad():
-                for name, entry, box in reads:
-                    _copy(stored, manifest.tensors[name], name, entry, pieces[name].data[box.local], box)
+                for name, entry, tile in reads:
+                    _copy(stored, manifest.tensors[name], name, entry, tile)
         except (SafetensorError, ValueError) as error:
             raise CheckpointError(f"{folder / file}: {error}") from None
 
 
-def _copy(stored: Any, tensor: TensorEntry, name: str, entry: BoxEntry, into: Tensor, box: Box) -> None:
+def _copy(stored: Any, tensor: TensorEntry, name: str, entry: BoxEntry, tile: Tile) -> None:
     key = tensor.key(name, entry)
     part = stored.get_slice(key)
     if part.get_shape() != entry.shape or part.get_dtype() != tensor.dtype:
         raise ValueError(f"{key!a} is not what the manifest says")
-    common = overlap(entry, box)
+    common = overlap(entry, tile)
     assert common is not None
-    if list(box.offset) == entry.offset and list(box.shape) == entry.shape:
-        into.copy_(stored.get_tensor(key))
+    if list(tile.offset) == entry.offset and list(tile.shape) == entry.shape:
+        tile.data.copy_(stored.get_tensor(key))
         return
     source, target = (
         tuple(slice(start - o, stop - o) for (start, stop), o in zip(common, offset, strict=True))
-        for offset in (entry.offset, box.offset)
+        for offset in (entry.offset, tile.offset)
     )
-    into[target].copy_(part[source])
+    tile.data[target].copy_(part[source])

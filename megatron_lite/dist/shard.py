@@ -19,20 +19,6 @@ from megatron_lite.dist.mesh import Axis
 
 
 @dataclass(frozen=True)
-class Box:
-    """A rectangle of a global tensor: ``local`` are its slices in the local tensor, ``offset`` its global origin."""
-
-    local: tuple[slice, ...]
-    offset: tuple[int, ...]
-    shape: tuple[int, ...]
-
-    @property
-    def place(self) -> tuple[slice, ...]:
-        """Its slices in the global tensor."""
-        return tuple(slice(o, o + n) for o, n in zip(self.offset, self.shape, strict=True))
-
-
-@dataclass(frozen=True)
 class ShardSpec:
     """How one global parameter is split over the tensor-parallel axis.
 
@@ -49,29 +35,6 @@ class ShardSpec:
         assert self.dim is None or 0 <= self.dim < len(self.shape)
         assert self.chunks is None or (self.dim is not None and sum(self.chunks) == self.shape[self.dim])
 
-    @property
-    def sections(self) -> tuple[int, ...]:
-        """The chunk sizes along ``dim``; one section where the parameter is not fused."""
-        return self.chunks or (self.shape[self.dim],) if self.dim is not None else ()
-
-    def boxes(self, rank: int, size: int) -> list[Box]:
-        """The rectangles of the global tensor that ``rank`` of ``size`` holds, in local order."""
-        if self.dim is None:
-            return [Box(tuple(slice(0, n) for n in self.shape), (0,) * len(self.shape), self.shape)]
-        found, local_start, global_start = [], 0, 0
-        for section in self.sections:
-            assert section % size == 0, f"{size} ranks do not divide a section of {section}"
-            part = section // size
-            local = [slice(0, n) for n in self.shape]
-            local[self.dim] = slice(local_start, local_start + part)
-            offset = [0] * len(self.shape)
-            offset[self.dim] = global_start + rank * part
-            shape = list(self.shape)
-            shape[self.dim] = part
-            found.append(Box(tuple(local), tuple(offset), tuple(shape)))
-            local_start, global_start = local_start + part, global_start + section
-        return found
-
     def local_shape(self, size: int) -> tuple[int, ...]:
         """The shape of the tensor that each of ``size`` ranks holds."""
         shape = list(self.shape)
@@ -79,39 +42,95 @@ class ShardSpec:
             shape[self.dim] //= size
         return tuple(shape)
 
-    def piece(self, local: Tensor, tp: Axis) -> Piece:
-        """What ``local``, this rank's part along ``tp``, is of the global tensor."""
-        return Piece(local, self.shape, self.boxes(tp.rank, tp.size))
+    def sections(self, rank: int, size: int) -> list[tuple[int, int, int]]:
+        """(local start, global start, length) along ``dim`` of each stretch that ``rank`` of ``size`` holds."""
+        assert self.dim is not None
+        found, local, whole = [], 0, 0
+        for chunk in self.chunks or (self.shape[self.dim],):
+            assert chunk % size == 0, f"{size} ranks do not divide a section of {chunk}"
+            part = chunk // size
+            found.append((local, whole + rank * part, part))
+            local, whole = local + part, whole + chunk
+        return found
+
+    def piece(self, local: Tensor, tp: Axis, start: int = 0) -> Piece:
+        """What ``local`` is of the global tensor: this rank's part along ``tp``, or, where that is divided further, a
+        contiguous stretch of its elements from the ``start``-th on (in any shape)."""
+        assert local.is_contiguous(), "tiles have to be views"
+        shape, flat = self.local_shape(tp.size), local.view(-1)
+        tiles: list[Tile] = []
+        for first, origin, size in rectangles(shape, start, start + flat.numel()):
+            block = flat[first - start : first - start + math.prod(size)].view(size)
+            tiles += [Tile(block, origin)] if self.dim is None else self._tiles(block, origin, self.dim, tp)
+        return Piece(self.shape, local.dtype, tiles)
+
+    def _tiles(self, block: Tensor, origin: tuple[int, ...], dim: int, tp: Axis) -> Iterator[Tile]:
+        """A rectangle of the local tensor, which lies at ``origin`` there, as rectangles of the global one."""
+        for local, whole, length in self.sections(tp.rank, tp.size):
+            first, stop = max(local, origin[dim]), min(local + length, origin[dim] + block.shape[dim])
+            if first < stop:
+                offset = (*origin[:dim], whole + first - local, *origin[dim + 1 :])
+                yield Tile(block.narrow(dim, first - origin[dim], stop - first), offset)
+
+
+@dataclass(frozen=True)
+class Tile:
+    """A rectangle of a global tensor: ``data`` is a view of local memory, ``offset`` says where it lies."""
+
+    data: Tensor
+    offset: tuple[int, ...]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Elements along each dim."""
+        return tuple(self.data.shape)
+
+    @property
+    def place(self) -> tuple[slice, ...]:
+        """Its slices in the global tensor."""
+        return tuple(slice(o, o + n) for o, n in zip(self.offset, self.data.shape, strict=True))
 
 
 @dataclass(frozen=True)
 class Piece:
-    """What this rank holds of one global tensor: ``data`` is local, ``shape`` global, ``boxes`` say what lies where."""
+    """What this rank holds of one global tensor of ``shape``: no, one or several tiles."""
 
-    data: Tensor
     shape: tuple[int, ...]
-    boxes: Sequence[Box]
+    dtype: torch.dtype
+    tiles: Sequence[Tile]
 
     @classmethod
     def whole(cls, data: Tensor) -> Piece:
         """A tensor of which every rank that names it holds all."""
-        shape = tuple(data.shape)
-        return cls(data, shape, [Box(tuple(slice(0, n) for n in shape), (0,) * len(shape), shape)])
+        return cls(tuple(data.shape), data.dtype, [Tile(data, (0,) * data.dim())])
 
-    def rows(self, start: int, data: Tensor) -> Piece:
-        """The piece whose local tensor is ``data``: those rows of this one that begin at ``start``."""
-        stop, found = start + data.shape[0], []
-        for box in self.boxes:
-            first, last = max(start, box.local[0].start), min(stop, box.local[0].stop)
-            if first < last:
-                local = (slice(first - start, last - start), *box.local[1:])
-                offset = (box.offset[0] + first - box.local[0].start, *box.offset[1:])
-                found.append(Box(local, offset, (last - first, *box.shape[1:])))
-        return Piece(data, self.shape, found)
 
-    def boxes_with_content(self) -> Iterator[Box]:
-        """The boxes with at least one element."""
-        return (box for box in self.boxes if math.prod(box.shape))
+def rectangles(
+    shape: tuple[int, ...], start: int, stop: int
+) -> Iterator[tuple[int, tuple[int, ...], tuple[int, ...]]]:
+    """Elements ``start`` to ``stop`` of a contiguous tensor as rectangles, at most two for each dim but one:
+    (first element, origin, size) of each, in order."""
+    if start >= stop:
+        return
+    if len(shape) <= 1:
+        yield start, (start,)[: len(shape)], (stop - start,)[: len(shape)]
+        return
+    row = math.prod(shape[1:])
+    first, last = -(-start // row), stop // row  # the rows that are whole
+    if start < first * row:
+        yield from _in_row(shape, first - 1, start, min(stop, first * row))
+    if first < last:
+        yield first * row, (first, *(0 for _ in shape[1:])), (last - first, *shape[1:])
+    if last >= first and last * row < stop:
+        yield from _in_row(shape, last, last * row, stop)
+
+
+def _in_row(
+    shape: tuple[int, ...], row: int, start: int, stop: int
+) -> Iterator[tuple[int, tuple[int, ...], tuple[int, ...]]]:
+    before = row * math.prod(shape[1:])
+    for first, origin, size in rectangles(shape[1:], start - before, stop - before):
+        yield before + first, (row, *origin), (1, *size)
 
 
 def attach(parameter: nn.Parameter, spec: ShardSpec, init: float | str) -> nn.Parameter:
@@ -171,17 +190,16 @@ def fill_normal(piece: Piece, name: str, seed: int, std: float) -> None:
     generator = torch.Generator()
     for start in range(0, rows, block_rows):
         stop = min(rows, start + block_rows)
-        parts = [b for b in piece.boxes if b.offset[0] < stop and b.offset[0] + b.shape[0] > start]
+        parts = [tile for tile in piece.tiles if tile.offset[0] < stop and tile.offset[0] + tile.shape[0] > start]
         if not parts:
             continue
         key = hashlib.sha256(f"{seed}/{name}/{start}".encode()).digest()
         generator.manual_seed(int.from_bytes(key[:8], "little") >> 1)
         block = torch.empty((stop - start, *piece.shape[1:]), device="cpu").normal_(0.0, std, generator=generator)
-        for box in parts:
-            first, last = max(start, box.offset[0]), min(stop, box.offset[0] + box.shape[0])
-            local_row = box.local[0].start + first - box.offset[0]
-            into = piece.data[(slice(local_row, local_row + last - first), *box.local[1:])]
-            into.copy_(block[(slice(first - start, last - start), *box.place[1:])])
+        for tile in parts:
+            first, last = max(start, tile.offset[0]), min(stop, tile.offset[0] + tile.shape[0])
+            into = tile.data[first - tile.offset[0] : last - tile.offset[0]]
+            into.copy_(block[(slice(first - start, last - start), *tile.place[1:])])
 
 
 @torch.no_grad()
@@ -189,9 +207,8 @@ def initialize(pieces: Mapping[str, Piece], inits: Mapping[str, float | str], se
     """Give every parameter its first value: the same global tensors at every layout. No communication."""
     for name, piece in pieces.items():
         init = inits[name]
-        if init == "ones":
-            piece.data.fill_(1.0)
-        elif init == 0.0:
-            piece.data.zero_()
-        else:
+        if init not in ("ones", 0.0):
             fill_normal(piece, name, seed, float(init))
+            continue
+        for tile in piece.tiles:
+            tile.data.fill_(1.0 if init == "ones" else 0.0)

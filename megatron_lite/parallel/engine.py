@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from megatron_lite.config import Config
 from megatron_lite.dist import shard
@@ -33,7 +34,7 @@ class Engine(ABC):
         self.spread(config)
         self.parameters = dict(model.named_parameters())
         shard.initialize(
-            {name: self.piece(name, p.detach()) for name, p in self.parameters.items()}, inits, config.run.seed
+            {name: self.piece(name, local(p.detach())) for name, p in self.parameters.items()}, inits, config.run.seed
         )
         self.optimizer = build_optimizer(model, config.optim)
 
@@ -43,7 +44,7 @@ class Engine(ABC):
 
     @abstractmethod
     def piece(self, name: str, tensor: Tensor) -> Piece:
-        """What ``tensor`` holds of the global tensor: the parameter ``name``, its gradient or a moment of it."""
+        """What this rank's memory of the parameter ``name``, of its gradient or a moment is of the global tensor."""
 
     @abstractmethod
     def backward(self, loss: Tensor, *, last: bool) -> None:
@@ -55,12 +56,12 @@ class Engine(ABC):
 
     def norm(self) -> Tensor:
         """The norm of the global gradient from everybody's part of it."""
-        parts = ((piece.data, self.specs[name]) for name, piece in self.gradients().items())
+        parts = ((gradient, self.specs[name]) for name, gradient in self.local_gradients().items())
         return gradient_norm(parts, self.mesh.tp, self.mesh.dp_shard)
 
     def clip(self, norm: Tensor, limit: float) -> None:
         """Scale every gradient by min(1, limit / norm)."""
-        scale_gradients([piece.data for piece in self.gradients().values()], norm, limit)
+        scale_gradients(list(self.local_gradients().values()), norm, limit)
 
     def step(self, lr: float) -> None:
         """Update the weights and drop the gradients."""
@@ -73,13 +74,17 @@ class Engine(ABC):
         """Forget this step's gradients without an update."""
         self.optimizer.zero_grad(set_to_none=True)
 
+    def local_gradients(self) -> dict[str, Tensor]:
+        """This rank's memory of the reduced gradients; between ``finish_gradients`` and ``step``."""
+        return {name: local(p.grad) for name, p in self.parameters.items() if p.grad is not None}
+
     def gradients(self) -> dict[str, Piece]:
-        """The reduced gradients under their parameters' names; between ``finish_gradients`` and ``step``."""
-        return {n: self.piece(n, p.grad) for n, p in self.parameters.items() if p.grad is not None}
+        """The same under their parameters' names, each in its place."""
+        return {name: self.piece(name, gradient) for name, gradient in self.local_gradients().items()}
 
     def weights(self) -> dict[str, Piece]:
         """The weights under their names, to be saved from or loaded into in place."""
-        return {name: self.piece(name, parameter.detach()) for name, parameter in self.parameters.items()}
+        return {name: self.piece(name, local(parameter.detach())) for name, parameter in self.parameters.items()}
 
     def optimizer_state(self) -> dict[str, Piece]:
         """The optimizer's tensors as ``NAME.exp_avg`` and ``NAME.exp_avg_sq``, to be saved or loaded in place."""
@@ -90,7 +95,9 @@ class Engine(ABC):
                 state["step"] = torch.zeros((), dtype=torch.float32, device=parameter.device)
                 state["exp_avg"] = torch.zeros_like(parameter)
                 state["exp_avg_sq"] = torch.zeros_like(parameter)
-            found.update({f"{name}.{moment}": self.piece(name, state[moment]) for moment in ("exp_avg", "exp_avg_sq")})
+            found.update(
+                {f"{name}.{moment}": self.piece(name, local(state[moment])) for moment in ("exp_avg", "exp_avg_sq")}
+            )
         return found
 
     def restore_updates(self, updates: int) -> None:
@@ -102,6 +109,11 @@ class Engine(ABC):
         """What a checkpoint holds: weights as ``model.NAME``, optimizer state as ``optimizer.NAME.MOMENT``."""
         weights = {f"model.{name}": piece for name, piece in self.weights().items()}
         return weights | {f"optimizer.{name}": piece for name, piece in self.optimizer_state().items()}
+
+
+def local(tensor: Any) -> Tensor:
+    """This rank's memory of a tensor, which FSDP2 hands out as a DTensor."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def build_engine(model: nn.Module, config: Config, mesh: Mesh) -> Engine:

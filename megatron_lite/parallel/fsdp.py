@@ -7,6 +7,7 @@ gradients over dp_shard and, where there is one, over dp_replicate (hybrid shard
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -48,12 +49,11 @@ class FullyShardedDataParallel(Engine):
         model.to_empty(device=self.mesh.device)
 
     def piece(self, name: str, tensor: Tensor) -> Piece:
-        local = tensor.to_local() if hasattr(tensor, "to_local") else tensor
-        whole = self.specs[name].piece(local, self.mesh.tp)
-        rows = self.specs[name].local_shape(self.mesh.tp.size)[0]
+        spec, tp, dp = self.specs[name], self.mesh.tp, self.mesh.dp_shard
+        rows, *others = spec.local_shape(tp.size)
         # FSDP2 cuts as torch.chunk does: equal parts, the last ones shorter or empty.
-        start = min(rows, -(-rows // self.mesh.dp_shard.size) * self.mesh.dp_shard.rank)
-        return whole.rows(start, local)
+        first = min(rows, -(-rows // dp.size) * dp.rank)
+        return spec.piece(tensor, tp, first * math.prod(others))
 
     def backward(self, loss: Tensor, *, last: bool) -> None:
         model: Any = self.model

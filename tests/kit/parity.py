@@ -5,12 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any
 
 import torch
 
 from megatron_lite.config import Config, parse_config
-from megatron_lite.dist.mesh import build_mesh, solo_mesh
+from megatron_lite.dist.mesh import Mesh, build_mesh, solo_mesh
 from megatron_lite.parallel.plan import make_plan
 from megatron_lite.prove import Record, Row, compare, record
 from megatron_lite.trainer import Trainer
@@ -52,8 +53,8 @@ def ruffle(trainer: Trainer) -> None:
     """Add a wave to every parameter: those that start as zeros or ones would hide a missing or doubled term."""
     for piece in trainer.engine.weights().values():
         wave = 0.01 * torch.arange(math.prod(piece.shape), dtype=torch.float64).sin().view(piece.shape)
-        for box in piece.boxes:
-            piece.data[box.local] += wave[box.place]
+        for tile in piece.tiles:
+            tile.data.add_(wave[tile.place])
 
 
 def train(layout: Layout, data: str, changes: Mapping[str, Mapping[str, Any]], plant: Change | None) -> list[Record]:
@@ -61,7 +62,7 @@ def train(layout: Layout, data: str, changes: Mapping[str, Mapping[str, Any]], p
     the trainer. Every rank of the world calls this; a rank without a part in it gets nothing."""
     size, config = layout.dp * layout.tp, layout.config(data, changes)
     degrees = make_plan(config, size).degrees
-    mesh = solo_mesh() if size == 1 else build_mesh(degrees, torch.device("cpu"), ranks=range(size))
+    mesh = _mesh(tuple(degrees.items()), size)
     if mesh is None:
         return []
 
@@ -71,6 +72,11 @@ def train(layout: Layout, data: str, changes: Mapping[str, Mapping[str, Any]], p
             plant(trainer)
 
     return list(record(config, mesh, STEPS, prepare))
+
+
+@cache  # every new process group slows the ones that exist
+def _mesh(degrees: tuple[tuple[str, int], ...], size: int) -> Mesh | None:
+    return solo_mesh() if size == 1 else build_mesh(dict(degrees), torch.device("cpu"), ranks=range(size))
 
 
 @dataclass(frozen=True)

@@ -41,20 +41,14 @@ def global_tensors(step: int) -> dict[str, Tensor]:
     }
 
 
-def take(tensor: Tensor, spec: ShardSpec, rank: int, size: int) -> Tensor:
-    """The part of a global tensor that ``rank`` of ``size`` tensor-parallel ranks holds."""
-    local = tensor.new_empty(spec.local_shape(size))
-    for box in spec.boxes(rank, size):
-        local[box.local] = tensor[box.place]
-    return local
-
-
 def cut(tensors: dict[str, Tensor], rank: int = 0, size: int = 1) -> dict[str, Piece]:
     """The pieces that ``rank`` of ``size`` tensor-parallel ranks holds."""
-    return {
-        name: Piece(take(tensors[name], spec, rank, size), spec.shape, spec.boxes(rank, size))
-        for name, (spec, _) in SPECS.items()
-    }
+    pieces = {}
+    for name, (spec, dtype) in SPECS.items():
+        pieces[name] = spec.piece(torch.empty(spec.local_shape(size), dtype=dtype), Axis("tp", rank, size))
+        for tile in pieces[name].tiles:
+            tile.data.copy_(tensors[name][tile.place])
+    return pieces
 
 
 def blank(rank: int = 0, size: int = 1) -> dict[str, Piece]:
@@ -62,10 +56,11 @@ def blank(rank: int = 0, size: int = 1) -> dict[str, Piece]:
     return cut({name: torch.full(spec.shape, 77, dtype=dtype) for name, (spec, dtype) in SPECS.items()}, rank, size)
 
 
-def holds(pieces: dict[str, Piece], step: int, rank: int = 0, size: int = 1) -> bool:
+def holds(pieces: dict[str, Piece], step: int) -> bool:
     """Whether every piece equals its part of the tensors of ``step``, bit for bit."""
+    tensors = global_tensors(step)
     return all(
-        torch.equal(pieces[name].data, piece.data) for name, piece in cut(global_tensors(step), rank, size).items()
+        torch.equal(tile.data, tensors[name][tile.place]) for name, piece in pieces.items() for tile in piece.tiles
     )
 
 

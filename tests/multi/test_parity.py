@@ -85,7 +85,7 @@ def norm_of_the_shard(trainer):
     """Clipping goes by the norm of this rank's shard."""
     engine = trainer.engine
     engine.finish_gradients = lambda: (
-        torch.stack([piece.data.square().sum() for piece in engine.gradients().values()]).sum().sqrt()
+        torch.stack([gradient.square().sum() for gradient in engine.local_gradients().values()]).sum().sqrt()
     )
 
 
@@ -94,8 +94,8 @@ def averaged_over_dp(trainer):
     engine, finish = trainer.engine, trainer.engine.finish_gradients
 
     def halved():
-        for piece in engine.gradients().values():
-            piece.data.div_(2)
+        for gradient in engine.local_gradients().values():
+            gradient.div_(2)
         return finish()
 
     engine.finish_gradients = halved
@@ -108,7 +108,7 @@ def no_dp_reduction(trainer):
     def own():
         norm = finish()
         if trainer.mesh.dp.rank:
-            engine.gradients()["embedding.weight"].data.mul_(1.001)
+            engine.local_gradients()["embedding.weight"].mul_(1.001)
         return norm
 
     engine.finish_gradients = own

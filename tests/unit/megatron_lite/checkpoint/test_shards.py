@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from megatron_lite.checkpoint import Piece, open_checkpoint, save
 from megatron_lite.checkpoint.manifest import BoxEntry, tiling_problem
 from megatron_lite.checkpoint.shards import DTYPES, holdings, plan
-from megatron_lite.dist.shard import Box, ShardSpec
+from megatron_lite.dist.shard import Tile
 from megatron_lite.errors import CheckpointError
 from megatron_lite.faults import Faults
 from tests.kit.pieces import SOLO, blank, commit, cut, global_tensors, ready
@@ -55,7 +55,7 @@ def test_strided_empty_and_gradient_carrying_tensors_survive(tmp_path):
     }
     open_checkpoint(path).load(into, SOLO)
     for name, tensor in tensors.items():
-        assert torch.equal(into[name].data, tensor), name
+        assert torch.equal(into[name].tiles[0].data, tensor), name
 
 
 def test_replicas_are_written_once_and_the_work_is_spread():
@@ -101,8 +101,10 @@ def tilings(draw):
     return shape, boxes
 
 
-def as_boxes(boxes):
-    return [Box(tuple(slice(o, o + n) for o, n in zip(*b, strict=True)), tuple(b[0]), tuple(b[1])) for b in boxes]
+def tiled(whole, boxes):
+    """``whole`` as a piece of these boxes (offset, shape), views of it."""
+    places = [(tuple(slice(o, o + n) for o, n in zip(*box, strict=True)), tuple(box[0])) for box in boxes]
+    return Piece(tuple(whole.shape), whole.dtype, [Tile(whole[place], offset) for place, offset in places])
 
 
 @settings(deadline=None, max_examples=60)
@@ -111,19 +113,19 @@ def test_any_tiling_is_read_by_any_other(tmp_path_factory, stored, data):
     shape, boxes = stored
     folder = ready(tmp_path_factory.mktemp("tiling"))
     whole = torch.randn(shape)
-    path = save(folder, 1, {"x": Piece(whole, tuple(shape), as_boxes(boxes))}, {}, {}, SOLO, Faults.none())
-    into = torch.full(shape, float("nan"))
+    path = save(folder, 1, {"x": tiled(whole, boxes)}, {}, {}, SOLO, Faults.none())
     asked = [([0] * len(shape), shape)]
     for _ in range(data.draw(st.integers(0, 3))):
         offset = [data.draw(st.integers(0, n - 1)) for n in shape]
         asked.append((offset, [data.draw(st.integers(1, n - o)) for n, o in zip(shape, offset, strict=True)]))
-    for box in as_boxes(asked):
-        part = torch.full(box.shape, float("nan"))
-        local = Box(tuple(slice(0, n) for n in box.shape), box.offset, box.shape)
-        open_checkpoint(path).load({"x": Piece(part, tuple(shape), [local])}, SOLO)
-        into[box.local] = part
-        assert torch.equal(part, whole[box.local])
-    assert torch.equal(into, whole)
+    for box in asked:
+        into = torch.full(shape, float("nan"))
+        piece = tiled(into, [box])
+        open_checkpoint(path).load({"x": piece}, SOLO)
+        place = piece.tiles[0].place
+        assert torch.equal(into[place], whole[place])
+        into[place] = float("nan")
+        assert into.isnan().all()  # nothing beside what was asked for
 
 
 @settings(deadline=None)
@@ -150,7 +152,7 @@ def test_float_dtypes_are_converted_and_others_refused(tmp_path):
     for dtype in (torch.bfloat16, torch.float64):
         into = {"w": Piece.whole(torch.zeros(4, 4, dtype=dtype)), "i": Piece.whole(torch.zeros(3, dtype=torch.int64))}
         open_checkpoint(path).load(into, SOLO)
-        assert torch.equal(into["w"].data, source.to(dtype))
+        assert torch.equal(into["w"].tiles[0].data, source.to(dtype))
     for wrong in (torch.int32, torch.float32):
         with pytest.raises(CheckpointError, match=r"i has dtype torch.int64, wanted"):
             open_checkpoint(path).load({"i": Piece.whole(torch.zeros(3, dtype=wrong))}, SOLO, partial=True)
@@ -166,7 +168,6 @@ def test_a_checkpoint_of_another_model_is_refused_by_name(tmp_path):
     more = {f"blocks.{i}.new": Piece.whole(torch.zeros(1)) for i in range(5)}
     with pytest.raises(CheckpointError, match=r"lacks blocks.0.new, blocks.1.new, blocks.2.new and 2 more"):
         checkpoint.load({**pieces, **more}, SOLO)
-    spec = ShardSpec((50, 6), dim=0)
-    other = {"embedding.weight": Piece(torch.zeros(50, 6), spec.shape, spec.boxes(0, 1))}
+    other = {"embedding.weight": Piece.whole(torch.zeros(50, 6))}
     with pytest.raises(CheckpointError, match=r"embedding.weight has shape \(12, 6\), wanted \(50, 6\)"):
         checkpoint.load({**pieces, **other}, SOLO)
