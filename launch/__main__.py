@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -27,9 +28,8 @@ def run(config: str, *, via: str, nproc: int, max_restarts: int, dry_run: bool, 
     """Check the config, start the ranks, watch them to their end; returns the exit code for the shell."""
     flags = [f"--{key}={value}" for key, value in overrides.items()]
     # The config is megatron_lite's to judge. Its answer comes in well under a second and without torch.
-    checked = subprocess.run(
-        [sys.executable, "-m", "megatron_lite", "config", config, *flags], stdout=subprocess.PIPE, check=False
-    )
+    check = [sys.executable, "-m", "megatron_lite", "config", config, f"--ranks={nproc}", *flags]
+    checked = subprocess.run(check, stdout=subprocess.PIPE, check=False)
     if checked.returncode:
         return checked.returncode if checked.returncode > 0 else 1
     settings = json.loads(checked.stdout)["run"]
@@ -114,6 +114,8 @@ def parse(argv: list[str]) -> dict[str, Any]:
         typed.append((args, flags))
 
     mistakes = [f"unexpected argument {word!r}" for word in argv if word in ("-", "--")]  # fire has uses for these
+    names = Counter(word[2:].partition("=")[0].replace("-", "_") for word in argv if word[:2] == "--" != word)
+    mistakes += [f"--{name} is given twice" for name, count in names.items() if count > 1]
     fire.Fire(collect, command=[word for word in argv if word not in ("-", "--")], name="launch run")
     args, flags = typed[0]
     arguments: dict[str, Any] = {name: default for name, (_, default) in _FLAGS.items()}

@@ -7,15 +7,22 @@ from pathlib import Path
 
 from megatron_lite import cli
 from megatron_lite.config import load_config
+from megatron_lite.dist.env import read_rank
 from megatron_lite.errors import ConfigError
+from megatron_lite.parallel.plan import make_plan, parse_side
 
 
-def config(config: str, **overrides: str) -> None:
-    """Check a config and print it, resolved, as JSON.
+def config(config: str, ranks: int | None = None, **overrides: str) -> None:
+    """Check a config, and whether it can run on --ranks; print it, resolved, as JSON.
 
     CONFIG is a path or the name of a shipped config; any --section.key=value overrides it.
     """
-    print(json.dumps(load_config(config, overrides).model_dump(mode="json")))
+    checked = load_config(config, overrides)
+    if ranks is not None and ranks < 1:
+        raise ConfigError(f"--ranks={ranks}: expected at least 1")
+    if ranks is not None:
+        make_plan(checked, ranks)
+    print(json.dumps(checked.model_dump(mode="json")))
 
 
 def train(config: str, **overrides: str) -> None:
@@ -23,10 +30,11 @@ def train(config: str, **overrides: str) -> None:
 
     CONFIG is a path or the name of a shipped config; any --section.key=value overrides it.
     """
-    checked = load_config(config, overrides)
+    checked, rank = load_config(config, overrides), read_rank()
+    plan = make_plan(checked, rank.size)
     from megatron_lite.train import train as run
 
-    run(checked)
+    run(checked, plan, rank)
 
 
 def generate(
@@ -63,10 +71,13 @@ def prove(
 
     --a and --b take tp, sp, recompute, dp, accumulation and compile, as in 'tp=2,sp=true,dp=2'. Exit 1: they differ.
     """
+    if steps < 1:
+        raise ConfigError(f"--steps={steps}: expected at least 1")
     checked = load_config(config, overrides)
+    sides = [parse_side(text, checked, dtype) for text in (a, b)]
     from megatron_lite.prove import prove as run
 
-    run(checked, a, b, steps=steps, dtype=dtype, tolerance=tolerance, timeout=timeout)
+    run(sides, steps, tolerance, timeout=timeout)
 
 
 def ckpt(action: str, path: str) -> None:

@@ -12,7 +12,8 @@ import inspect
 import sys
 import types
 import typing
-from collections.abc import Callable, Mapping
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NoReturn
 
 import fire
@@ -50,6 +51,23 @@ def convert(name: str, text: str, annotation: Any) -> Any:
     raise ConfigError(f"--{name}={text}: expected {'true or false' if wanted == 'bool' else wanted}")
 
 
+def read_words(words: Sequence[str]) -> tuple[tuple[str, ...], dict[str, str]]:
+    """Arguments and flags, each as the text that was typed. Raises ConfigError where fire would drop some of it."""
+    names = Counter(word[2:].partition("=")[0].replace("-", "_") for word in words if word[:2] == "--" != word)
+    mistakes = [f"unexpected argument {word!r}; see --help" for word in words if word in ("-", "--")]
+    mistakes += [f"--{name} is given twice" for name, count in names.items() if count > 1]
+    if mistakes:
+        raise ConfigError("\n".join(mistakes))
+    typed: list[tuple[tuple[str, ...], dict[str, str]]] = []
+
+    @SetParseFn(str)
+    def collect(*args: str, **flags: str) -> None:
+        typed.append((args, flags))
+
+    fire.Fire(collect, command=list(words), name="arguments")
+    return typed[0]
+
+
 def bind(command: Command, args: tuple[str, ...], flags: Mapping[str, str]) -> tuple[list[Any], dict[str, Any]]:
     """Check and convert what was typed against the signature of ``command``; every mistake is reported at once.
 
@@ -57,14 +75,15 @@ def bind(command: Command, args: tuple[str, ...], flags: Mapping[str, str]) -> t
     """
     signature = inspect.signature(command, eval_str=True)
     parameters = {n: p for n, p in signature.parameters.items() if p.kind is p.POSITIONAL_OR_KEYWORD}
+    required = [n for n, p in parameters.items() if p.default is p.empty]
     takes_overrides = any(p.kind is p.VAR_KEYWORD for p in signature.parameters.values())
     mistakes: list[str] = []
     values: dict[str, Any] = {}
     overrides: dict[str, str] = {}
 
-    if len(args) > len(parameters):
-        mistakes.append(f"unexpected argument {args[len(parameters)]!r}; see --help")
-    typed = list(zip(parameters, args, strict=False))
+    if len(args) > len(required):
+        mistakes.append(f"unexpected argument {args[len(required)]!r}; see --help")
+    typed = list(zip(required, args, strict=False))
     for name, text in flags.items():
         if name in parameters:
             typed.append((name, text))
@@ -82,9 +101,7 @@ def bind(command: Command, args: tuple[str, ...], flags: Mapping[str, str]) -> t
         except ConfigError as error:
             mistakes.append(str(error))
     given = {name for name, _ in typed}
-    for name, parameter in parameters.items():
-        if parameter.default is parameter.empty and name not in given:
-            mistakes.append(f"missing {name.upper()}; see --help")
+    mistakes += [f"missing {name.upper()}; see --help" for name in required if name not in given]
     if mistakes:
         raise ConfigError("\n".join(mistakes))
     return [], {**values, **overrides}
@@ -131,16 +148,7 @@ def main(commands: Mapping[str, Command], prog: str) -> None:
         if any(word in ("-h", "--help") for word in rest):
             print(usage(prog, name, commands[name]))
             return
-        typed: list[tuple[tuple[str, ...], dict[str, str]]] = []
-
-        @SetParseFn(str)
-        def collect(*args: str, **flags: str) -> None:
-            typed.append((args, flags))
-
-        # fire reads a lone `-x` or `--` specially; everything it hands over here is still the text that was typed.
-        fire.Fire(collect, command=rest, name=f"{prog} {name}")
-        args, flags = typed[0]
-        _, values = bind(commands[name], args, flags)
+        _, values = bind(commands[name], *read_words(rest))
         commands[name](**values)
     except MegatronLiteError as error:
         fail(error)

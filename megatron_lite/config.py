@@ -10,19 +10,33 @@ import math
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 from omegaconf import OmegaConf
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from megatron_lite.cli import nearest
 from megatron_lite.errors import ConfigError
 
-Positive = Annotated[int, Field(gt=0, lt=2**48)]
-Count = Annotated[int, Field(ge=0, lt=2**48)]
-Probability = Annotated[float, Field(ge=0, lt=1)]
-PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
-NonNegativeFloat = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+
+def _number(value: Any) -> Any:
+    """A number as typed: ``1e3`` may stand for a whole one, and ``true`` for none."""
+    if isinstance(value, bool):
+        raise ValueError("expected a number")
+    try:
+        number = float(value) if isinstance(value, str) else value
+    except ValueError:
+        return value
+    return int(number) if isinstance(number, float) and number.is_integer() else number
+
+
+Integer = Annotated[int, BeforeValidator(_number)]
+Number = Annotated[float, BeforeValidator(_number)]
+Positive = Annotated[Integer, Field(gt=0, lt=2**48)]
+Count = Annotated[Integer, Field(ge=0, lt=2**48)]
+Probability = Annotated[Number, Field(ge=0, lt=1)]
+PositiveFloat = Annotated[Number, Field(gt=0, allow_inf_nan=False)]
+NonNegativeFloat = Annotated[Number, Field(ge=0, allow_inf_nan=False)]
 
 
 class Section(BaseModel):
@@ -86,7 +100,7 @@ class ModelConfig(Section):
         gpt2 = values.get("family") == "gpt2"
         filled = {"bias": gpt2, "tie_embeddings": gpt2, **{k: v for k, v in values.items() if v is not None}}
         filled.setdefault("qkv_bias", filled["bias"])
-        hidden, heads = filled.get("hidden_size", 256), filled.get("num_heads", 4)
+        hidden, heads = _number(filled.get("hidden_size", 256)), _number(filled.get("num_heads", 4))
         if isinstance(heads, int) and heads > 0:
             filled.setdefault("num_kv_heads", heads)
             if isinstance(hidden, int) and "head_dim" not in filled:
@@ -133,7 +147,7 @@ class DataConfig(Section):
     split: tuple[NonNegativeFloat, NonNegativeFloat, NonNegativeFloat] = (0.98, 0.01, 0.01)
     seq_len: Positive = 256
     document_mask: bool = False
-    prefetch: Annotated[int, Field(ge=0, le=64)] = 2
+    prefetch: Annotated[Integer, Field(ge=0, le=64)] = 2
     allow_change: bool = False
 
 
@@ -149,7 +163,7 @@ class OptimConfig(Section):
     schedule: Literal["cosine", "linear", "wsd", "constant"] = "cosine"
     warmup_steps: Count = 0
     decay_steps: Count | None = None
-    min_lr_ratio: Annotated[float, Field(ge=0, le=1)] = 0.1
+    min_lr_ratio: Annotated[Number, Field(ge=0, le=1)] = 0.1
 
 
 class ParallelConfig(Section):
@@ -161,7 +175,7 @@ class ParallelConfig(Section):
 
     tp: Positive = 1
     sp: bool = False
-    zero: Annotated[int, Field(ge=0, le=3)] = 0
+    zero: Annotated[Integer, Field(ge=0, le=3)] = 0
     dp_replicate: Positive = 1
     recompute: Literal["none", "selective", "full"] = "none"
     bucket_mb: PositiveFloat = 25.0
@@ -255,38 +269,58 @@ def parse_yaml(text: str, name: str) -> dict[str, Any]:
     """The mapping in a YAML text that comes from ``name``. Raises ConfigError."""
     if re.search(r"[\s\[{,:-][&*]\w", text):  # no config needs aliases, and nested ones can fill the memory
         raise ConfigError(f"{name}: YAML anchors and aliases (& and *) are not allowed in a config")
+    if "${" in text:
+        raise ConfigError(f"{name}: ${{…}} is not filled in; write the value, or give it as --section.key=value")
     try:
-        tree = OmegaConf.to_container(OmegaConf.create(text), resolve=False)
+        tree = OmegaConf.to_container(OmegaConf.create(text))
+    except RecursionError:
+        raise ConfigError(f"{name}: nested too deeply") from None
     except Exception as error:  # the YAML reader raises many kinds; each means the text is wrong
-        raise ConfigError(f"{name}: {' '.join(str(error).split())}") from None
+        mark = getattr(error, "problem_mark", None)
+        place = f"{name}:{mark.line + 1}:{mark.column + 1}" if mark else name
+        said = [getattr(error, "context", None), getattr(error, "problem", None)] if mark else [str(error)]
+        problem = " ".join(" ".join(filter(None, said)).split()).replace(' in "<unicode string>",', " at")
+        raise ConfigError(f"{place}: {problem or _NO_SECTIONS}") from None
     if not isinstance(tree, dict):
-        raise ConfigError(f"{name}: expected sections such as 'model:' and 'train:'")
+        raise ConfigError(f"{name}: {_NO_SECTIONS}")
     return tree  # type: ignore[return-value]
 
 
+_NO_SECTIONS = "expected sections such as 'model:' and 'train:'"
+
+
 def apply_overrides(tree: dict[str, Any], overrides: Mapping[str, str]) -> list[str]:
-    """Set dotted keys in ``tree``; values are read as YAML. Returns the mistakes found."""
+    """Set dotted keys in ``tree``. Returns the mistakes found."""
     mistakes = []
     for dotted, text in overrides.items():
-        try:
-            value = OmegaConf.to_container(OmegaConf.create(f"value: {text}"), resolve=False)["value"]  # type: ignore[index,call-overload]
-        except Exception:  # not YAML: it is meant as the text it is
-            value = text
         node, parts = tree, dotted.split(".")
         for part in parts[:-1]:
-            node = node.setdefault(part, {})
+            if node.get(part) is None:
+                node[part] = {}
+            node = node[part]
             if not isinstance(node, dict):
                 mistakes.append(f"{dotted}: {part} is not a section")
                 break
         else:
-            node[parts[-1]] = value
+            try:
+                node[parts[-1]] = _typed(text)
+            except ConfigError as error:
+                mistakes.append(f"{dotted}: {error}")
     return mistakes
+
+
+def _typed(text: str) -> Any:
+    """What was typed for a key: a YAML list or mapping, true, false or null, and otherwise the text as it stands (which
+    a key that wants a number reads as one)."""
+    if text.startswith(("[", "{")):
+        return parse_yaml(f"value: {text}", text)["value"]
+    return {"true": True, "false": False, "null": None}.get(text.lower(), text)
 
 
 def parse_config(tree: dict[str, Any]) -> Config:
     """Validate a tree. Raises ConfigError with one line for every mistake in it."""
     try:
-        return Config.model_validate(tree)
+        return Config.model_validate({name: section for name, section in tree.items() if section is not None})
     except ValidationError as error:
         raise ConfigError("\n".join(_describe(e) for e in error.errors(include_url=False))) from None
 
@@ -324,21 +358,32 @@ def _tokenizer_size(path: str | None) -> int:
 
 
 def _describe(error: Any) -> str:
-    """One line for one pydantic error: key, problem, nearest valid key."""
-    location = [str(part) for part in error["loc"]]
-    key = ".".join(location) or "config"
-    if error["type"] == "extra_forbidden":
-        section: Any = Config
-        for part in location[:-1]:
-            field = getattr(section, "model_fields", {}).get(part)
-            section = field.annotation if field is not None else None
-        known = getattr(section, "model_fields", {})
-        return f"{key}: unknown key{nearest(location[-1], known)}; known: {', '.join(known)}"
-    if error["type"] == "missing":
-        return f"{key}: missing"
-    message = error["msg"].removeprefix("Value error, ").removeprefix("Assertion failed, ")
-    return (
-        f"{key}: {message[0].lower() + message[1:]}, not {error['input']!r}"
-        if "input" in error and not isinstance(error["input"], (dict, BaseModel))
-        else f"{key}: {message}"
-    )
+    """One line for one pydantic error: key, problem, what was given, nearest valid."""
+    *parents, last = [str(part) for part in error["loc"]] or ["config"]
+    key = ".".join([*parents, last])
+    given, message = error["input"], error["msg"].removeprefix("Value error, ")
+    match error["type"]:
+        case "extra_forbidden":
+            known = _keys(error["loc"][:-1])
+            return f"{key}: unknown key{nearest(last, known)}; known: {', '.join(known)}"
+        case "missing":
+            return f"{key}: missing"
+        case "model_type" | "dict_type":
+            message = "expected a section"
+        case "literal_error":
+            message = f"expected {error['ctx']['expected']}"
+            given_text = nearest(str(given), re.findall(r"'(.*?)'", message))
+            return f"{key}: {message}, not {given!r}{given_text}"
+    message = message[0].lower() + message[1:]
+    return f"{key}: {message}" if isinstance(given, (dict, BaseModel)) else f"{key}: {message}, not {given!r}"
+
+
+def _keys(location: tuple[str | int, ...]) -> Mapping[str, Any]:
+    """The keys of the section at ``location``."""
+    section: Any = Config
+    for part in location:
+        if isinstance(part, str):
+            section = section.model_fields[part].annotation
+        while not hasattr(section, "model_fields"):  # a list of sections, or one that may be missing
+            section = get_args(section)[0]
+    return section.model_fields

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import sys
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
@@ -22,22 +22,20 @@ from rich.table import Table
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from megatron_lite import cli
-from megatron_lite.config import Config, apply_overrides, parse_config
+from megatron_lite.config import Config
 from megatron_lite.data.loader import Loader, build_dataset
 from megatron_lite.dist import comm
 from megatron_lite.dist.mesh import Mesh, build_mesh
 from megatron_lite.dist.shard import Piece
 from megatron_lite.dist.spawn import run_ranks
-from megatron_lite.errors import ConfigError, MegatronLiteError
+from megatron_lite.errors import MegatronLiteError
 from megatron_lite.faults import Faults
 from megatron_lite.parallel.engine import Engine
-from megatron_lite.parallel.plan import make_plan
+from megatron_lite.parallel.plan import Side, make_plan
 from megatron_lite.trainer import Trainer
 
 TOLERANCES = {"float64": 1e-10, "float32": 1e-3, "bfloat16": 1e-1}
 KINDS = ("block outputs", "loss", "gradients", "clipped gradients", "weights")
-_SIDE_KEYS = ("tp", "sp", "zero", "dp_replicate", "recompute", "dp", "accumulation", "compile")
 
 Record = dict[str, Tensor]  # "kind/name" → whole tensor, in the order of computation
 
@@ -49,15 +47,6 @@ class LayoutsDifferError(MegatronLiteError):
 
 
 @dataclass(frozen=True)
-class Side:
-    """One layout: the config it runs with and its number of ranks."""
-
-    name: str
-    config: Config
-    ranks: int
-
-
-@dataclass(frozen=True)
 class Row:
     """The largest relative difference among the tensors of one kind in one step, and the first beyond tolerance."""
 
@@ -66,32 +55,6 @@ class Row:
     difference: float
     tensor: str
     first_beyond: tuple[str, float] | None
-
-
-def parse_side(text: str, config: Config, dtype: str) -> Side:
-    """Read ``tp=2,sp=true,dp=2,accumulation=4``. Raises ConfigError.
-
-    ``accumulation`` (micro batches a step on each rank) changes the micro batch; the global batch stays.
-    """
-    settings: dict[str, str] = {}
-    for part in filter(None, text.replace(" ", "").split(",")):
-        key, equals, value = part.partition("=")
-        if key not in _SIDE_KEYS or not equals or not value:
-            raise ConfigError(f"layout {text!r}: {part!r}{cli.nearest(key, _SIDE_KEYS)}; keys: {', '.join(_SIDE_KEYS)}")
-        settings[key] = value
-    dp, accumulation = (cli.convert(k, settings.pop(k, "1"), int) for k in ("dp", "accumulation"))
-    overrides = {f"train.{k}" if k == "compile" else f"parallel.{k}": v for k, v in settings.items()}
-    batch = config.train.global_batch_size
-    if dp < 1 or accumulation < 1 or batch % (dp * accumulation):
-        product = f"dp {dp} × accumulation {accumulation}"
-        raise ConfigError(f"layout {text!r}: {product} must divide train.global_batch_size={batch}")
-    tree = config.model_dump()
-    tree["train"].update(micro_batch_size=batch // (dp * accumulation), precision=dtype)
-    apply_overrides(tree, overrides)
-    side = parse_config(tree)
-    ranks = dp * side.parallel.tp
-    make_plan(side, ranks)
-    return Side(text, side, ranks)
 
 
 class _RecordingEngine:
@@ -236,28 +199,20 @@ def _load(path: Path) -> Record:
 
 
 def prove(
-    config: Config,
-    a: str,
-    b: str,
-    *,
-    steps: int = 3,
-    dtype: str = "float64",
+    sides: Sequence[Side],
+    steps: int,
     tolerance: float | None = None,
+    *,
     timeout: float = 600.0,
     prepare_b: Callable[[Trainer], None] | None = None,
-    console: Console | None = None,
 ) -> list[Row]:
-    """Run layouts ``a`` and ``b`` and compare them; prints a table.
+    """Run both sides and compare them; prints a table. ``tolerance`` None: what the number format allows.
 
-    Raises LayoutsDifferError naming the first tensor beyond ``tolerance``, ConfigError for a layout that cannot be.
+    Raises LayoutsDifferError naming the first tensor beyond it. ``prepare_b`` may change the second side's trainer.
     """
-    if dtype not in TOLERANCES:
-        raise ConfigError(f"--dtype={dtype}: expected {', '.join(TOLERANCES)}")
-    if steps < 1:
-        raise ConfigError(f"--steps={steps}: expected at least 1")
+    dtype = sides[0].config.train.precision
     limit = TOLERANCES[dtype] if tolerance is None else tolerance
-    console = console or Console(width=None if sys.stdout.isatty() else 120)  # names whole in a log
-    sides = [parse_side(text, config, dtype) for text in (a, b)]
+    console = Console(width=None if sys.stdout.isatty() else 120)  # names whole in a log
     rows: list[Row] = []
     with tempfile.TemporaryDirectory(prefix="mlite-prove-") as folder:
         for label, side, prepare in zip("ab", sides, (None, prepare_b), strict=True):
@@ -282,7 +237,7 @@ def prove(
     return rows
 
 
-def _table(rows: list[Row], sides: list[Side], limit: float) -> Table:
+def _table(rows: list[Row], sides: Sequence[Side], limit: float) -> Table:
     table = Table(title=f"{sides[0].name}  against  {sides[1].name}")
     for column in ("step", "what", "largest relative difference", "in", ""):
         table.add_column(column, justify="right" if column in ("step", "largest relative difference") else "left")

@@ -18,14 +18,14 @@ from megatron_lite import checkpoint
 from megatron_lite.config import Config, to_yaml
 from megatron_lite.data.loader import Dataset, Loader, build_dataset
 from megatron_lite.data.tokenizer import load_tokenizer
-from megatron_lite.dist.env import Rank, read_rank
+from megatron_lite.dist.env import Rank
 from megatron_lite.dist.mesh import Mesh, build_mesh, pick_device, process_group
 from megatron_lite.errors import CheckpointError, DataError, Preempted
 from megatron_lite.faults import Faults
 from megatron_lite.generate import Sampling, generate
 from megatron_lite.lifetime import StopRequest, die, die_with_parent, locked
 from megatron_lite.metrics import Reporter, flops_per_token, memory_bytes, peak_flops
-from megatron_lite.parallel.plan import Plan, make_plan
+from megatron_lite.parallel.plan import Plan
 from megatron_lite.trainer import StepResult, Trainer, TrainState
 
 logger = logging.getLogger("megatron_lite")
@@ -249,12 +249,10 @@ def _prepare_folder(config: Config, rank: Rank) -> None:
     )
 
 
-def train(config: Config) -> None:
+def train(config: Config, plan: Plan, rank: Rank) -> None:
     """Run one rank to its end; the process exits here on any failure, with the documented exit code."""
-    rank = read_rank()
     if rank.size > 1:
         die_with_parent()
-    plan = make_plan(config, rank.size)
     Faults.parse(rank.faults)
     try:
         with locked(config.folder, rank):

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from megatron_lite.config import Config
+from megatron_lite import cli
+from megatron_lite.config import Config, apply_overrides, parse_config
 from megatron_lite.errors import ConfigError
 
 
@@ -29,10 +30,14 @@ class Plan:
         sp = " with sequence parallelism" if self.sp else ""
         sharded = f" (ZeRO {config.parallel.zero} over {self.dp_shard})" if self.dp_shard > 1 else ""
         return (
-            f"{self.tp * self.dp} ranks = dp {self.dp}{sharded} × tp {self.tp}{sp}; "
+            f"{_ranks(self.tp * self.dp)} = dp {self.dp}{sharded} × tp {self.tp}{sp}; "
             f"global batch {size} = dp {self.dp} × {self.accumulation} × micro {micro} "
             f"({size * config.data.seq_len:,} tokens)"
         )
+
+
+def _ranks(count: int) -> str:
+    return f"{count} rank{'s'[: count != 1]}"
 
 
 def degrees_that_fit(config: Config, limit: int = 64) -> list[int]:
@@ -70,7 +75,7 @@ def make_plan(config: Config, world_size: int) -> Plan:
     tp, train = config.parallel.tp, config.train
     mistakes = []
     if world_size % tp:
-        mistakes.append(f"parallel.tp={tp} does not divide the {world_size} ranks that were started")
+        mistakes.append(f"parallel.tp={tp} does not divide the {_ranks(world_size)} of this job")
     try:
         check_tp(config, tp)
     except ConfigError as error:
@@ -103,3 +108,41 @@ def make_plan(config: Config, world_size: int) -> Plan:
         )
     accumulation = train.global_batch_size // (dp * train.micro_batch_size)
     return Plan(tp, dp, config.parallel.sp and tp > 1, accumulation, dp // replicate if zero else 1)
+
+
+@dataclass(frozen=True)
+class Side:
+    """One layout to compare: the config it runs with and its number of ranks."""
+
+    name: str
+    config: Config
+    ranks: int
+
+
+_SIDE_KEYS = ("tp", "sp", "zero", "dp_replicate", "recompute", "dp", "accumulation", "compile")
+
+
+def parse_side(text: str, config: Config, dtype: str) -> Side:
+    """Read ``tp=2,sp=true,dp=2,accumulation=4``. Raises ConfigError.
+
+    ``accumulation`` (micro batches a step on each rank) changes the micro batch; the global batch stays.
+    """
+    settings: dict[str, str] = {}
+    for part in filter(None, text.replace(" ", "").split(",")):
+        key, equals, value = part.partition("=")
+        if key not in _SIDE_KEYS or not equals or not value:
+            raise ConfigError(f"layout {text!r}: {part!r}{cli.nearest(key, _SIDE_KEYS)}; keys: {', '.join(_SIDE_KEYS)}")
+        settings[key] = value
+    dp, accumulation = (cli.convert(k, settings.pop(k, "1"), int) for k in ("dp", "accumulation"))
+    overrides = {f"train.{k}" if k == "compile" else f"parallel.{k}": v for k, v in settings.items()}
+    batch = config.train.global_batch_size
+    if dp < 1 or accumulation < 1 or batch % (dp * accumulation):
+        product = f"dp {dp} × accumulation {accumulation}"
+        raise ConfigError(f"layout {text!r}: {product} must divide train.global_batch_size={batch}")
+    tree = config.model_dump()
+    tree["train"].update(micro_batch_size=batch // (dp * accumulation), precision=dtype)
+    apply_overrides(tree, overrides)
+    side = parse_config(tree)
+    ranks = dp * side.parallel.tp
+    make_plan(side, ranks)
+    return Side(text, side, ranks)

@@ -25,7 +25,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     M + "models": (M + "layers", M + "dist"),
     M + "peft": (M + "layers", M + "dist"),
     M + "optim": (M + "dist",),
-    M + "parallel": (M + "dist", M + "optim"),
+    M + "parallel": (M + "cli", M + "dist", M + "optim"),
     M + "checkpoint": (M + "dist", M + "faults"),
     M + "metrics": (M + "dist",),
     M + "faults": (M + "dist",),

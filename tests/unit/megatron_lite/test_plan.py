@@ -35,7 +35,7 @@ def test_accumulation_follows_from_the_batch_and_the_ranks():
             8,
             "parallel.tp=4 does not divide model.num_heads=6; this model can use tp 1, 2",
         ),
-        ({"parallel": {"tp": 2}}, 3, "parallel.tp=2 does not divide the 3 ranks that were started"),
+        ({"parallel": {"tp": 2}}, 3, "parallel.tp=2 does not divide the 3 ranks of this job"),
         ({"train": {"global_batch_size": 20}}, 8, "must be a multiple of dp 8 × train.micro_batch_size 2 = 16"),
         ({"parallel": {"tp": 6}}, 6, r"padded to 384|num_kv_heads=2"),
     ],

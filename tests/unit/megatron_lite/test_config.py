@@ -1,0 +1,61 @@
+"""Configs: what is shipped parses, presets have their published sizes, a resolved config reads back as itself."""
+
+import math
+from pathlib import Path
+
+import pytest
+import torch
+
+from megatron_lite.config import ModelConfig, load_config, parse_config, parse_yaml, read_yaml, to_yaml
+from megatron_lite.dist.mesh import Axis
+from megatron_lite.dist.shard import spec_of
+from megatron_lite.models.decoder import Decoder
+
+CONFIGS = Path(__file__).resolve().parents[3] / "configs"
+PUBLISHED = {  # parameters in millions and the vocabulary, from the models' papers and cards
+    "gpt2-small": (124.4, 50257),
+    "gpt2-xl": (1557.6, 50257),
+    "llama-1b": (1235.8, 128256),
+    "llama-7b": (6738.4, 32000),
+    "llama-8b": (8030.3, 128256),
+    "llama-70b": (70553.7, 128256),
+}
+
+
+@pytest.mark.parametrize("name", [path.stem for path in CONFIGS.glob("*.yaml")])
+def test_what_is_shipped_parses_and_reads_back_as_itself(name, tmp_path):
+    config = load_config(name, {"model.vocab_size": "1000"})
+    (tmp_path / "resolved.yaml").write_text(to_yaml(config))
+    assert load_config(str(tmp_path / "resolved.yaml"), {}) == config
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_presets_have_the_published_number_of_parameters(name):
+    millions, vocabulary = PUBLISHED[name]
+    config = ModelConfig(**read_yaml(CONFIGS / "models" / f"{name}.yaml"), vocab_size=vocabulary, vocab_multiple=1)
+    with torch.device("meta"):
+        model = Decoder(config, Axis("tp"), sp=False)
+    count = sum(math.prod(spec_of(parameter).shape) for parameter in model.parameters())
+    assert count / 1e6 == pytest.approx(millions, abs=0.1)
+
+
+def test_a_preset_gives_way_to_the_config_and_the_config_to_the_command_line(tmp_path):
+    (tmp_path / "c.yaml").write_text("model: {preset: tiny, num_layers: 3, ffn_size: 64}\ndata: {train: [{path: x}]}\n")
+    model = load_config(str(tmp_path / "c.yaml"), {"model.vocab_size": "10", "model.ffn_size": "96"}).model
+    tiny = read_yaml(CONFIGS / "models" / "tiny.yaml")
+    assert (model.hidden_size, model.num_layers, model.ffn_size) == (tiny["hidden_size"], 3, 96)
+
+
+def test_every_number_of_yaml_and_of_the_command_line_is_the_same_number():
+    text = "model: {vocab_size: 1e2}\ndata: {train: [{path: x}]}\noptim: {lr: 1e-4, eps: 1E-08}\n"
+    config = parse_config(parse_yaml(text, "c.yaml"))
+    assert (config.model.vocab_size, config.optim.lr, config.optim.eps) == (100, 1e-4, 1e-8)
+
+
+def test_sizes_that_follow_from_others_are_filled_in():
+    llama, gpt2 = (ModelConfig(family=family, hidden_size=96, num_heads=6) for family in ("llama", "gpt2"))
+    assert (llama.head_dim, llama.num_kv_heads, llama.ffn_size, llama.bias, llama.tie_embeddings) == (
+        *(16, 6, 256, False, False),
+    )
+    assert (gpt2.ffn_size, gpt2.bias, gpt2.qkv_bias, gpt2.tie_embeddings) == (384, True, True, True)
+    assert ModelConfig(vocab_size=101, vocab_multiple=8).padded_vocab_size == 104
