@@ -169,14 +169,19 @@ class OptimConfig(Section):
 class ParallelConfig(Section):
     """Degrees of parallelism; data parallelism follows from the number of ranks.
 
-    ``zero``: what is divided over data-parallel ranks: 0 nothing, 2 gradients and optimizer state, 3 weights, too.
+    ``zero``: what is divided over data-parallel ranks: 0 nothing, 1 the optimizer state, 2 gradients, 3 weights, too.
+    ``offload``: what DeepSpeed keeps in CPU memory: the optimizer's part, or the weights, too. ``deepspeed``: keys laid
+    over the DeepSpeed config that is made from this one.
     ``dp_replicate`` groups of ranks each hold everything, divided among themselves (hybrid sharding).
     """
 
     tp: Positive = 1
     sp: bool = False
+    engine: Literal["fsdp", "deepspeed"] = "fsdp"
     zero: Annotated[Integer, Field(ge=0, le=3)] = 0
     dp_replicate: Positive = 1
+    offload: Literal["none", "optimizer", "all"] = "none"
+    deepspeed: dict[str, Any] = {}
     recompute: Literal["none", "selective", "full"] = "none"
     bucket_mb: PositiveFloat = 25.0
 

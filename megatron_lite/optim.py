@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -14,17 +14,18 @@ from megatron_lite.dist.mesh import Axis
 from megatron_lite.dist.shard import ShardSpec
 
 
-def decays(name: str, parameter: nn.Parameter) -> bool:
+def decays(name: str, spec: ShardSpec) -> bool:
     """Weight decay applies to matrices, not to norms, biases or embeddings looked up by index."""
-    return parameter.dim() >= 2 and not name.startswith(("embedding.", "positions."))
+    return len(spec.shape) >= 2 and not name.startswith(("embedding.", "positions."))
 
 
-def build_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.AdamW:
-    """AdamW (Loshchilov and Hutter 2019), fused, over what decays and what does not."""
+def build_optimizer(model: nn.Module, specs: Mapping[str, ShardSpec], config: OptimConfig) -> torch.optim.AdamW:
+    """AdamW (Loshchilov and Hutter 2019), fused, over what decays and what does not: ``specs`` know the shapes, which
+    an engine may have taken from the parameters."""
     named = list(model.named_parameters())
     groups = [
-        {"params": [p for n, p in named if decays(n, p)], "weight_decay": config.weight_decay},
-        {"params": [p for n, p in named if not decays(n, p)], "weight_decay": 0.0},
+        {"params": [p for n, p in named if decays(n, specs[n])], "weight_decay": config.weight_decay},
+        {"params": [p for n, p in named if not decays(n, specs[n])], "weight_decay": 0.0},
     ]
     return torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, eps=config.eps, fused=True)
 

@@ -93,7 +93,7 @@ class Run:
         self._check_same_run(found.path, content)
         found.load(self.trainer.engine.pieces(), world)
         self.trainer.state = TrainState(**content["train"])
-        self.trainer.engine.restore_updates(self.trainer.state.updates)
+        self.trainer.engine.loaded(self.trainer.state.updates)
         if self.lead:
             logger.info("resumed %s: step %d", found.path, self.trainer.state.step)
 

@@ -65,3 +65,9 @@ def started_by_mpi(environ: Mapping[str, str] | None = None) -> bool:
     """Whether ``mpirun`` (Open MPI, MPICH, Intel MPI, PMIx) started this process with at least one peer."""
     environ = os.environ if environ is None else environ
     return any(environ.get(name, "").isdigit() and int(environ[name]) > 1 for name in _MPI_SIZES)
+
+
+def export_for_deepspeed(device: str, local_rank: int) -> None:
+    """Write the variables that DeepSpeed reads, where the launcher did not; before it is imported."""
+    os.environ.setdefault("LOCAL_RANK", str(local_rank))
+    os.environ.setdefault("DS_ACCELERATOR", device)

@@ -9,11 +9,14 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from megatron_lite.config import Config
+from megatron_lite.config import Config, OptimConfig
 from megatron_lite.dist import shard
+from megatron_lite.dist.env import export_for_deepspeed
 from megatron_lite.dist.mesh import Mesh
 from megatron_lite.dist.shard import Piece
 from megatron_lite.optim import build_optimizer, gradient_norm, scale_gradients
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 class Engine(ABC):
@@ -33,14 +36,17 @@ class Engine(ABC):
         inits = shard.inits_of(model)
         self.spread(config)
         self.parameters = dict(model.named_parameters())
-        shard.initialize(
-            {name: self.piece(name, local(p.detach())) for name, p in self.parameters.items()}, inits, config.run.seed
-        )
-        self.optimizer = build_optimizer(model, config.optim)
+        self.optimizer = self.make_optimizer(config.optim)
+        shard.initialize(self.weights(), inits, config.run.seed)
+        self.publish()
 
     @abstractmethod
     def spread(self, config: Config) -> None:
         """Divide the model's parameters over data-parallel ranks and allocate them, uninitialised, on the device."""
+
+    def make_optimizer(self, config: OptimConfig) -> torch.optim.Optimizer:
+        """The optimizer over what ``spread`` made."""
+        return build_optimizer(self.model, self.specs, config)
 
     @abstractmethod
     def piece(self, name: str, tensor: Tensor) -> Piece:
@@ -74,36 +80,50 @@ class Engine(ABC):
         """Forget this step's gradients without an update."""
         self.optimizer.zero_grad(set_to_none=True)
 
+    def local_weights(self) -> dict[str, Tensor]:
+        """This rank's memory of the masters."""
+        return {name: local(parameter.detach()) for name, parameter in self.parameters.items()}
+
+    def local_moments(self, moment: str) -> dict[str, Tensor]:
+        """This rank's memory of one of the optimizer's moments."""
+        return {name: local(self.state(parameter)[moment]) for name, parameter in self.parameters.items()}
+
     def local_gradients(self) -> dict[str, Tensor]:
         """This rank's memory of the reduced gradients; between ``finish_gradients`` and ``step``."""
         return {name: local(p.grad) for name, p in self.parameters.items() if p.grad is not None}
 
+    def state(self, parameter: Tensor) -> dict[str, Any]:
+        """The optimizer's state of one of the tensors it updates: what AdamW itself would make in its first step."""
+        state: dict[str, Any] = self.optimizer.state[parameter]
+        if not state:
+            state["step"] = torch.zeros((), dtype=torch.float32, device=parameter.device)
+            state.update({moment: torch.zeros_like(parameter) for moment in MOMENTS})
+        return state
+
     def gradients(self) -> dict[str, Piece]:
-        """The same under their parameters' names, each in its place."""
+        """The reduced gradients under their parameters' names, each in its place."""
         return {name: self.piece(name, gradient) for name, gradient in self.local_gradients().items()}
 
     def weights(self) -> dict[str, Piece]:
-        """The weights under their names, to be saved from or loaded into in place."""
-        return {name: self.piece(name, local(parameter.detach())) for name, parameter in self.parameters.items()}
+        """The masters under their parameters' names, to be saved from or written in place; then ``publish``."""
+        return {name: self.piece(name, weight) for name, weight in self.local_weights().items()}
+
+    def publish(self) -> None:  # noqa: B027 (most engines compute with the masters)
+        """After the masters were written in place: bring up to date what the model computes with."""
 
     def optimizer_state(self) -> dict[str, Piece]:
         """The optimizer's tensors as ``NAME.exp_avg`` and ``NAME.exp_avg_sq``, to be saved or loaded in place."""
-        found = {}
-        for name, parameter in self.parameters.items():
-            state: dict[str, Any] = self.optimizer.state[parameter]
-            if not state:  # what AdamW itself would make in its first step
-                state["step"] = torch.zeros((), dtype=torch.float32, device=parameter.device)
-                state["exp_avg"] = torch.zeros_like(parameter)
-                state["exp_avg_sq"] = torch.zeros_like(parameter)
-            found.update(
-                {f"{name}.{moment}": self.piece(name, local(state[moment])) for moment in ("exp_avg", "exp_avg_sq")}
-            )
-        return found
+        return {
+            f"{name}.{moment}": self.piece(name, held)
+            for moment in MOMENTS
+            for name, held in self.local_moments(moment).items()
+        }
 
-    def restore_updates(self, updates: int) -> None:
-        """After a load: how many updates the optimizer has made."""
+    def loaded(self, updates: int) -> None:
+        """After a checkpoint was read into ``pieces``: how many updates the optimizer has made."""
         for state in self.optimizer.state.values():
             state["step"].fill_(updates)
+        self.publish()
 
     def pieces(self) -> dict[str, Piece]:
         """What a checkpoint holds: weights as ``model.NAME``, optimizer state as ``optimizer.NAME.MOMENT``."""
@@ -118,6 +138,11 @@ def local(tensor: Any) -> Tensor:
 
 def build_engine(model: nn.Module, config: Config, mesh: Mesh) -> Engine:
     """The engine that the config asks for; a single data-parallel rank has nothing to divide."""
+    if config.parallel.engine == "deepspeed" and mesh.dp.size > 1:
+        export_for_deepspeed(mesh.device.type, mesh.device.index or 0)
+        from megatron_lite.parallel.zero import DeepSpeedZeRO
+
+        return DeepSpeedZeRO(model, config, mesh)
     from megatron_lite.parallel.ddp import DataParallel
     from megatron_lite.parallel.fsdp import FullyShardedDataParallel
 

@@ -84,10 +84,19 @@ def make_plan(config: Config, world_size: int) -> Plan:
     if config.parallel.sp and tokens % tp:
         mistakes.append(f"parallel.sp: micro batch × seq_len = {tokens} tokens cannot be split over tp={tp}")
     zero, replicate = config.parallel.zero, config.parallel.dp_replicate
-    if zero == 1:
+    deepspeed = config.parallel.engine == "deepspeed"
+    if deepspeed and replicate > 1:
+        mistakes.append(f"parallel.dp_replicate={replicate}: hybrid sharding is FSDP2's; it takes parallel.engine=fsdp")
+    if not deepspeed and config.parallel.offload != "none":
+        mistakes.append(f"parallel.offload={config.parallel.offload} takes parallel.engine=deepspeed")
+    if not deepspeed and config.parallel.deepspeed:
+        mistakes.append("parallel.deepspeed: these keys take parallel.engine=deepspeed")
+    if config.parallel.offload != "none" and zero < (least := 3 if config.parallel.offload == "all" else 1):
+        mistakes.append(f"parallel.offload={config.parallel.offload} takes parallel.zero={least} or more")
+    if zero == 1 and not deepspeed:
         mistakes.append(
             "parallel.zero=1: FSDP2 divides gradients wherever it divides optimizer state; parallel.zero=2 does both, "
-            "sends as many bytes and needs less memory"
+            "sends as many bytes and needs less memory; or parallel.engine=deepspeed"
         )
     if zero == 0 and replicate > 1:
         mistakes.append(
@@ -119,7 +128,7 @@ class Side:
     ranks: int
 
 
-_SIDE_KEYS = ("tp", "sp", "zero", "dp_replicate", "recompute", "dp", "accumulation", "compile")
+_SIDE_KEYS = ("tp", "sp", "engine", "zero", "dp_replicate", "recompute", "dp", "accumulation", "compile")
 
 
 def parse_side(text: str, config: Config, dtype: str) -> Side:

@@ -18,7 +18,7 @@ from megatron_lite.trainer import Trainer
 
 Change = Callable[[Trainer], None]
 
-STEPS, SEQ_LEN, GLOBAL_BATCH, TOLERANCE = 2, 16, 8, 1e-10
+STEPS, SEQ_LEN, GLOBAL_BATCH, TOLERANCE = 2, 16, 16, 1e-10
 SIZES = {"hidden_size": 32, "num_layers": 2, "num_heads": 4, "ffn_size": 64, "max_seq_len": SEQ_LEN}
 TREE: dict[str, dict[str, Any]] = {
     "model": {**SIZES, "vocab_size": 101, "vocab_multiple": 8, "init_std": 0.2},  # padded to 104
@@ -55,6 +55,7 @@ def ruffle(trainer: Trainer) -> None:
         wave = 0.01 * torch.arange(math.prod(piece.shape), dtype=torch.float64).sin().view(piece.shape)
         for tile in piece.tiles:
             tile.data.add_(wave[tile.place])
+    trainer.engine.publish()
 
 
 def train(layout: Layout, data: str, changes: Mapping[str, Mapping[str, Any]], plant: Change | None) -> list[Record]:
