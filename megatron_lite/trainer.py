@@ -70,7 +70,8 @@ class Trainer:
     def loss(self, batch: Any, *, training: bool) -> Tensor:
         """Sum of the cross entropies of one micro batch."""
         seed = random.mix(self.config.run.seed, batch.index) if training else None
-        return self.model(
+        model = self.engine.forward if training else self.model
+        return model(
             batch.tokens,
             batch.targets,
             positions=batch.positions,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -32,6 +33,7 @@ class Engine(ABC):
 
     def __init__(self, model: nn.Module, config: Config, mesh: Mesh) -> None:
         self.model, self.mesh = model, mesh
+        self.forward: Callable[..., Tensor] = model  # what training calls
         self.specs = {name: shard.spec_of(parameter) for name, parameter in model.named_parameters()}
         inits = shard.inits_of(model)
         self.spread(config)

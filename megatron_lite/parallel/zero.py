@@ -8,6 +8,7 @@ as under every engine, because DeepSpeed's count replicated parameters by marks 
 from __future__ import annotations
 
 import contextlib
+import io
 import logging
 import warnings
 from collections.abc import Iterator, Sequence
@@ -18,6 +19,7 @@ import deepspeed
 import torch
 from deepspeed.accelerator import get_accelerator
 from deepspeed.runtime.base_optimizer import ZeROOptimizer
+from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
 from deepspeed.runtime.config import DeepSpeedConfig
 from deepspeed.runtime.engine import DeepSpeedEngine
 from deepspeed.runtime.utils import all_gather_dp_groups
@@ -33,7 +35,7 @@ from megatron_lite.parallel.engine import Engine
 # On a CPU DeepSpeed would compile this extension at start-up on every rank, for minutes and behind a lock that a killed
 # run leaves locked. torch's own collectives give the same results.
 deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-warnings.filterwarnings("ignore", message=".*all_gather_into_tensor. is deprecated", category=FutureWarning)
+warnings.filterwarnings("ignore", message=".*(gather_into|scatter)_tensor. is dep", category=FutureWarning)
 logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
 
 
@@ -71,6 +73,7 @@ def deepspeed_config(config: Config, accumulation: int, dp: int) -> dict[str, An
                 "reduce_bucket_size": bucket,
                 "allgather_bucket_size": bucket,
                 "stage3_prefetch_bucket_size": bucket,
+                "use_multi_rank_bucket_allreduce": False,  # reduce to each part's owner: half of an all-reduce
                 "reduce_scatter": config.train.precision != "float64",
                 **offload,
             },
@@ -105,7 +108,8 @@ class DeepSpeedZeRO(Engine):
         accumulation = config.train.global_batch_size // (config.train.micro_batch_size * dp.size)
         settings = deepspeed_config(config, accumulation, dp.size)
         unit, exact = ModelParallelUnit(self.mesh), config.train.precision == "float64"
-        with _masters_in_float64() if exact else contextlib.nullcontext():
+        silence = contextlib.redirect_stdout(io.StringIO())  # it prints its memory use
+        with silence, _masters_in_float64() if exact else contextlib.nullcontext():
             checked = DeepSpeedConfig(settings, unit)
             if exact:
                 checked.communication_data_type = torch.float64
@@ -114,6 +118,7 @@ class DeepSpeedZeRO(Engine):
                     materialize(module, self.mesh.device)
                 if self.stage == 3 and module._parameters:
                     dtype = torch.bfloat16 if checked.bfloat16_config.enabled else next(module.parameters()).dtype
+                    module.to(dtype)
                     Init(
                         module,
                         dp.group,
@@ -133,7 +138,9 @@ class DeepSpeedZeRO(Engine):
                 config=settings,
                 config_class=checked,
             )
+        self.forward = self.engine  # which prepares itself for the backward in it
         self.zero: Any = self.engine.optimizer
+        self.bf16 = isinstance(self.zero, BF16_Optimizer)  # what DeepSpeed makes of stage 1 with bfloat16
         if self.stage > 0:
             self.fragments = {name: self._fragment(p) for name, p in self.model.named_parameters()}
 
@@ -143,7 +150,9 @@ class DeepSpeedZeRO(Engine):
     @property
     def masters(self) -> list[Tensor]:
         """The flat masters of which this rank holds all, one for each group of parameters."""
-        return self.zero.fp32_partitioned_groups_flat if self.stage == 3 else self.zero.single_partition_of_fp32_groups
+        if self.stage == 3:
+            return self.zero.fp32_partitioned_groups_flat
+        return self.zero.fp32_groups_flat_partition if self.bf16 else self.zero.single_partition_of_fp32_groups
 
     def _fragment(self, parameter: Any) -> Fragment | None:
         """Where DeepSpeed keeps this rank's part of a parameter; None where it has none."""
@@ -187,6 +196,8 @@ class DeepSpeedZeRO(Engine):
             fragment, held = self.fragments[name], self.masters[0].new_empty(0)
             if fragment and self.stage == 3:
                 held = self.zero._get_fp32_grad_state_partition(parameter, True)[0].view(-1)[: fragment.length]
+            elif fragment and self.bf16:
+                held = parameter._hp_grad.view(-1).narrow(0, fragment.start, fragment.length)
             elif fragment and self.zero.cpu_offload:
                 master: Any = self.masters[fragment.group]
                 held = master.grad.narrow(0, fragment.offset, fragment.length)
@@ -197,8 +208,6 @@ class DeepSpeedZeRO(Engine):
         return found
 
     def backward(self, loss: Tensor, *, last: bool) -> None:
-        if self.stage > 0:
-            self.zero.clear_backward_seen_flag()
         self.engine.set_gradient_accumulation_boundary(last)
         self.engine.backward(loss * self.mesh.dp.size if self.stage == 3 else loss, scale_wrt_gas=False)
 
@@ -215,7 +224,7 @@ class DeepSpeedZeRO(Engine):
         if self.stage == 3:
             self.zero._pre_step()
             self.zero.averaged_gradients = {}
-        elif self.stage > 0:
+        elif self.stage > 0 and not self.bf16:
             self.zero.micro_step_id = -1
             self.zero._release_preflattened_grad_buffers()
             self.zero.averaged_gradients = dict.fromkeys(self.zero.averaged_gradients)
@@ -227,6 +236,8 @@ class DeepSpeedZeRO(Engine):
                 self.zero._reassign_or_swap_out_partitioned_parameters(group)
             if self.zero.persistent_parameters:
                 self.zero.persistent_parameters[0].all_gather(self.zero.persistent_parameters)
+        elif self.bf16:
+            self.zero.update_lp_params()
         elif self.stage > 0:
             for parts, master in zip(self.zero.parallel_partitioned_bit16_groups, self.masters, strict=True):
                 parts[self.mesh.dp.rank].data.copy_(master.data)
