@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test checks clean
+.PHONY: demo test test-slow checks clean
 
 $(VENV)/.demo: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -31,6 +31,10 @@ demo: $(VENV)/.demo
 
 test: $(VENV)/.dev
 	$(BIN)/python -m pytest
+
+# Faults and recovery once more under the sharded engines.
+test-slow: $(VENV)/.dev
+	$(BIN)/python -m pytest -m slow
 
 checks: $(VENV)/.dev
 	$(BIN)/ruff check .

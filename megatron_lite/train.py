@@ -244,9 +244,8 @@ def _prepare_folder(config: Config, rank: Rank) -> None:
     (config.folder / "logs").mkdir(parents=True, exist_ok=True)
     if rank.rank == 0:
         (config.folder / "config.yaml").write_text(to_yaml(config), encoding="utf-8")
-    logging.basicConfig(
-        format="%(message)s", level=logging.INFO if rank.rank == 0 else logging.WARNING, stream=sys.stdout
-    )
+    logging.basicConfig(format="%(message)s", stream=sys.stdout)
+    logger.setLevel(logging.INFO if rank.rank == 0 else logging.WARNING)
 
 
 def train(config: Config, plan: Plan, rank: Rank) -> None:

@@ -234,6 +234,7 @@ class DeepSpeedZeRO(Engine):
         if self.stage == 3:
             for group in range(len(self.masters)):
                 self.zero._reassign_or_swap_out_partitioned_parameters(group)
+            self.zero._partition_all_parameters()  # drop the whole copies that it keeps of small ones
             if self.zero.persistent_parameters:
                 self.zero.persistent_parameters[0].all_gather(self.zero.persistent_parameters)
         elif self.bf16:

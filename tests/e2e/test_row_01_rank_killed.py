@@ -4,9 +4,10 @@ import json
 import time
 from pathlib import Path
 
-from tests.kit.tiny import TinyRuns, assert_same_run
+from tests.kit.tiny import TinyRuns, assert_same_run, every_engine
 
 
+@every_engine
 def test_the_job_ends_at_once_and_names_the_rank(tiny: TinyRuns, tmp_path: Path) -> None:
     result = tiny.run(tmp_path, faults="kill:rank=1:step=7:phase=bwd")
     ended = time.time()
@@ -19,6 +20,7 @@ def test_the_job_ends_at_once_and_names_the_rank(tiny: TinyRuns, tmp_path: Path)
     assert (outcome["exit_code"], outcome["rank"], outcome["step"]) == (5, 1, 6)
 
 
+@every_engine
 def test_restarts_end_like_a_run_that_nothing_happened_to(tiny: TinyRuns, tmp_path: Path) -> None:
     faults = (
         "kill:rank=1:step=5:phase=fwd;kill:rank=0:step=7:phase=bwd:attempt=1;kill:rank=1:step=8:phase=optim:attempt=2"

@@ -6,9 +6,10 @@ import time
 from pathlib import Path
 
 from tests.kit.jobs import PYTHON, run_job
-from tests.kit.tiny import TinyRuns, assert_same_run
+from tests.kit.tiny import TinyRuns, assert_same_run, every_engine
 
 
+@every_engine
 def test_no_rank_survives_and_the_run_can_go_on(tiny: TinyRuns, tmp_path: Path) -> None:
     run_dir = tmp_path / "run"
     with tiny.start(tmp_path, slow=0.3) as job:

@@ -5,9 +5,10 @@ import signal
 import time
 from pathlib import Path
 
-from tests.kit.tiny import TinyRuns, assert_same_run
+from tests.kit.tiny import TinyRuns, assert_same_run, every_engine
 
 
+@every_engine
 def test_a_short_stop_changes_nothing(tiny: TinyRuns, tmp_path: Path) -> None:
     with tiny.start(tmp_path, slow=0.05) as job:
         job.wait_for("step 3 ")

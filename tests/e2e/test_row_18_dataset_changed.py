@@ -7,7 +7,7 @@ from tests.kit.tiny import TinyRuns, append_document, checkpoint_steps, edit_tok
 
 
 def test_refused_unless_allowed(tmp_path: Path) -> None:
-    runs = TinyRuns(tiny_data(tmp_path), tmp_path, ranks=1)
+    runs = TinyRuns(tiny_data(tmp_path), tmp_path, {})
     runs.run(tmp_path, "--train.steps=3").expect(exit_code=0)
     told = r"error: the training data .* changed since \S+step_00000003: fingerprint (\w{64}) then, (\w{64}) now"
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 
-from tests.kit.tiny import TinyRuns, checkpoint_steps, losses
+from tests.kit.tiny import TinyRuns, checkpoint_steps, every_engine, losses
 
 
 def assert_finite(run_dir: Path) -> None:
@@ -17,6 +17,7 @@ def assert_finite(run_dir: Path) -> None:
         assert all(tensor.isfinite().all() for tensor in load_file(shard).values() if tensor.is_floating_point())
 
 
+@every_engine
 def test_all_ranks_stop_before_the_update(tiny: TinyRuns, tmp_path: Path) -> None:
     result = tiny.run(tmp_path, faults="nan:rank=1:step=5").expect(
         exit_code=6, stderr=r"error: .*step 5: loss nan, gradient norm nan on samples 32 to 39; the weights of step 4"
@@ -29,6 +30,7 @@ def test_all_ranks_stop_before_the_update(tiny: TinyRuns, tmp_path: Path) -> Non
     assert_finite(run_dir)
 
 
+@every_engine
 def test_a_bad_batch_is_skipped_where_that_is_allowed(tiny: TinyRuns, tmp_path: Path) -> None:
     result = tiny.run(tmp_path, "--train.skip_bad_batches=1", faults="nan:rank=1:step=5").expect(exit_code=0)
     assert "SKIPPED: not finite, weights unchanged" in result.stdout

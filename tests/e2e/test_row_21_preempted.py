@@ -5,9 +5,10 @@ import signal
 from pathlib import Path
 
 from tests.kit.jobs import RunningJob
-from tests.kit.tiny import TinyRuns, assert_same_run, checkpoint_steps
+from tests.kit.tiny import TinyRuns, assert_same_run, checkpoint_steps, every_engine
 
 
+@every_engine
 def test_whoever_is_asked_all_ranks_save_the_same_step(tiny: TinyRuns, tmp_path: Path) -> None:
     run_dir = tmp_path / "run"
 

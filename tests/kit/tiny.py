@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 import yaml
 
 from megatron_lite.data.indexed import IndexedDataset, IndexedWriter
@@ -93,15 +94,29 @@ def assert_same_run(run_dir: Path, reference: Path, *, steps: int = 12) -> None:
     assert states[0] == states[1]
 
 
+ENGINES: dict[str, dict[str, Any]] = {
+    "tp": {"tp": 2},
+    "fsdp": {"zero": 3},
+    "deepspeed": {"engine": "deepspeed", "zero": 3},
+}
+every_engine = pytest.mark.parametrize(
+    "tiny",
+    ["tp", *(pytest.param(engine, marks=pytest.mark.slow) for engine in ENGINES if engine != "tp")],
+    indirect=True,
+    scope="session",
+)
+
+
 class TinyRuns:
-    """Real launches of the tiny model, split over two tensor-parallel ranks; the run folder is ``FOLDER/run``.
+    """Real launches of the tiny model on two ranks, tensor-parallel unless ``parallel`` says otherwise; the run folder
+    is ``FOLDER/run``.
 
     ``faults`` is the trainer's fault language (``megatron_lite/faults.py``); ``slow`` makes each phase of a step take
     that many seconds longer, so that there is time to do something to the run.
     """
 
-    def __init__(self, data: Path, folder: Path, ranks: int = 2) -> None:
-        self.data, self.folder, self.ranks = data, folder, ranks
+    def __init__(self, data: Path, folder: Path, parallel: Mapping[str, Any] = ENGINES["tp"]) -> None:
+        self.data, self.folder, self.parallel = data, folder, parallel
 
     @cached_property
     def reference(self) -> Path:
@@ -123,8 +138,8 @@ class TinyRuns:
         return run_on_terminal(self._argv(folder, flags), typed, timeout=timeout, env=self._env("", slow))
 
     def _argv(self, folder: Path, flags: Sequence[str]) -> list[str]:
-        config = tiny_config(folder, self.data, parallel__tp=self.ranks)
-        return [PYTHON, "-m", "launch", "run", str(config), f"--nproc={self.ranks}", *flags]
+        config = tiny_config(folder, self.data, **{f"parallel__{key}": value for key, value in self.parallel.items()})
+        return [PYTHON, "-m", "launch", "run", str(config), "--nproc=2", *flags]
 
     def _env(self, faults: str, slow: float) -> dict[str, str]:
         return {"MLITE_FAULT": ";".join(filter(None, [faults, f"sleep:seconds={slow}" if slow else ""]))}

@@ -38,6 +38,8 @@ def table() -> dict[str, Case]:
             Layout(dp=2, tp=2, parallel={**keys, "recompute": "selective"})
         )
         cases[f"{engine}: small buckets"] = Case(Layout(dp=4, accumulation=2, parallel={**keys, **SMALL_BUCKETS}))
+    kept = {"engine": "deepspeed", "zero": 3}  # DeepSpeed keeps tensors as small as these whole on every rank
+    cases["deepspeed, zero 3: small tensors kept"] = Case(Layout(dp=4, parallel=kept))
     for stage, offload in ((1, "optimizer"), (2, "optimizer"), (3, "optimizer"), (3, "all")):
         keys = ENGINES[f"deepspeed, zero {stage}"]
         cases[f"deepspeed, zero {stage}: offload {offload}"] = Case(Layout(dp=4, parallel={**keys, "offload": offload}))
