@@ -25,7 +25,7 @@ from megatron_lite.faults import Faults
 from megatron_lite.generate import Sampling, generate
 from megatron_lite.lifetime import StopRequest, die, die_with_parent, locked
 from megatron_lite.metrics import Reporter, flops_per_token, memory_bytes, peak_flops
-from megatron_lite.parallel.plan import Plan
+from megatron_lite.parallel.plan import Plan, bytes_per_parameter, picture
 from megatron_lite.trainer import StepResult, Trainer, TrainState
 
 logger = logging.getLogger("megatron_lite")
@@ -126,6 +126,15 @@ class Run:
             return
         logger.info("%s", self.plan.describe(self.config))
         parameters = sum(math.prod(spec.shape) for spec in self.trainer.engine.specs.values())
+        if self.plan.tp * self.plan.dp > 1:
+            logger.info("%s", picture(self.plan))
+        held = sum(math.prod(spec.local_shape(self.plan.tp)) for spec in self.trainer.engine.specs.values())
+        parts = {name: held * size / 2**20 for name, size in bytes_per_parameter(self.config, self.plan).items()}
+        logger.info(
+            "memory a rank, MiB: %s = %s, and activations",
+            " + ".join(f"{name} {size:,.1f}" for name, size in parts.items()),
+            f"{sum(parts.values()):,.1f}",
+        )
         logger.info("%s parameters; peak %.3g FLOP/s a rank (%s)", f"{parameters:,}", self.peak, source)
         self.reporter = Reporter(self.folder, self.config.train.steps, state.step)
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
+from importlib.util import find_spec
 
 from megatron_lite import cli
 from megatron_lite.config import Config, apply_overrides, parse_config
@@ -34,6 +36,45 @@ class Plan:
             f"global batch {size} = dp {self.dp} × {self.accumulation} × micro {micro} "
             f"({size * config.data.seq_len:,} tokens)"
         )
+
+
+def bytes_per_parameter(config: Config, plan: Plan) -> dict[str, float]:
+    """What a rank keeps from step to step, in bytes for each parameter of its tp shard; activations, buckets and what
+    is gathered for a moment come on top. After Rajbhandari et al. 2020 (ZeRO), but with gradients in float32."""
+    deepspeed, zero, shards = config.parallel.engine == "deepspeed", config.parallel.zero, plan.dp_shard
+    master = 8.0 if config.train.precision == "float64" else 4.0
+    compute = 2.0 if config.train.precision == "bfloat16" else master
+    if shards == 1:
+        return {"weights": master, "gradients": master, "moments": 2 * master}
+    parts = {"masters": master / shards, "gradients": master / shards, "moments": 2 * master / shards}
+    if deepspeed:
+        if zero == 1:
+            parts["gradients"] = master
+        return {"weights": compute / shards if zero == 3 else compute, **parts}
+    return {"weights": compute, **parts} if zero == 2 else parts
+
+
+def picture(plan: Plan, limit: int = 8) -> str:
+    """Which rank stands where on the mesh: a line for each data-parallel rank, tensor-parallel peers side by side."""
+
+    def some(count: int) -> list[int | None]:
+        return list(range(count)) if count <= limit else [*range(limit - 2), None, count - 1]
+
+    def row(name: str, cells: Iterable[object]) -> str:
+        return name.ljust(24) + "".join(str(cell).rjust(7) for cell in cells)
+
+    columns = some(plan.tp)
+    lines = [row("", ("…" if tp is None else f"tp {tp}" for tp in columns))]
+    for dp in some(plan.dp):
+        if dp is None:
+            lines.append("…")
+            continue
+        copy, part = divmod(dp, plan.dp_shard)
+        name = f"dp {dp}"
+        if plan.dp_shard > 1:
+            name += f" (part {part + 1}/{plan.dp_shard}" + (f", copy {copy + 1})" if plan.dp_shard < plan.dp else ")")
+        lines.append(row(name, ("…" if tp is None else dp * plan.tp + tp for tp in columns)))
+    return "\n".join(lines)
 
 
 def _ranks(count: int) -> str:
@@ -70,6 +111,39 @@ def check_tp(config: Config, tp: int) -> None:
         raise ConfigError(f"parallel.tp={tp} does not divide {' nor '.join(unfit)}; this model can use tp {fits}")
 
 
+def _engine_mistakes(config: Config, dp: int) -> list[str]:
+    mistakes, parallel = [], config.parallel
+    offload, keys = f"parallel.offload={parallel.offload}", parallel.deepspeed
+    if parallel.engine == "fsdp":
+        if parallel.offload != "none":
+            mistakes.append(f"{offload} takes parallel.engine=deepspeed")
+        if keys:
+            mistakes.append("parallel.deepspeed: these keys take parallel.engine=deepspeed")
+        return mistakes
+    if find_spec("deepspeed") is None:
+        mistakes.append("parallel.engine=deepspeed: not installed here; pip install 'megatron_lite[deepspeed]'")
+    if parallel.dp_replicate > 1:
+        mistakes.append("parallel.dp_replicate: hybrid sharding is FSDP2's; it takes parallel.engine=fsdp")
+    if parallel.offload != "none" and dp == 1:
+        mistakes.append(f"{offload}: a single data-parallel rank has nothing divided; start more ranks")
+    if parallel.offload != "none" and parallel.zero < (least := 3 if parallel.offload == "all" else 1):
+        mistakes.append(f"{offload} takes parallel.zero={least} or more")
+    if parallel.zero == 3 and config.train.compile:
+        mistakes.append("train.compile: DeepSpeed's ZeRO 3 hooks are compiled anew at every module; use engine=fsdp")
+    ours = sorted(keys.keys() & _OURS) + ["zero_optimization.stage"] * (
+        "stage" in (keys.get("zero_optimization") or {})
+    )
+    if ours:
+        mistakes.append(f"parallel.deepspeed: {', '.join(ours)} follows from this config and cannot be given there")
+    return mistakes
+
+
+_OURS = {  # what DeepSpeed's config says twice
+    *("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping"),
+    *("gradient_allreduce_op", "optimizer", "scheduler", "fp16", "bf16", "data_types", "communication_data_type"),
+}
+
+
 def make_plan(config: Config, world_size: int) -> Plan:
     """Check the degrees against the model and the number of ranks. Raises ConfigError with every mistake."""
     tp, train = config.parallel.tp, config.train
@@ -84,16 +158,8 @@ def make_plan(config: Config, world_size: int) -> Plan:
     if config.parallel.sp and tokens % tp:
         mistakes.append(f"parallel.sp: micro batch × seq_len = {tokens} tokens cannot be split over tp={tp}")
     zero, replicate = config.parallel.zero, config.parallel.dp_replicate
-    deepspeed = config.parallel.engine == "deepspeed"
-    if deepspeed and replicate > 1:
-        mistakes.append(f"parallel.dp_replicate={replicate}: hybrid sharding is FSDP2's; it takes parallel.engine=fsdp")
-    if not deepspeed and config.parallel.offload != "none":
-        mistakes.append(f"parallel.offload={config.parallel.offload} takes parallel.engine=deepspeed")
-    if not deepspeed and config.parallel.deepspeed:
-        mistakes.append("parallel.deepspeed: these keys take parallel.engine=deepspeed")
-    if config.parallel.offload != "none" and zero < (least := 3 if config.parallel.offload == "all" else 1):
-        mistakes.append(f"parallel.offload={config.parallel.offload} takes parallel.zero={least} or more")
-    if zero == 1 and not deepspeed:
+    mistakes += _engine_mistakes(config, -(-world_size // tp))
+    if zero == 1 and config.parallel.engine == "fsdp":
         mistakes.append(
             "parallel.zero=1: FSDP2 divides gradients wherever it divides optimizer state; parallel.zero=2 does both, "
             "sends as many bytes and needs less memory; or parallel.engine=deepspeed"

@@ -29,6 +29,7 @@ from torch import Tensor
 from megatron_lite.config import Config, OptimConfig
 from megatron_lite.dist.mesh import Mesh
 from megatron_lite.dist.shard import Piece, materialize
+from megatron_lite.errors import ConfigError
 from megatron_lite.optim import build_optimizer
 from megatron_lite.parallel.engine import Engine
 
@@ -110,7 +111,10 @@ class DeepSpeedZeRO(Engine):
         unit, exact = ModelParallelUnit(self.mesh), config.train.precision == "float64"
         silence = contextlib.redirect_stdout(io.StringIO())  # it prints its memory use
         with silence, _masters_in_float64() if exact else contextlib.nullcontext():
-            checked = DeepSpeedConfig(settings, unit)
+            try:
+                checked = DeepSpeedConfig(settings, unit)
+            except Exception as error:  # of many kinds, all about what was given
+                raise ConfigError(f"parallel.deepspeed: {' '.join(str(error).split())}") from None
             if exact:
                 checked.communication_data_type = torch.float64
             for module in self.model.modules() if self.stage == 3 else (self.model,):

@@ -58,8 +58,10 @@ def ruffle(trainer: Trainer) -> None:
     trainer.engine.publish()
 
 
-def train(layout: Layout, data: str, changes: Mapping[str, Mapping[str, Any]], plant: Change | None) -> list[Record]:
-    """The records of ``STEPS`` steps on the first ranks of the world, from ruffled weights; ``plant`` may then spoil
+def train(
+    layout: Layout, data: str, changes: Mapping[str, Mapping[str, Any]], plant: Change | None, steps: int = STEPS
+) -> list[Record]:
+    """The records of some steps on the first ranks of the world, from ruffled weights; ``plant`` may then spoil
     the trainer. Every rank of the world calls this; a rank without a part in it gets nothing."""
     size, config = layout.dp * layout.tp, layout.config(data, changes)
     degrees = make_plan(config, size).degrees
@@ -72,7 +74,7 @@ def train(layout: Layout, data: str, changes: Mapping[str, Mapping[str, Any]], p
         if plant is not None:
             plant(trainer)
 
-    return list(record(config, mesh, STEPS, prepare))
+    return list(record(config, mesh, steps, prepare))
 
 
 @cache  # every new process group slows the ones that exist

@@ -1,10 +1,13 @@
 """Degrees are checked before any process group exists, and the error says what would work."""
 
+from pathlib import Path
+
 import pytest
 
 from megatron_lite.config import parse_config
 from megatron_lite.errors import ConfigError
-from megatron_lite.parallel.plan import make_plan
+from megatron_lite.parallel.plan import Plan, make_plan, picture
+from tests.kit import plans
 
 
 def config(model=None, parallel=None, train=None):
@@ -47,3 +50,44 @@ def test_what_cannot_work_is_refused_with_the_numbers(changes, world, message):
 
 def test_fewer_kv_heads_than_ranks_work_when_they_divide():
     assert make_plan(config(model={"num_heads": 8, "head_dim": 8}, parallel={"tp": 4}), 4).tp == 4
+
+
+def test_the_table_in_the_docs_is_what_is_checked():
+    page = Path(__file__).resolve().parents[3] / "docs" / "plans.md"
+    assert page.read_text() == plans.table(), "python -m tests.kit.plans > docs/plans.md"
+
+
+@pytest.mark.parametrize(
+    ("parallel", "world", "message"),
+    [
+        ({"zero": 1}, 2, r"parallel\.zero=1: FSDP2 divides gradients .* or parallel\.engine=deepspeed"),
+        ({"dp_replicate": 2}, 4, "parallel.dp_replicate=2: with parallel.zero=0 every rank holds everything"),
+        ({"dp_replicate": 3, "zero": 3}, 4, "parallel.dp_replicate=3 does not divide dp 4"),
+        ({"offload": "all", "engine": "deepspeed", "zero": 2}, 2, "parallel.offload=all takes parallel.zero=3"),
+        ({"offload": "optimizer", "zero": 2}, 2, "parallel.offload=optimizer takes parallel.engine=deepspeed"),
+        ({"offload": "optimizer", "zero": 2, "engine": "deepspeed"}, 1, "a single data-parallel rank has nothing"),
+        ({"deepspeed": {"a": 1}}, 2, "parallel.deepspeed: these keys take parallel.engine=deepspeed"),
+        (
+            {"engine": "deepspeed", "deepspeed": {"fp16": {}, "zero_optimization": {"stage": 3}}},
+            2,
+            "parallel.deepspeed: fp16, zero_optimization.stage follows from this config",
+        ),
+    ],
+)
+def test_engines_refuse_what_they_cannot_do(parallel, world, message):
+    with pytest.raises(ConfigError, match=message):
+        make_plan(config(parallel=parallel), world)
+
+
+def test_the_picture_shows_every_rank_or_the_corners():
+    plan = make_plan(config(parallel={"tp": 2, "zero": 3, "dp_replicate": 2}), 8)
+    assert picture(plan).splitlines() == [
+        "                           tp 0   tp 1",
+        "dp 0 (part 1/2, copy 1)       0      1",
+        "dp 1 (part 2/2, copy 1)       2      3",
+        "dp 2 (part 1/2, copy 2)       4      5",
+        "dp 3 (part 2/2, copy 2)       6      7",
+    ]
+    many = picture(Plan(tp=16, dp=64, sp=False, accumulation=1)).splitlines()
+    assert many[0].split() == ["tp", "0", "tp", "1", "tp", "2", "tp", "3", "tp", "4", "tp", "5", "…", "tp", "15"]
+    assert many[-2:] == ["…", "dp 63                      1008   1009   1010   1011   1012   1013      …   1023"]
