@@ -172,6 +172,9 @@ class ParallelConfig(Section):
     ``zero``: what is divided over data-parallel ranks: 0 nothing, 1 the optimizer state, 2 gradients, 3 weights, too.
     ``offload``: what DeepSpeed keeps in CPU memory: the optimizer's part, or the weights, too. ``deepspeed``: keys laid
     over the DeepSpeed config that is made from this one.
+    ``bucket_mb``: gradients that are reduced together, under ddp and DeepSpeed. ``prefetch``: blocks that FSDP2 gathers
+    ahead of the one at work. ``reduce_once``: FSDP2 keeps gradients whole until the last micro batch and reduces once a
+    step, where it otherwise reduces, and divides, those of every micro batch.
     ``dp_replicate`` groups of ranks each hold everything, divided among themselves (hybrid sharding).
     """
 
@@ -184,6 +187,8 @@ class ParallelConfig(Section):
     deepspeed: dict[str, Any] = {}
     recompute: Literal["none", "selective", "full"] = "none"
     bucket_mb: PositiveFloat = 25.0
+    prefetch: Annotated[Integer, Field(ge=0, le=64)] = 1
+    reduce_once: bool = False
 
 
 class ProfileConfig(Section):

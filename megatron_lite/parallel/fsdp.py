@@ -42,6 +42,11 @@ class FullyShardedDataParallel(Engine):
         for block in model.blocks:
             divide(block, compute, config.parallel.zero == 3)
         divide(model, None, False)
+        ahead = config.parallel.prefetch
+        for i, block in enumerate(model.blocks):
+            block.set_modules_to_forward_prefetch(list(model.blocks[i + 1 : i + 1 + ahead]))
+            block.set_modules_to_backward_prefetch(list(model.blocks[max(0, i - ahead) : i])[::-1])
+        self.reduce_once = config.parallel.reduce_once
         for module in model.modules():
             if isinstance(module, FSDPModule):
                 module.set_gradient_divide_factor(1.0)
@@ -59,6 +64,8 @@ class FullyShardedDataParallel(Engine):
         model: Any = self.model
         model.set_is_last_backward(last)
         model.set_requires_all_reduce(last)
+        if self.reduce_once:
+            model.set_requires_gradient_sync(last)
         loss.backward()
 
     def finish_gradients(self) -> Tensor:

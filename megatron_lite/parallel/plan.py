@@ -117,9 +117,13 @@ def _engine_mistakes(config: Config, dp: int) -> list[str]:
     if parallel.engine == "fsdp":
         if parallel.offload != "none":
             mistakes.append(f"{offload} takes parallel.engine=deepspeed")
+        if parallel.reduce_once and parallel.zero == 0:
+            mistakes.append("parallel.reduce_once: with parallel.zero=0 gradients are reduced once a step anyway")
         if keys:
             mistakes.append("parallel.deepspeed: these keys take parallel.engine=deepspeed")
         return mistakes
+    if parallel.reduce_once:
+        mistakes.append("parallel.reduce_once is FSDP2's; DeepSpeed does so at zero 0 and 1, and never at 2 and 3")
     if find_spec("deepspeed") is None:
         mistakes.append("parallel.engine=deepspeed: not installed here; pip install 'megatron_lite[deepspeed]'")
     if parallel.dp_replicate > 1:

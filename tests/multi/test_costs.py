@@ -3,6 +3,7 @@
 import ctypes
 import gc
 import re
+import resource
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ from megatron_lite.config import Config, parse_config
 from megatron_lite.data.loader import Loader, build_dataset
 from megatron_lite.dist.mesh import build_mesh
 from megatron_lite.dist.spawn import run_ranks
+from megatron_lite.errors import PeerError
 from megatron_lite.faults import Faults
 from megatron_lite.parallel.plan import bytes_per_parameter, make_plan
 from megatron_lite.trainer import Trainer
@@ -100,10 +102,15 @@ def train(size: int, data: str, parallel: dict, precision: str, layers: int) -> 
     return {"peak": megabytes("VmHWM"), "formula": formula, "sent": sent.bytes / (4 * parameters)}
 
 
+def give_back_what_is_freed() -> None:
+    """To the system, at once: else what a process holds tells nothing."""
+    libc = ctypes.CDLL(None)
+    assert libc.mallopt(-3, 1 << 14) and libc.mallopt(-1, 0)
+
+
 def cost(rank: int, size: int, data: str, parallel: dict, precision: str) -> dict[str, float]:
     """What a model costs on this rank, beyond what a small one of the same kind leaves behind."""
-    libc = ctypes.CDLL(None)
-    assert libc.mallopt(-3, 1 << 14) and libc.mallopt(-1, 0)  # what is freed goes back to the system
+    give_back_what_is_freed()
     train(size, data, parallel, precision, 1)
     gc.collect()
     before = megabytes("VmRSS")
@@ -145,3 +152,22 @@ def test_each_stage_of_deepspeed_needs_no_more_than_the_one_before(costs):
     """DeepSpeed's flattened copies come on top of the formula (docs/benchmarks.md has them)."""
     memory = [costs(f"deepspeed, zero {stage}", 4)["memory"] for stage in range(4)]
     assert memory[3] < 0.7 * memory[2] and memory[2] < 1.02 * memory[1] < 0.7 * memory[0]
+
+
+def train_within(rank: int, size: int, data: str, parallel: dict, limit_mb: float) -> float:
+    """The loss of two steps by a rank that may take ``limit_mb`` more than what is there before the model."""
+    give_back_what_is_freed()
+    train(size, data, parallel, "float32", 1)
+    gc.collect()
+    limit = int((megabytes("VmData") + limit_mb) * 1e6)
+    resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
+    return train(size, data, parallel, "float32", SIZES["num_layers"])["sent"]
+
+
+@pytest.mark.parametrize("engine", ["fsdp, zero 3", "deepspeed, zero 3"])
+def test_a_model_larger_than_the_memory_of_a_rank(tmp_path, engine):
+    """All its state takes 328 MB, its weights alone 82; each of four ranks is allowed 260."""
+    data = str(tiny_data(tmp_path))
+    assert all(run_ranks(train_within, 4, data, ENGINES[engine], 260.0, timeout=60))
+    with pytest.raises(PeerError, match=r"allocate|memory"):
+        run_ranks(train_within, 4, data, ENGINES["ddp"], 260.0, timeout=60)

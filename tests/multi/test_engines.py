@@ -38,6 +38,10 @@ def table() -> dict[str, Case]:
             Layout(dp=2, tp=2, parallel={**keys, "recompute": "selective"})
         )
         cases[f"{engine}: small buckets"] = Case(Layout(dp=4, accumulation=2, parallel={**keys, **SMALL_BUCKETS}))
+    for keys in ({"prefetch": 0}, {"prefetch": 5}, {"reduce_once": True}):
+        layout = Layout(dp=4, accumulation=4, parallel={"zero": 3, **keys})
+        cases[f"fsdp, zero 3: {next(iter(keys.items()))}"] = Case(layout)
+    cases["fsdp, hybrid: reduce_once"] = Case(Layout(dp=4, accumulation=4, parallel={**HYBRID, "reduce_once": True}))
     kept = {"engine": "deepspeed", "zero": 3}  # DeepSpeed keeps tensors as small as these whole on every rank
     cases["deepspeed, zero 3: small tensors kept"] = Case(Layout(dp=4, parallel=kept))
     for stage, offload in ((1, "optimizer"), (2, "optimizer"), (3, "optimizer"), (3, "all")):

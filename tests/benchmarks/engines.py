@@ -1,0 +1,143 @@
+"""Throughput of two ranks over one, under every engine, beside a bare fully_shard loop and DeepSpeed's own engine.
+
+    python -m tests.benchmarks.engines [--rounds=3] [--contenders=ours-fsdp-3,bare-fsdp-3]
+
+One rank has two threads, each of two ranks has one; the model is the 8-layer Llama of train.py, in float32, the micro
+batch of a rank the same. ``ours`` is this project's train_step on its own model; ``bare`` a hand-written loop around
+transformers' LlamaForCausalLM. A ratio is over the same model on one rank. Contenders take turns, a world each;
+figures are medians over the rounds.
+"""
+
+from __future__ import annotations
+
+import os
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
+
+os.environ["DS_ACCELERATOR"] = "cpu"
+
+import torch
+
+from megatron_lite.dist.spawn import run_ranks
+from tests.benchmarks.train import FFN, HEADS, HIDDEN, LAYERS, LR, SEQ, VOCAB
+
+BATCH, STEPS = 2, 3
+CONTENDERS = {  # whose model, on how many ranks, under which engine and stage
+    "ours-one": ("ours", 1, "fsdp", 0),
+    "ours-ddp": ("ours", 2, "fsdp", 0),
+    "ours-fsdp-2": ("ours", 2, "fsdp", 2),
+    "ours-fsdp-3": ("ours", 2, "fsdp", 3),
+    "ours-deepspeed-1": ("ours", 2, "deepspeed", 1),
+    "ours-deepspeed-3": ("ours", 2, "deepspeed", 3),
+    "bare-one": ("bare", 1, "fsdp", 0),
+    "bare-fsdp-3": ("bare", 2, "fsdp", 3),
+    "bare-deepspeed-1": ("bare", 2, "deepspeed", 1),
+    "bare-deepspeed-3": ("bare", 2, "deepspeed", 3),
+}
+
+
+def ours(size: int, engine: str, stage: int) -> Callable[[torch.Tensor], None]:
+    from megatron_lite.config import parse_config
+    from megatron_lite.dist.mesh import build_mesh
+    from megatron_lite.faults import Faults
+    from megatron_lite.parallel.plan import make_plan
+    from megatron_lite.trainer import Trainer
+
+    sizes = {"hidden_size": HIDDEN, "num_layers": LAYERS, "num_heads": HEADS, "ffn_size": FFN, "max_seq_len": SEQ}
+    config = parse_config(
+        {
+            "model": {"vocab_size": VOCAB, **sizes},
+            "data": {"train": [{"path": "unused"}], "seq_len": SEQ},
+            "train": {"global_batch_size": BATCH * size, "micro_batch_size": BATCH},
+            "optim": {"lr": LR, "schedule": "constant"},
+            "parallel": {"engine": engine, "zero": stage},
+        }
+    )
+    plan = make_plan(config, size)
+    mesh = build_mesh(plan.degrees, torch.device("cpu"))
+    assert mesh is not None
+    trainer = Trainer(config, mesh, plan, Faults.none())
+
+    def step(tokens: torch.Tensor) -> None:
+        parts = {"tokens": tokens[:, :-1].contiguous(), "targets": tokens[:, 1:].contiguous()}
+        trainer.train_step([SimpleNamespace(**parts, positions=None, document_ids=None, index=0)])
+
+    return step
+
+
+def bare(size: int, engine: str, stage: int) -> Callable[[torch.Tensor], None]:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    sizes = {"hidden_size": HIDDEN, "intermediate_size": FFN, "num_hidden_layers": LAYERS}
+    config = LlamaConfig(vocab_size=VOCAB, num_attention_heads=HEADS, max_position_embeddings=SEQ, **sizes)
+    model: Any = LlamaForCausalLM(config)
+    if engine == "deepspeed":
+        import deepspeed
+
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+        settings = {
+            "train_micro_batch_size_per_gpu": BATCH,
+            "gradient_clipping": 1.0,
+            "zero_optimization": {"stage": stage},
+            "optimizer": {"type": "AdamW", "params": {"lr": LR, "torch_adam": True}},
+        }
+        wrapped, *_ = deepspeed.initialize(model=model, model_parameters=model.parameters(), config=settings)
+
+        def deepspeed_step(tokens: torch.Tensor) -> None:
+            wrapped.backward(wrapped(input_ids=tokens, labels=tokens, use_cache=False).loss)
+            wrapped.step()
+
+        return deepspeed_step
+    if size > 1:
+        from torch.distributed.fsdp import fully_shard
+
+        for layer in model.model.layers:
+            fully_shard(layer)
+        fully_shard(model)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=LR, fused=True)
+
+    def step(tokens: torch.Tensor) -> None:
+        model(input_ids=tokens, labels=tokens, use_cache=False).loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    return step
+
+
+def contend(rank: int, size: int, whose: str, engine: str, stage: int) -> float:
+    """Tokens a second of the whole world, the first step apart."""
+    torch.set_num_threads(2 // size)
+    os.environ["LOCAL_RANK"] = str(rank)
+    step = {"ours": ours, "bare": bare}[whose](size, engine, stage)
+    generator = torch.Generator().manual_seed(rank)
+    batches = [torch.randint(0, VOCAB, (BATCH, SEQ + 1), generator=generator) for _ in range(STEPS + 1)]
+    step(batches[0])
+    began = time.perf_counter()
+    for tokens in batches[1:]:
+        step(tokens)
+    return size * BATCH * SEQ * STEPS / (time.perf_counter() - began)
+
+
+def main(rounds: int = 3, contenders: str = "") -> None:
+    names = contenders.split(",") if contenders else list(CONTENDERS)
+    rates: dict[str, list[float]] = {name: [] for name in names}
+    for _ in range(rounds):
+        for name in names:
+            whose, size, engine, stage = CONTENDERS[name]
+            rates[name].append(min(run_ranks(contend, size, whose, engine, stage, timeout=300)))
+            print(f"{name:<18}{rates[name][-1]:>8.0f} tokens/s", flush=True)
+    print(f"\n{'':<18}{'tokens/s':>10}{'over one rank':>15}")
+    for name in names:
+        one = rates.get(f"{name.split('-')[0]}-one", rates[name])
+        ratio = statistics.median(rate / alone for rate, alone in zip(rates[name], one, strict=True))
+        print(f"{name:<18}{statistics.median(rates[name]):>10.0f}{ratio:>15.2f}")
+
+
+if __name__ == "__main__":
+    pairs = (argument.lstrip("-").split("=") for argument in sys.argv[1:])
+    main(**{key: int(value) if value.isdigit() else value for key, value in pairs})  # type: ignore[arg-type]
