@@ -58,9 +58,9 @@ class Engine(ABC):
     def backward(self, loss: Tensor, *, last: bool) -> None:
         """Accumulate one micro batch's gradients; ``last``: no other follows in this step."""
 
-    @abstractmethod
     def finish_gradients(self) -> Tensor:
         """Wait for the reduction over dp; the norm of the global gradient, the same on every rank."""
+        return self.norm()
 
     def norm(self) -> Tensor:
         """The norm of the global gradient from everybody's part of it."""
@@ -75,6 +75,10 @@ class Engine(ABC):
         """Update the weights and drop the gradients."""
         for group in self.optimizer.param_groups:
             group["lr"] = lr
+        self.update()
+
+    def update(self) -> None:
+        """One step of the optimizer; the gradients are gone after it."""
         self.optimizer.step()
         self.drop_gradients()
 

@@ -67,6 +67,3 @@ class FullyShardedDataParallel(Engine):
         if self.reduce_once:
             model.set_requires_gradient_sync(last)
         loss.backward()
-
-    def finish_gradients(self) -> Tensor:
-        return self.norm()

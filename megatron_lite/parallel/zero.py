@@ -117,22 +117,10 @@ class DeepSpeedZeRO(Engine):
                 raise ConfigError(f"parallel.deepspeed: {' '.join(str(error).split())}") from None
             if exact:
                 checked.communication_data_type = torch.float64
-            for module in self.model.modules() if self.stage == 3 else (self.model,):
-                if self.stage < 3 or module._parameters:  # one layer at a time, so that never all of it is here
-                    materialize(module, self.mesh.device)
-                if self.stage == 3 and module._parameters:
-                    dtype = torch.bfloat16 if checked.bfloat16_config.enabled else next(module.parameters()).dtype
-                    module.to(dtype)
-                    Init(
-                        module,
-                        dp.group,
-                        mem_efficient_linear=False,
-                        config_dict_or_path=settings,
-                        dtype=dtype,
-                        mpu=unit,
-                    )
             if self.stage == 3:
-                deepspeed.zero.register_external_parameter(self.model, self.model.head_weight)
+                self._materialize_divided(settings, checked.bfloat16_config.enabled, unit)
+            else:
+                materialize(self.model, self.mesh.device)
             self.engine = (_Float64Engine if exact else DeepSpeedEngine)(
                 args=None,
                 model=self.model,
@@ -147,6 +135,24 @@ class DeepSpeedZeRO(Engine):
         self.bf16 = isinstance(self.zero, BF16_Optimizer)  # what DeepSpeed makes of stage 1 with bfloat16
         if self.stage > 0:
             self.fragments = {name: self._fragment(p) for name, p in self.model.named_parameters()}
+
+    def _materialize_divided(self, settings: dict[str, Any], bf16: bool, unit: ModelParallelUnit) -> None:
+        """One layer at a time, each divided before the next, so that never all of the model is here."""
+        for module in self.model.modules():
+            if not module._parameters:
+                continue
+            materialize(module, self.mesh.device)
+            dtype = torch.bfloat16 if bf16 else next(module.parameters()).dtype
+            module.to(dtype)
+            Init(
+                module,
+                self.mesh.dp.group,
+                mem_efficient_linear=False,
+                config_dict_or_path=settings,
+                dtype=dtype,
+                mpu=unit,
+            )
+        deepspeed.zero.register_external_parameter(self.model, self.model.head_weight)
 
     def make_optimizer(self, config: OptimConfig) -> torch.optim.Optimizer:
         return self.zero.optimizer if self.stage > 0 else self.zero
@@ -215,12 +221,7 @@ class DeepSpeedZeRO(Engine):
         self.engine.set_gradient_accumulation_boundary(last)
         self.engine.backward(loss * self.mesh.dp.size if self.stage == 3 else loss, scale_wrt_gas=False)
 
-    def finish_gradients(self) -> Tensor:
-        return self.norm()
-
-    def step(self, lr: float) -> None:
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr
+    def update(self) -> None:
         self.engine.step()
 
     def drop_gradients(self) -> None:
