@@ -69,7 +69,7 @@ def prove(
 ) -> None:
     """Train the same steps under two layouts and compare losses, gradients and weights.
 
-    --a and --b take tp, sp, recompute, dp, accumulation and compile, as in 'tp=2,sp=true,dp=2'. Exit 1: they differ.
+    --a and --b take keys of parallel, dp, accumulation and compile, as in 'tp=2,sp=true,dp=2'. Exit 1: they differ.
     """
     if steps < 1:
         raise ConfigError(f"--steps={steps}: expected at least 1")

@@ -152,12 +152,18 @@ class DataConfig(Section):
 
 
 class OptimConfig(Section):
-    """AdamW and its learning-rate schedule. ``decay_steps`` is the length of WSD's final decay."""
+    """The optimizer and its learning-rate schedule. ``decay_steps`` is the length of WSD's final decay.
 
-    name: Literal["adamw"] = "adamw"
+    ``adafactor`` keeps a row and a column of state for each matrix (Shazeer and Stern 2018); ``lr`` is relative to the
+    size of the weights there, and it takes neither ``betas`` nor ``eps``. ``muon`` updates the blocks' matrices by
+    their orthogonalised ``momentum`` (Jordan et al. 2024), scaled so that AdamW's ``lr`` fits, and the rest by AdamW.
+    """
+
+    name: Literal["adamw", "adafactor", "muon"] = "adamw"
     lr: PositiveFloat = 3e-4
     betas: tuple[Probability, Probability] = (0.9, 0.95)
     eps: PositiveFloat = 1e-8
+    momentum: Probability = 0.95
     weight_decay: NonNegativeFloat = 0.1
     clip: NonNegativeFloat = 1.0
     schedule: Literal["cosine", "linear", "wsd", "constant"] = "cosine"
@@ -176,6 +182,7 @@ class ParallelConfig(Section):
     ahead of the one at work. ``reduce_once``: FSDP2 keeps gradients whole until the last micro batch and reduces once a
     step, where it otherwise reduces, and divides, those of every micro batch.
     ``dp_replicate`` groups of ranks each hold everything, divided among themselves (hybrid sharding).
+    ``offload_activations``: what backward needs of each block waits in CPU memory; with ``recompute: full`` its input.
     """
 
     tp: Positive = 1
@@ -186,6 +193,7 @@ class ParallelConfig(Section):
     offload: Literal["none", "optimizer", "all"] = "none"
     deepspeed: dict[str, Any] = {}
     recompute: Literal["none", "selective", "full"] = "none"
+    offload_activations: bool = False
     bucket_mb: PositiveFloat = 25.0
     prefetch: Annotated[Integer, Field(ge=0, le=64)] = 1
     reduce_once: bool = False

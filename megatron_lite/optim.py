@@ -19,10 +19,16 @@ def decays(name: str, spec: ShardSpec) -> bool:
     return len(spec.shape) >= 2 and not name.startswith(("embedding.", "positions."))
 
 
-def build_optimizer(model: nn.Module, specs: Mapping[str, ShardSpec], config: OptimConfig) -> torch.optim.AdamW:
-    """AdamW (Loshchilov and Hutter 2019), fused, over what decays and what does not: ``specs`` know the shapes, which
-    an engine may have taken from the parameters."""
-    named = list(model.named_parameters())
+def is_updated_whole(name: str, spec: ShardSpec, config: OptimConfig) -> bool:
+    """Whether the optimizer has to see this parameter whole: Muon the blocks' matrices, Adafactor everything."""
+    hidden_matrix = name.startswith("blocks.") and len(spec.shape) == 2
+    return config.name == "adafactor" or (config.name == "muon" and hidden_matrix)
+
+
+def build_adamw(model: nn.Module, specs: Mapping[str, ShardSpec], config: OptimConfig) -> torch.optim.AdamW:
+    """AdamW (Loshchilov and Hutter 2019), fused, over what decays and what does not, without what another optimizer
+    updates: ``specs`` know the shapes, which an engine may have taken from the parameters."""
+    named = [(n, p) for n, p in model.named_parameters() if not is_updated_whole(n, specs[n], config)]
     groups = [
         {"params": [p for n, p in named if decays(n, specs[n])], "weight_decay": config.weight_decay},
         {"params": [p for n, p in named if not decays(n, specs[n])], "weight_decay": 0.0},

@@ -18,6 +18,7 @@ from megatron_lite.layers.loss import IGNORED
 from megatron_lite.models.decoder import Decoder
 from megatron_lite.optim import learning_rate
 from megatron_lite.parallel.engine import build_engine
+from megatron_lite.parallel.offload import apply_offload
 from megatron_lite.parallel.plan import Plan
 from megatron_lite.parallel.recompute import apply_recompute
 
@@ -61,6 +62,8 @@ class Trainer:
             self.model = Decoder(config.model, mesh.tp, sp=plan.sp).to(master)
         shard.check_model(self.model, mesh.tp.size)
         apply_recompute(self.model.blocks, config.parallel.recompute)
+        if config.parallel.offload_activations:
+            apply_offload(self.model.blocks)
         if config.train.compile:
             for block in self.model.blocks:
                 block.compile()

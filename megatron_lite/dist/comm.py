@@ -16,6 +16,7 @@ identity, without a graph node, along an axis of size 1.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -54,6 +55,26 @@ def reduce_scatter(tensor: Tensor, axis: Axis, dim: int = 0) -> Tensor:
 def own_slice(tensor: Tensor, axis: Axis, dim: int = 0) -> Tensor:
     """This rank's equal slice of ``dim``."""
     return tensor if axis.size == 1 else tensor.chunk(axis.size, dim)[axis.rank].contiguous()
+
+
+def all_to_all(parts: Sequence[Sequence[Tensor]], into: Sequence[Sequence[Tensor]], axis: Axis) -> None:
+    """Send ``parts[i]`` to rank i and fill ``into[i]`` with what rank i sent here: as many elements, of one dtype, in
+    any shapes. No gradient."""
+    flat = [tensor for tensors in (*parts, *into) for tensor in tensors]
+    like = flat[0] if flat else torch.empty(0)
+    sending = torch.cat([like.new_empty(0), *(tensor.reshape(-1) for tensors in parts for tensor in tensors)])
+    counts = [sum(tensor.numel() for tensor in tensors) for tensors in into]
+    received = sending
+    if axis.size > 1:
+        received = sending.new_empty(sum(counts))
+        splits = [sum(tensor.numel() for tensor in tensors) for tensors in parts]
+        torch_dist.all_to_all_single(received, sending, counts, splits, group=axis.group)
+    for tensor, part in zip(
+        (tensor for tensors in into for tensor in tensors),
+        received.split([tensor.numel() for tensors in into for tensor in tensors]),
+        strict=True,
+    ):
+        tensor.copy_(part.view(tensor.shape))
 
 
 def gather_objects(value: Any, axis: Axis) -> list[Any]:

@@ -15,7 +15,8 @@ from megatron_lite.dist import shard
 from megatron_lite.dist.env import export_for_deepspeed
 from megatron_lite.dist.mesh import Mesh
 from megatron_lite.dist.shard import Piece
-from megatron_lite.optim import build_optimizer, gradient_norm, scale_gradients
+from megatron_lite.optim import build_adamw, gradient_norm, scale_gradients
+from megatron_lite.parallel.matrices import WholeMatrices
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
@@ -39,6 +40,9 @@ class Engine(ABC):
         self.spread(config)
         self.parameters = dict(model.named_parameters())
         self.optimizer = self.make_optimizer(config.optim)
+        self.matrices: WholeMatrices | None = None  # what the optimizer has to see whole
+        if config.optim.name != "adamw":
+            self.matrices = WholeMatrices(config.optim, self.specs, self.weights(), self.mesh)
         shard.initialize(self.weights(), inits, config.run.seed)
         self.publish()
 
@@ -47,8 +51,8 @@ class Engine(ABC):
         """Divide the model's parameters over data-parallel ranks and allocate them, uninitialised, on the device."""
 
     def make_optimizer(self, config: OptimConfig) -> torch.optim.Optimizer:
-        """The optimizer over what ``spread`` made."""
-        return build_optimizer(self.model, self.specs, config)
+        """AdamW over what ``spread`` made, without what ``matrices`` updates."""
+        return build_adamw(self.model, self.specs, config)
 
     @abstractmethod
     def piece(self, name: str, tensor: Tensor) -> Piece:
@@ -75,6 +79,8 @@ class Engine(ABC):
         """Update the weights and drop the gradients."""
         for group in self.optimizer.param_groups:
             group["lr"] = lr
+        if self.matrices is not None:
+            self.matrices.step(self.weights(), self.gradients(), lr)
         self.update()
 
     def update(self) -> None:
@@ -84,15 +90,16 @@ class Engine(ABC):
 
     def drop_gradients(self) -> None:
         """Forget this step's gradients without an update."""
-        self.optimizer.zero_grad(set_to_none=True)
+        self.model.zero_grad(set_to_none=True)
 
     def local_weights(self) -> dict[str, Tensor]:
         """This rank's memory of the masters."""
         return {name: local(parameter.detach()) for name, parameter in self.parameters.items()}
 
     def local_moments(self, moment: str) -> dict[str, Tensor]:
-        """This rank's memory of one of the optimizer's moments."""
-        return {name: local(self.state(parameter)[moment]) for name, parameter in self.parameters.items()}
+        """This rank's memory of one of AdamW's moments."""
+        whole = self.matrices.names if self.matrices is not None else ()
+        return {name: local(self.state(p)[moment]) for name, p in self.parameters.items() if name not in whole}
 
     def local_gradients(self) -> dict[str, Tensor]:
         """This rank's memory of the reduced gradients; between ``finish_gradients`` and ``step``."""
@@ -118,17 +125,20 @@ class Engine(ABC):
         """After the masters were written in place: bring up to date what the model computes with."""
 
     def optimizer_state(self) -> dict[str, Piece]:
-        """The optimizer's tensors as ``NAME.exp_avg`` and ``NAME.exp_avg_sq``, to be saved or loaded in place."""
-        return {
+        """The optimizer's tensors as ``NAME.exp_avg`` and the like, to be saved or loaded in place."""
+        moments = {
             f"{name}.{moment}": self.piece(name, held)
             for moment in MOMENTS
             for name, held in self.local_moments(moment).items()
         }
+        return moments if self.matrices is None else moments | self.matrices.state()
 
     def loaded(self, updates: int) -> None:
         """After a checkpoint was read into ``pieces``: how many updates the optimizer has made."""
         for state in self.optimizer.state.values():
             state["step"].fill_(updates)
+        if self.matrices is not None:
+            self.matrices.loaded(updates)
         self.publish()
 
     def pieces(self) -> dict[str, Piece]:

@@ -40,13 +40,15 @@ class Plan:
 
 def bytes_per_parameter(config: Config, plan: Plan) -> dict[str, float]:
     """What a rank keeps from step to step, in bytes for each parameter of its tp shard; activations, buckets and what
-    is gathered for a moment come on top. After Rajbhandari et al. 2020 (ZeRO), but with gradients in float32."""
+    is gathered for a moment come on top, and with Muon the moments of what AdamW updates. After Rajbhandari et al. 2020
+    (ZeRO), but with gradients in float32."""
     deepspeed, zero, shards = config.parallel.engine == "deepspeed", config.parallel.zero, plan.dp_shard
     master = 8.0 if config.train.precision == "float64" else 4.0
     compute = 2.0 if config.train.precision == "bfloat16" else master
+    moments = {"adamw": 2 * master / shards, "muon": master / plan.dp, "adafactor": 0.0}[config.optim.name]
     if shards == 1:
-        return {"weights": master, "gradients": master, "moments": 2 * master}
-    parts = {"masters": master / shards, "gradients": master / shards, "moments": 2 * master / shards}
+        return {"weights": master, "gradients": master, "moments": moments}
+    parts = {"masters": master / shards, "gradients": master / shards, "moments": moments}
     if deepspeed:
         if zero == 1:
             parts["gradients"] = master
@@ -122,6 +124,11 @@ def _engine_mistakes(config: Config, dp: int) -> list[str]:
         if keys:
             mistakes.append("parallel.deepspeed: these keys take parallel.engine=deepspeed")
         return mistakes
+    if config.optim.name != "adamw":
+        mistakes.append(
+            f"optim.name={config.optim.name} updates whole matrices, and DeepSpeed's parts begin and end anywhere in "
+            "them; use engine=fsdp"
+        )
     if parallel.reduce_once:
         mistakes.append("parallel.reduce_once is FSDP2's; DeepSpeed does so at zero 0 and 1, and never at 2 and 3")
     if find_spec("deepspeed") is None:
@@ -161,6 +168,11 @@ def make_plan(config: Config, world_size: int) -> Plan:
     tokens = train.micro_batch_size * config.data.seq_len
     if config.parallel.sp and tokens % tp:
         mistakes.append(f"parallel.sp: micro batch × seq_len = {tokens} tokens cannot be split over tp={tp}")
+    if config.parallel.offload_activations and train.compile:
+        mistakes.append(
+            "parallel.offload_activations: a compiled block keeps what it wants; use parallel.recompute with "
+            "train.compile, or no compilation"
+        )
     zero, replicate = config.parallel.zero, config.parallel.dp_replicate
     mistakes += _engine_mistakes(config, -(-world_size // tp))
     if zero == 1 and config.parallel.engine == "fsdp":
@@ -198,7 +210,18 @@ class Side:
     ranks: int
 
 
-_SIDE_KEYS = ("tp", "sp", "engine", "zero", "dp_replicate", "recompute", "dp", "accumulation", "compile")
+_SIDE_KEYS = (
+    "tp",
+    "sp",
+    "engine",
+    "zero",
+    "dp_replicate",
+    "recompute",
+    "offload_activations",
+    "dp",
+    "accumulation",
+    "compile",
+)
 
 
 def parse_side(text: str, config: Config, dtype: str) -> Side:

@@ -30,7 +30,7 @@ from megatron_lite.config import Config, OptimConfig
 from megatron_lite.dist.mesh import Mesh
 from megatron_lite.dist.shard import Piece, materialize
 from megatron_lite.errors import ConfigError
-from megatron_lite.optim import build_optimizer
+from megatron_lite.optim import build_adamw
 from megatron_lite.parallel.engine import Engine
 
 # On a CPU DeepSpeed would compile this extension at start-up on every rank, for minutes and behind a lock that a killed
@@ -124,7 +124,7 @@ class DeepSpeedZeRO(Engine):
             self.engine = (_Float64Engine if exact else DeepSpeedEngine)(
                 args=None,
                 model=self.model,
-                optimizer=build_optimizer(self.model, self.specs, config.optim),
+                optimizer=build_adamw(self.model, self.specs, config.optim),
                 mpu=unit,
                 dist_init_required=False,
                 config=settings,

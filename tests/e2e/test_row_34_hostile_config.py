@@ -154,8 +154,8 @@ COMMANDS = {
     "train c.yaml --parallel.tp=2": "parallel.tp=2 does not divide the 1 rank of this job",
     "prove c.yaml --a=tp=0": "parallel.tp: input should be greater than 0, not '0'",
     "prove c.yaml --b=tpp=2": (
-        "layout 'tpp=2': 'tpp=2' (did you mean 'tp'?); keys: tp, sp, engine, zero, dp_replicate, recompute, dp, "
-        "accumulation, compile"
+        "layout 'tpp=2': 'tpp=2' (did you mean 'tp'?); keys: tp, sp, engine, zero, dp_replicate, recompute, "
+        "offload_activations, dp, accumulation, compile"
     ),
     "prove c.yaml --a=dp=3": "layout 'dp=3': dp 3 × accumulation 1 must divide train.global_batch_size=8",
     "prove c.yaml --dtype=fp8": "train.precision: expected 'float32', 'bfloat16' or 'float64', not 'fp8'",

@@ -13,10 +13,12 @@ FEATURES: dict[str, dict[str, dict[str, Any]]] = {
     "as it is": {},
     "tp and sp": {"parallel": {"tp": 2, "sp": True}},
     "recomputation": {"parallel": {"recompute": "full"}},
+    "offload_activations": {"parallel": {"offload_activations": True}},
     "compile": {"train": {"compile": True}},
     "hybrid (dp_replicate)": {"parallel": {"dp_replicate": 2}},
     "offload=optimizer": {"parallel": {"offload": "optimizer"}},
     "offload=all": {"parallel": {"offload": "all"}},
+    "Muon, Adafactor": {"optim": {"name": "muon"}},
 }
 HEAD = """\
 # What goes with what
@@ -35,6 +37,7 @@ def config(engine: str, zero: int, changes: dict[str, dict[str, Any]]) -> Any:
             "data": {"train": [{"path": "x"}]},
             "parallel": {"engine": engine, "zero": zero, **changes.get("parallel", {})},
             "train": train,
+            "optim": changes.get("optim", {}),
         }
     )
 

@@ -32,8 +32,10 @@ def records(config: Config, device: str):
 
 @pytest.mark.parametrize("model", MODELS)
 @pytest.mark.parametrize("recompute", ["none", "selective", "full"])
-def test_float64_is_that_of_the_cpu(data, model, recompute):
-    config = Layout(accumulation=2, parallel={"recompute": recompute}).config(data, {"model": MODELS[model]})
+@pytest.mark.parametrize("offload", [False, True])
+def test_float64_is_that_of_the_cpu(data, model, recompute, offload):
+    parallel = {"recompute": recompute, "offload_activations": offload}
+    config = Layout(accumulation=2, parallel=parallel).config(data, {"model": MODELS[model]})
     for step, (cpu, gpu) in enumerate(zip(records(config, "cpu"), records(config, "cuda"), strict=True), 1):
         for row in compare(cpu, gpu, step, 1e-10):
             assert row.first_beyond is None, row
@@ -45,6 +47,18 @@ def test_the_document_mask_and_dropout_run(data):
     found = [float(noted["loss/loss"]) for noted in records(config, "cuda")]
     assert found == [float(noted["loss/loss"]) for noted in records(config, "cuda")]
     assert all(map(math.isfinite, found))
+
+
+def test_offloaded_activations_leave_the_device(data):
+    """Of many blocks, only what one of them computes is there at a time."""
+    peaks = {}
+    for offload in (False, True):
+        parallel = {"offload_activations": offload}
+        config = Layout(parallel=parallel).config(data, {"model": {"num_layers": 24}})
+        torch.cuda.reset_peak_memory_stats()
+        list(record(config, solo_mesh("cuda"), 1, None))
+        peaks[offload] = torch.cuda.max_memory_allocated()
+    assert peaks[True] < 0.8 * peaks[False]
 
 
 def test_the_same_tokens_as_on_the_cpu(data):

@@ -37,6 +37,8 @@ def table() -> dict[str, Case]:
         cases[f"{engine}: selective recomputation"] = Case(
             Layout(dp=2, tp=2, parallel={**keys, "recompute": "selective"})
         )
+        offloaded = {**keys, "offload_activations": True, "recompute": "full" if "2" in engine else "none"}
+        cases[f"{engine}: activation offload"] = Case(Layout(dp=2, tp=2, parallel=offloaded))
         cases[f"{engine}: small buckets"] = Case(Layout(dp=4, accumulation=2, parallel={**keys, **SMALL_BUCKETS}))
     for keys in ({"prefetch": 0}, {"prefetch": 5}, {"reduce_once": True}):
         layout = Layout(dp=4, accumulation=4, parallel={"zero": 3, **keys})

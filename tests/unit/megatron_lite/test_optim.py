@@ -10,7 +10,7 @@ from megatron_lite.config import ModelConfig, OptimConfig
 from megatron_lite.dist.mesh import Axis
 from megatron_lite.dist.shard import ShardSpec, spec_of
 from megatron_lite.models.decoder import Decoder
-from megatron_lite.optim import build_optimizer, gradient_norm, learning_rate, scale_gradients
+from megatron_lite.optim import build_adamw, gradient_norm, learning_rate, scale_gradients
 
 STEPS = 100
 
@@ -45,7 +45,7 @@ def test_norms_biases_and_embeddings_do_not_decay():
     config = ModelConfig(family="gpt2", vocab_size=64, hidden_size=16, num_heads=2, num_layers=1, max_seq_len=8)
     model = Decoder(config, Axis("tp"), sp=False)
     specs = {name: spec_of(parameter) for name, parameter in model.named_parameters()}
-    optimizer = build_optimizer(model, specs, OptimConfig(weight_decay=0.3))
+    optimizer = build_adamw(model, specs, OptimConfig(weight_decay=0.3))
     names = {id(p): name for name, p in model.named_parameters()}
     by_decay = {g["weight_decay"]: {names[id(p)] for p in g["params"]} for g in optimizer.param_groups}
     matrices = {f"blocks.0.{part}.weight" for part in ("attention.qkv", "attention.out", "mlp.up", "mlp.down")}

@@ -10,13 +10,14 @@ from megatron_lite.parallel.plan import Plan, make_plan, picture
 from tests.kit import plans
 
 
-def config(model=None, parallel=None, train=None):
+def config(model=None, parallel=None, train=None, optim=None):
     sizes = {"vocab_size": 300, "hidden_size": 48, "num_heads": 6, "num_kv_heads": 2, "ffn_size": 96}
     return parse_config(
         {
             "model": {**sizes, **(model or {})},
             "data": {"train": [{"path": "x"}], "seq_len": 32},
             "parallel": parallel or {},
+            "optim": optim or {},
             "train": {"global_batch_size": 24, "micro_batch_size": 2, **(train or {})},
         }
     )
@@ -41,6 +42,16 @@ def test_accumulation_follows_from_the_batch_and_the_ranks():
         ({"parallel": {"tp": 2}}, 3, "parallel.tp=2 does not divide the 3 ranks of this job"),
         ({"train": {"global_batch_size": 20}}, 8, "must be a multiple of dp 8 × train.micro_batch_size 2 = 16"),
         ({"parallel": {"tp": 6}}, 6, r"padded to 384|num_kv_heads=2"),
+        (
+            {"parallel": {"engine": "deepspeed", "zero": 1}, "optim": {"name": "muon"}},
+            2,
+            r"optim\.name=muon updates whole matrices.* use engine=fsdp",
+        ),
+        (
+            {"parallel": {"offload_activations": True}, "train": {"compile": True}},
+            1,
+            r"parallel\.offload_activations: a compiled block .* use parallel\.recompute",
+        ),
     ],
 )
 def test_what_cannot_work_is_refused_with_the_numbers(changes, world, message):
