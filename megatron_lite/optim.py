@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -25,14 +26,24 @@ def is_updated_whole(name: str, spec: ShardSpec, config: OptimConfig) -> bool:
     return config.name == "adafactor" or (config.name == "muon" and hidden_matrix)
 
 
-def build_adamw(model: nn.Module, specs: Mapping[str, ShardSpec], config: OptimConfig) -> torch.optim.AdamW:
+def build_adamw(
+    model: nn.Module, specs: Mapping[str, ShardSpec], config: OptimConfig, group_elements: float = math.inf
+) -> torch.optim.AdamW:
     """AdamW (Loshchilov and Hutter 2019), fused, over what decays and what does not, without what another optimizer
-    updates: ``specs`` know the shapes, which an engine may have taken from the parameters."""
-    named = [(n, p) for n, p in model.named_parameters() if not is_updated_whole(n, specs[n], config)]
-    groups = [
-        {"params": [p for n, p in named if decays(n, specs[n])], "weight_decay": config.weight_decay},
-        {"params": [p for n, p in named if not decays(n, specs[n])], "weight_decay": 0.0},
-    ]
+    updates: ``specs`` know the shapes, which an engine may have taken from the parameters. A group ends with the
+    parameter that fills it to ``group_elements``."""
+    groups: list[dict[str, Any]] = []
+    for decay in (True, False):
+        groups.append({"params": [], "weight_decay": config.weight_decay if decay else 0.0})
+        size = 0
+        for name, parameter in model.named_parameters():
+            if is_updated_whole(name, specs[name], config) or decays(name, specs[name]) != decay:
+                continue
+            if size >= group_elements:
+                groups.append({**groups[-1], "params": []})
+                size = 0
+            groups[-1]["params"].append(parameter)
+            size += parameter.numel()
     return torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, eps=config.eps, fused=True)
 
 

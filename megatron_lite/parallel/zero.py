@@ -65,7 +65,10 @@ def deepspeed_config(config: Config, accumulation: int, dp: int) -> dict[str, An
             "train_batch_size": micro * accumulation * dp,
             "gradient_clipping": 0.0,
             "gradient_allreduce_op": "mean" if stage == 3 else "sum",  # stage 3 knows no other
-            "bf16": {"enabled": config.train.precision == "bfloat16" and stage > 0},
+            "bf16": {
+                "enabled": config.train.precision == "bfloat16" and stage > 0,
+                "immediate_grad_update": stage == 1,  # else every gradient is there in bfloat16 as well
+            },
             "data_types": {"grad_accum_dtype": "fp32"},
             "communication_data_type": "fp32",
             "zero_optimization": {
@@ -74,6 +77,7 @@ def deepspeed_config(config: Config, accumulation: int, dp: int) -> dict[str, An
                 "reduce_bucket_size": bucket,
                 "allgather_bucket_size": bucket,
                 "stage3_prefetch_bucket_size": bucket,
+                "sub_group_size": group_elements(config),
                 "use_multi_rank_bucket_allreduce": False,  # reduce to each part's owner: half of an all-reduce
                 "reduce_scatter": config.train.precision != "float64",
                 **offload,
@@ -84,6 +88,11 @@ def deepspeed_config(config: Config, accumulation: int, dp: int) -> dict[str, An
         },
         parallel.deepspeed,
     )
+
+
+def group_elements(config: Config) -> int:
+    """How much is updated at a time: DeepSpeed flattens the gradients of that much once more."""
+    return 2 * int(config.parallel.bucket_mb * 2**20)
 
 
 class Fragment(NamedTuple):
@@ -121,10 +130,10 @@ class DeepSpeedZeRO(Engine):
                 self._materialize_divided(settings, checked.bfloat16_config.enabled, unit)
             else:
                 materialize(self.model, self.mesh.device)
-            self.engine = (_Float64Engine if exact else DeepSpeedEngine)(
+            self.engine = (_Float64Engine if exact else _BucketedEngine)(
                 args=None,
                 model=self.model,
-                optimizer=build_adamw(self.model, self.specs, config.optim),
+                optimizer=build_adamw(self.model, self.specs, config.optim, group_elements(config)),
                 mpu=unit,
                 dist_init_required=False,
                 config=settings,
@@ -256,7 +265,14 @@ class DeepSpeedZeRO(Engine):
             )
 
 
-class _Float64Engine(DeepSpeedEngine):
+class _BucketedEngine(DeepSpeedEngine):
+    """DeepSpeed itself flattens all gradients at once at stage 0, whatever ``reduce_bucket_size`` says."""
+
+    def allreduce_gradients(self, bucket_size: int = 0) -> None:
+        super().allreduce_gradients(self.zero_reduce_bucket_size())
+
+
+class _Float64Engine(_BucketedEngine):
     """For proofs: DeepSpeed itself trains in nothing wider than float32."""
 
     def get_data_types(self) -> tuple[torch.dtype, torch.dtype]:

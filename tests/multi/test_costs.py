@@ -121,13 +121,14 @@ def cost(rank: int, size: int, data: str, parallel: dict, precision: str) -> dic
 @pytest.fixture(scope="module")
 def costs(tmp_path_factory):
     data = str(tiny_data(tmp_path_factory.mktemp("costs")))
-    found: dict[tuple[str, int], dict[str, float]] = {}
+    found: dict[tuple[str, int, str], dict[str, float]] = {}
 
-    def of(engine: str, size: int) -> dict[str, float]:
-        if (engine, size) not in found:
-            ranks = run_ranks(cost, size, data, ENGINES[engine], "float32", timeout=60)
-            found[engine, size] = max(ranks, key=lambda one: one["memory"])
-        return found[engine, size]
+    def of(engine: str, size: int, precision: str) -> dict[str, float]:
+        key = (engine, size, precision)
+        if key not in found:
+            ranks = run_ranks(cost, size, data, ENGINES[engine], precision, timeout=60)
+            found[key] = max(ranks, key=lambda one: one["memory"])
+        return found[key]
 
     return of
 
@@ -136,22 +137,20 @@ def costs(tmp_path_factory):
 @pytest.mark.parametrize("engine", ENGINES)
 def test_no_more_is_sent_than_the_textbook_says(costs, engine, size):
     """In units of all parameters: an all-reduce is 2, a reduce-scatter, a reduce and an all-gather 1 each."""
-    assert costs(engine, size)["sent"] == pytest.approx(3 if engine.endswith("zero 3") else 2, rel=0.01)
+    assert costs(engine, size, "float32")["sent"] == pytest.approx(3 if engine.endswith("zero 3") else 2, rel=0.01)
 
 
-@pytest.mark.parametrize("size", [2, 4])
-@pytest.mark.parametrize("engine", ["ddp", "fsdp, zero 2", "fsdp, zero 3", "deepspeed, zero 1"])
-def test_memory_is_what_the_formula_says(costs, engine, size):
-    """Within a tenth, and a few blocks of which the whole is there for a moment: gathered, and to be reduced."""
-    found = costs(engine, size)
-    moment = 8 * 4 * (4 * SIZES["hidden_size"] + 3 * SIZES["ffn_size"]) * SIZES["hidden_size"] / 1e6
-    assert 0.88 * found["formula"] < found["memory"] < 1.1 * found["formula"] + (moment if "3" in engine else 0)
-
-
-def test_each_stage_of_deepspeed_needs_no_more_than_the_one_before(costs):
-    """DeepSpeed's flattened copies come on top of the formula (docs/benchmarks.md has them)."""
-    memory = [costs(f"deepspeed, zero {stage}", 4)["memory"] for stage in range(4)]
-    assert memory[3] < 0.7 * memory[2] and memory[2] < 1.02 * memory[1] < 0.7 * memory[0]
+@pytest.mark.parametrize("size, precision", [(2, "float32"), (4, "float32"), (2, "bfloat16")])
+@pytest.mark.parametrize("engine", ENGINES)
+def test_memory_is_what_the_formula_says(costs, engine, size, precision):
+    """Within a tenth, and a few blocks that are there whole for a moment where gradients or weights are divided."""
+    found = costs(engine, size, precision)
+    block = 4 * (4 * SIZES["hidden_size"] + 3 * SIZES["ffn_size"]) * SIZES["hidden_size"] / 1e6
+    formula = found["formula"]
+    if engine == "ddp" and precision == "bfloat16":
+        formula += 2 / 4 * SIZES["num_layers"] * block  # backward needs what the layers cast
+    moment = {"fsdp, zero 3": 7, "deepspeed, zero 2": 5, "deepspeed, zero 3": 7}.get(engine, 0)
+    assert 0.85 * formula < found["memory"] < 1.1 * formula + moment * block
 
 
 def train_within(rank: int, size: int, data: str, parallel: dict, limit_mb: float) -> float:
