@@ -11,13 +11,13 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from megatron_lite.checkpoint import manifest as manifest_file
 from megatron_lite.checkpoint import shards
-from megatron_lite.checkpoint.manifest import FileEntry, Manifest
+from megatron_lite.checkpoint.manifest import BoxEntry, FileEntry, Manifest
 from megatron_lite.checkpoint.storage import (
     agree,
     disk_full,
@@ -59,13 +59,30 @@ def save(
     before it are untouched.
     """
     faults.at("save", step)
-    told = gather_objects((shards.holdings(pieces), nonce()), world)
-    tensors, unique = shards.plan([held for held, _ in told]), told[0][1]
-    files = {name: shards.shard(tensors, name) for name in map(shards.shard_name, range(world.size))}
+    return write(folder, step, [shards.holdings(pieces)], shards.reader(pieces), state, extras, world, faults)
+
+
+def write(
+    folder: Path,
+    step: int,
+    held: list[dict[str, shards.Holding]],
+    read: Callable[[str, BoxEntry], Iterable[Any]],
+    state: Mapping[str, Any],
+    extras: Mapping[str, bytes],
+    world: Axis,
+    faults: Faults,
+) -> Path:
+    """``save`` for what may lie elsewhere: ``held`` describes what may go into each of the files that this rank writes,
+    and ``read`` yields the bytes of a box when its turn comes."""
+    told = gather_objects((held, nonce()), world)
+    tensors, unique = shards.plan([holding for holdings, _ in told for holding in holdings]), told[0][1]
+    before = [sum(len(holdings) for holdings, _ in told[:rank]) for rank in range(world.size + 1)]
+    files = {name: shards.shard(tensors, name) for name in map(shards.shard_name, range(before[-1]))}
+    own_names = [shards.shard_name(i) for i in range(before[world.rank], before[world.rank] + len(held))]
     small = {STATE: json.dumps(state, allow_nan=False, indent=1).encode(), **extras}
     need = sum(file.size for file in files.values() if file) + sum(map(len, small.values())) + _RESERVE
     temporary = folder / f"{step_name(step)}.tmp-{unique}"
-    lead, own_name = world.rank == 0, shards.shard_name(world.rank)
+    lead = world.rank == 0
 
     def begin() -> None:
         if not folder.is_dir():
@@ -77,8 +94,8 @@ def save(
             at_work.enter_context(open_folder(temporary, lock=True))
 
     def write_own() -> dict[str, FileEntry]:
-        own = files[own_name]
-        return {own_name: write_file(temporary / own_name, own.chunks(pieces), faults)} if own else {}
+        own = {name: file for name in own_names if (file := files[name])}
+        return {name: write_file(temporary / name, file.chunks(read), faults) for name, file in own.items()}
 
     def commit() -> None:
         entries = {name: entry for part in written for name, entry in part.items()}

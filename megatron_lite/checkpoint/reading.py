@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import os
-import stat
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +13,7 @@ from megatron_lite.checkpoint import manifest as manifest_file
 from megatron_lite.checkpoint.commit import STATE, step_of
 from megatron_lite.checkpoint.manifest import FileEntry, Manifest
 from megatron_lite.checkpoint.shards import check_pieces, fill
-from megatron_lite.checkpoint.storage import agree, amount
+from megatron_lite.checkpoint.storage import agree, amount, open_regular
 from megatron_lite.dist.mesh import Axis
 from megatron_lite.dist.shard import Piece
 from megatron_lite.errors import CheckpointError
@@ -100,15 +99,8 @@ def read_manifest(path: Path) -> Manifest:
 def _read(path: Path, size: int) -> bytes:
     if size > _MAX_READ_BYTES:
         raise CheckpointError(f"{path}: {amount(size)} are too much for such a file")
-    with _open_regular(path) as file:
+    with open_regular(path) as file:
         return file.read(size)
-
-
-def _open_regular(path: Path) -> Any:
-    """Open an ordinary file for reading; links, pipes and devices are refused without being touched."""
-    if not stat.S_ISREG(path.lstat().st_mode):
-        raise CheckpointError(f"{path}: not a regular file")
-    return os.fdopen(os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC), "rb")
 
 
 def _listing_problems(path: Path, manifest: Manifest) -> list[str]:
@@ -141,7 +133,7 @@ def _share(files: Mapping[str, FileEntry], world: Axis) -> dict[str, FileEntry]:
 def _damaged(path: Path, files: Mapping[str, FileEntry]) -> list[str]:
     problems = []
     for name, entry in files.items():
-        with _open_regular(path / name) as file:
+        with open_regular(path / name) as file:
             if hashlib.file_digest(file, "sha256").hexdigest() != entry.sha256:
                 problems.append(f"{name} is damaged (its SHA-256 does not agree)")
     return problems

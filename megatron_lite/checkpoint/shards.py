@@ -1,42 +1,24 @@
 """Tensors as boxes in safetensors files: who writes which, and how any layout finds its own parts again.
 
-The file format is safetensors; the writer here streams one box at a time instead of collecting all of them, and the
-library reads them back.
+The file format is safetensors; the writer here streams one box at a time instead of collecting all of them.
 """
 
 from __future__ import annotations
 
-import json
+import contextlib
 import math
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from safetensors import SafetensorError, safe_open
 
 from megatron_lite.checkpoint.manifest import BoxEntry, Manifest, TensorEntry, overlap
+from megatron_lite.checkpoint.tensor_file import DTYPE_NAMES, DTYPES, TensorFile, header
 from megatron_lite.dist.shard import Piece, Tile
 from megatron_lite.errors import CheckpointError
-
-DTYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E5M2": torch.float8_e5m2,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I16": torch.int16,
-    "I8": torch.int8,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
-}
-_DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
-_MAX_HEADER_BYTES = 100_000_000  # the safetensors library reads no larger one
 
 
 class Holding(NamedTuple):
@@ -51,7 +33,7 @@ def holdings(pieces: Mapping[str, Piece]) -> dict[str, Holding]:
     """The description of ``pieces`` that ``plan`` is made from."""
     return {
         name: Holding(
-            _DTYPE_NAMES[piece.dtype],
+            DTYPE_NAMES[piece.dtype],
             piece.shape,
             [(tile.offset, tile.shape) for tile in piece.tiles if 0 not in tile.shape],
         )
@@ -101,13 +83,27 @@ class Shard:
     size: int
     boxes: list[tuple[str, BoxEntry]]
 
-    def chunks(self, pieces: Mapping[str, Piece]) -> Iterator[Any]:
-        """The file as buffers, one box of ``pieces`` at a time: only a strided or device-resident box is copied."""
+    def chunks(self, read: Callable[[str, BoxEntry], Iterable[Any]]) -> Iterator[Any]:
+        """The file as buffers; ``read`` gives those of one box."""
         yield self.header
         for name, entry in self.boxes:
-            place = (tuple(entry.offset), tuple(entry.shape))
-            tile = next(tile for tile in pieces[name].tiles if (tile.offset, tile.shape) == place)
-            yield tile.data.detach().contiguous().cpu().reshape(-1).view(torch.uint8).numpy()
+            yield from read(name, entry)
+
+
+def reader(pieces: Mapping[str, Piece]) -> Callable[[str, BoxEntry], Iterable[Any]]:
+    """The boxes of ``pieces`` for ``Shard.chunks``: only a strided or device-resident one is copied."""
+
+    def read(name: str, entry: BoxEntry) -> Iterable[Any]:
+        place = (tuple(entry.offset), tuple(entry.shape))
+        tile = next(tile for tile in pieces[name].tiles if (tile.offset, tile.shape) == place)
+        yield buffer(tile.data)
+
+    return read
+
+
+def buffer(tensor: torch.Tensor) -> Any:
+    """The bytes of a tensor, without a copy where it is contiguous and in CPU memory."""
+    return tensor.detach().contiguous().cpu().reshape(-1).view(torch.uint8).numpy()
 
 
 def shard(tensors: Mapping[str, TensorEntry], file: str) -> Shard | None:
@@ -116,15 +112,9 @@ def shard(tensors: Mapping[str, TensorEntry], file: str) -> Shard | None:
     if not boxes:
         return None
     boxes.sort(key=lambda b: (-tensors[b[0]].item_size, b[0], b[1].offset))  # larger items first keeps all aligned
-    header, end = {}, 0
-    for name, box in boxes:
-        tensor, start = tensors[name], end
-        end += math.prod(box.shape) * tensor.item_size
-        header[tensor.key(name, box)] = {"dtype": tensor.dtype, "shape": box.shape, "data_offsets": [start, end]}
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    assert len(text) <= _MAX_HEADER_BYTES, f"{file}: {len(boxes)} boxes are too many for one file"
-    return Shard(len(text).to_bytes(8, "little") + text, 8 + len(text) + end, boxes)
+    start = header([(tensors[n].key(n, box), DTYPES[tensors[n].dtype], box.shape) for n, box in boxes])
+    size = sum(math.prod(box.shape) * tensors[name].item_size for name, box in boxes)
+    return Shard(start, len(start) + size, boxes)
 
 
 def check_pieces(manifest: Manifest, pieces: Mapping[str, Piece], partial: bool, where: Path) -> None:
@@ -159,26 +149,20 @@ def fill(folder: Path, manifest: Manifest, pieces: Mapping[str, Piece]) -> None:
                 if overlap(entry, tile) is not None:
                     wanted[entry.file].append((name, entry, tile))
     for file, reads in sorted(wanted.items()):
-        try:
-            with safe_open(folder / file, framework="pt") as stored, torch.no_grad():
-                for name, entry, tile in reads:
-                    _copy(stored, manifest.tensors[name], name, entry, tile)
-        except (SafetensorError, ValueError) as error:
-            raise CheckpointError(f"{folder / file}: {error}") from None
+        with contextlib.closing(TensorFile(folder / file)) as stored, torch.no_grad():
+            for name, entry, tile in reads:
+                _copy(stored, manifest.tensors[name], name, entry, tile)
 
 
-def _copy(stored: Any, tensor: TensorEntry, name: str, entry: BoxEntry, tile: Tile) -> None:
+def _copy(stored: TensorFile, tensor: TensorEntry, name: str, entry: BoxEntry, tile: Tile) -> None:
     key = tensor.key(name, entry)
-    part = stored.get_slice(key)
-    if part.get_shape() != entry.shape or part.get_dtype() != tensor.dtype:
-        raise ValueError(f"{key!a} is not what the manifest says")
+    found = stored.tensors.get(key)
+    if found is None or list(found.shape) != entry.shape or found.dtype != DTYPES[tensor.dtype]:
+        raise CheckpointError(f"{stored.path}: {key!a} is not what the manifest says")
     common = overlap(entry, tile)
     assert common is not None
-    if list(tile.offset) == entry.offset and list(tile.shape) == entry.shape:
-        tile.data.copy_(stored.get_tensor(key))
-        return
     source, target = (
         tuple(slice(start - o, stop - o) for (start, stop), o in zip(common, offset, strict=True))
         for offset in (entry.offset, tile.offset)
     )
-    tile.data[target].copy_(part[source])
+    stored.read(key, source, tile.data[target])

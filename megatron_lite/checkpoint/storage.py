@@ -6,8 +6,10 @@ import contextlib
 import errno
 import fcntl
 import hashlib
+import io
 import os
 import shutil
+import stat
 import uuid
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -17,7 +19,7 @@ from typing import Any, TypeVar
 from megatron_lite.checkpoint.manifest import FileEntry
 from megatron_lite.dist.comm import gather_objects
 from megatron_lite.dist.mesh import Axis
-from megatron_lite.errors import MegatronLiteError, StorageError
+from megatron_lite.errors import CheckpointError, MegatronLiteError, StorageError
 from megatron_lite.faults import Faults
 
 Result = TypeVar("Result")
@@ -119,6 +121,13 @@ def open_folder(folder: Path, lock: bool = False) -> Iterator[int]:
         yield descriptor
     finally:
         os.close(descriptor)
+
+
+def open_regular(path: Path) -> io.BufferedReader:
+    """Open an ordinary file for reading; links, pipes and devices are refused without being touched."""
+    if not stat.S_ISREG(path.lstat().st_mode):
+        raise CheckpointError(f"{path}: not a regular file")
+    return io.BufferedReader(io.FileIO(os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)))
 
 
 def rename(source: Path, target: Path, faults: Faults) -> None:

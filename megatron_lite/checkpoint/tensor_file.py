@@ -1,0 +1,137 @@
+"""Reading parts of safetensors files without mapping them into memory.
+
+The library checks the header. Bytes come by ``pread``: straight into the tensor where they lie as it wants them, a
+bounded buffer at a time elsewhere. What was read does not count as this process's memory, and a file that is truncated
+meanwhile is an error instead of a SIGBUS.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from megatron_lite.checkpoint.manifest import parse_json
+from megatron_lite.checkpoint.storage import open_regular
+from megatron_lite.errors import CheckpointError
+
+DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+MAX_HEADER_BYTES = 100_000_000  # the safetensors library reads no larger one
+BUFFER_BYTES = 16 << 20
+
+
+class Stored(NamedTuple):
+    """A tensor in a file: where its bytes begin."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    start: int
+
+
+class TensorFile:
+    """An open safetensors file. Raises CheckpointError where it is none."""
+
+    def __init__(self, path: Path) -> None:
+        self.path, self._file = path, open_regular(path)
+        self.tensors = self._header()
+
+    def _header(self) -> dict[str, Stored]:
+        size = int.from_bytes(self._pread(8, 0), "little")
+        if size > min(MAX_HEADER_BYTES, os.fstat(self._file.fileno()).st_size):
+            raise CheckpointError(f"{self.path}: a header of {size} bytes is not that of a safetensors file")
+        tree = parse_json(self._pread(size, 8), self.path)
+        try:
+            with safe_open(self.path, framework="pt"):  # sizes, offsets and their bounds
+                pass
+            return {
+                name: Stored(DTYPES[entry["dtype"]], tuple(entry["shape"]), 8 + size + entry["data_offsets"][0])
+                for name, entry in tree.items()
+                if name != "__metadata__"
+            }
+        except (SafetensorError, OverflowError) as error:
+            raise CheckpointError(f"{self.path}: {error}") from None
+        except KeyError as error:
+            raise CheckpointError(f"{self.path}: unsupported dtype {error}") from None
+
+    def close(self) -> None:
+        """Give the descriptor back."""
+        self._file.close()
+
+    def _pread(self, size: int, offset: int) -> bytes:
+        raw = os.pread(self._file.fileno(), size, offset)
+        if len(raw) < size:
+            raise CheckpointError(f"{self.path}: ends before byte {offset + size}")
+        return raw
+
+    def _fill(self, target: Tensor, offset: int) -> None:
+        """Read as many bytes as a contiguous tensor in CPU memory has."""
+        rest = target.view(-1).view(torch.uint8).numpy().data
+        while rest:
+            count = os.preadv(self._file.fileno(), [rest[: 1 << 30]], offset)
+            if count == 0:
+                raise CheckpointError(f"{self.path}: ends before byte {offset + len(rest)}")
+            rest, offset = rest[count:], offset + count
+
+    def read(self, name: str, place: Sequence[slice], into: Tensor) -> None:
+        """Fill ``into`` with the rectangle at ``place`` of a tensor, converting between float dtypes."""
+        stored = self.tensors[name]
+        if into.numel() == 0:
+            return
+        if not stored.shape:
+            stored, place, into = stored._replace(shape=(1,)), (slice(0, 1),), into.unsqueeze(0)
+        rows, columns = place[0], tuple(place[1:])
+        row_bytes = math.prod(stored.shape[1:]) * stored.dtype.itemsize
+        whole_rows = all((c.start, c.stop) == (0, n) for c, n in zip(columns, stored.shape[1:], strict=True))
+        if whole_rows and into.dtype == stored.dtype and into.is_contiguous() and into.device.type == "cpu":
+            self._fill(into, stored.start + rows.start * row_bytes)
+            return
+        step = max(1, BUFFER_BYTES // row_bytes)
+        for first in range(rows.start, rows.stop, step):
+            count = min(step, rows.stop - first)
+            buffer = torch.empty((count, *stored.shape[1:]), dtype=stored.dtype)
+            self._fill(buffer, stored.start + first * row_bytes)
+            into[first - rows.start : first - rows.start + count].copy_(buffer[(slice(None), *columns)])
+
+
+def header(tensors: Sequence[tuple[str, torch.dtype, Sequence[int]]], metadata: dict[str, str] | None = None) -> bytes:
+    """The first bytes of a safetensors file that holds these tensors one after the other."""
+    entries: dict[str, Any] = {"__metadata__": metadata} if metadata else {}
+    end = 0
+    for name, dtype, shape in tensors:
+        start, end = end, end + math.prod(shape) * dtype.itemsize
+        entries[name] = {"dtype": DTYPE_NAMES[dtype], "shape": list(shape), "data_offsets": [start, end]}
+    text = json.dumps(entries, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    assert len(text) <= MAX_HEADER_BYTES, f"{len(tensors)} tensors are too many for one file"
+    return len(text).to_bytes(8, "little") + text
+
+
+def row_blocks(shape: Sequence[int], item_size: int, limit: int) -> Iterator[tuple[slice, ...]]:
+    """A tensor in order as blocks of whole rows of at most ``limit`` bytes (but at least one row)."""
+    if not shape:
+        yield ()
+        return
+    step = max(1, limit // max(1, math.prod(shape[1:]) * item_size))
+    for first in range(0, shape[0], step):
+        yield (slice(first, min(first + step, shape[0])), *(slice(0, n) for n in shape[1:]))
