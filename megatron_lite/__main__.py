@@ -80,27 +80,89 @@ def prove(
     run(sides, steps, tolerance, timeout=timeout)
 
 
-def ckpt(action: str, path: str) -> None:
-    """Look into a checkpoint: ckpt inspect PATH, ckpt verify PATH. PATH is a checkpoint, or a run: its latest one."""
-    actions = ("inspect", "verify")
-    if action not in actions:
-        raise ConfigError(f"unknown action {action!r}{cli.nearest(action, actions)}; there are: {', '.join(actions)}")
-    from megatron_lite.checkpoint import find
-    from megatron_lite.checkpoint import inspect as look
+def inspect(checkpoint: str) -> None:
+    """Show names, shapes and sizes. CHECKPOINT: one of ours, a run (its latest), or a Hugging Face folder."""
+    from megatron_lite import convert
 
-    found = find(Path(path))
-    if action == "inspect":
-        look.inspect(found)
-    else:
-        print(look.verify(found))
+    convert.inspect(Path(checkpoint))
 
 
-COMMANDS: dict[str, cli.Command] = {
+def verify(checkpoint: str) -> None:
+    """Check every byte of a checkpoint of ours against its digests."""
+    from megatron_lite import convert
+
+    convert.verify(Path(checkpoint))
+
+
+def diff(a: str, b: str, tolerance: float = 0.0, trust: bool = False) -> None:
+    """Compare two checkpoints in any formats, tensor by tensor. Exit 1: they differ by more than --tolerance.
+
+    The tolerance is relative to a tensor's largest element. The optimizer is compared where both have it.
+    """
+    from megatron_lite import convert
+
+    convert.diff(Path(a), Path(b), tolerance, trust=trust)
+
+
+def reshard(source: str, destination: str, files: int = 1, max_ram: str = "256M", trust: bool = False) -> None:
+    """Rewrite a checkpoint into another number of files, within --max_ram, whatever its size.
+
+    It appears as DESTINATION/step_N. Training needs no such step: every checkpoint loads at every layout.
+    """
+    cap = cli.parse_bytes(max_ram, "max_ram")
+    from megatron_lite import convert
+
+    convert.reshard(Path(source), Path(destination), files, cap, trust=trust)
+
+
+def import_hf(source: str, destination: str, files: int = 1, vocab_multiple: int = 128) -> None:
+    """Turn a Hugging Face folder into a checkpoint of ours, DESTINATION/step_00000000, with its tokenizer.
+
+    To train from a folder no import is needed: --init.from=FOLDER. Llama, Mistral, Qwen2, Qwen3 and GPT-2.
+    """
+    from megatron_lite import convert
+
+    convert.import_hf(Path(source), Path(destination), files, vocab_multiple)
+
+
+def export_hf(
+    source: str, destination: str, dtype: str = "stored", max_shard_size: str = "5G", trust: bool = False
+) -> None:
+    """Write the weights of a checkpoint as a new Hugging Face folder, read it back and compare.
+
+    --dtype: stored, float32, bfloat16 or float16. Where transformers is installed and the model is small enough for it,
+    its logits are compared, too.
+    """
+    size = cli.parse_bytes(max_shard_size, "max_shard_size")
+    from megatron_lite import convert
+
+    convert.export_hf(Path(source), Path(destination), dtype, size, trust=trust)
+
+
+def average(sources: str, destination: str, last: int = 0, trust: bool = False) -> None:
+    """The mean of the weights of several checkpoints, as DESTINATION/step_N of the last one.
+
+    SOURCES: paths with commas between them, or a run and --last=N for its N last checkpoints.
+    """
+    from megatron_lite import convert
+
+    convert.average([Path(part) for part in sources.split(",")], Path(destination), last, trust=trust)
+
+
+COMMANDS: cli.Commands = {
     "train": train,
     "generate": generate,
     "prove": prove,
-    "ckpt": ckpt,
     "config": config,
+    "ckpt": {
+        "inspect": inspect,
+        "verify": verify,
+        "diff": diff,
+        "reshard": reshard,
+        "import_hf": import_hf,
+        "export_hf": export_hf,
+        "average": average,
+    },
 }
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import difflib
 import inspect
+import re
 import sys
 import types
 import typing
@@ -22,6 +23,7 @@ from fire.decorators import SetParseFn
 from megatron_lite.errors import ConfigError, MegatronLiteError
 
 Command = Callable[..., Any]
+Commands = Mapping[str, "Command | Commands"]  # a group of commands is one, too
 _BOOLEANS = {"true": True, "yes": True, "1": True, "on": True, "false": False, "no": False, "0": False, "off": False}
 
 
@@ -49,6 +51,15 @@ def convert(name: str, text: str, annotation: Any) -> Any:
             return text
     wanted = " or ".join(option.__name__ for option in options if option is not type(None))
     raise ConfigError(f"--{name}={text}: expected {'true or false' if wanted == 'bool' else wanted}")
+
+
+def parse_bytes(text: str, flag: str) -> int:
+    """A size as people write it: ``256M``, ``5GB``, ``1.5G``, in powers of 1024. Raises ConfigError."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)([KMGT]?)I?B?", text.strip().upper())
+    size = int(float(match[1]) * 1024 ** " KMGT".index(match[2] or " ")) if match else 0
+    if size <= 0:
+        raise ConfigError(f"--{flag}={text}: expected a size such as 256M or 5G")
+    return size
 
 
 def read_words(words: Sequence[str]) -> tuple[tuple[str, ...], dict[str, str]]:
@@ -133,25 +144,37 @@ def fail(error: MegatronLiteError) -> NoReturn:
     raise SystemExit(error.exit_code)
 
 
-def main(commands: Mapping[str, Command], prog: str) -> None:
+def main(commands: Commands, prog: str) -> None:
     """Run the command named in ``sys.argv``: parse with fire, check, convert, call; errors exit with their code."""
-    argv = sys.argv[1:]
-    if not argv or argv[0] in ("-h", "--help", "help"):
-        summaries = [f"  {n:<10} {(inspect.getdoc(c) or '').splitlines()[0]}" for n, c in commands.items()]
-        print("\n".join([f"usage: python -m {prog} COMMAND …", "", *summaries, "", "COMMAND --help tells more."]))
-        return
-    name, rest = argv[0], argv[1:]
     try:
-        if name not in commands:
-            known = ", ".join(commands)
-            raise ConfigError(f"unknown command {name!r}{nearest(name, commands)}; there are: {known}")
-        if any(word in ("-h", "--help") for word in rest):
-            print(usage(prog, name, commands[name]))
-            return
-        _, values = bind(commands[name], *read_words(rest))
-        commands[name](**values)
+        _run(commands, prog, sys.argv[1:])
     except MegatronLiteError as error:
         fail(error)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         raise SystemExit(130) from None
+
+
+def _run(commands: Commands, prog: str, argv: list[str]) -> None:
+    if not argv or argv[0] in ("-h", "--help", "help"):
+        summaries = [f"  {name:<16} {_summary(command)}" for name, command in commands.items()]
+        print("\n".join([f"usage: python -m {prog} COMMAND …", "", *summaries, "", "COMMAND --help tells more."]))
+        return
+    name, rest = argv[0], argv[1:]
+    if name not in commands:
+        known = ", ".join(commands)
+        raise ConfigError(f"unknown command {name!r}{nearest(name, commands)}; there are: {known}")
+    command = commands[name]
+    if isinstance(command, Mapping):
+        _run(command, f"{prog} {name}", rest)
+    elif any(word in ("-h", "--help") for word in rest):
+        print(usage(prog, name, command))
+    else:
+        _, values = bind(command, *read_words(rest))
+        command(**values)
+
+
+def _summary(command: Command | Commands) -> str:
+    if isinstance(command, Mapping):
+        return ", ".join(command)
+    return (inspect.getdoc(command) or "").splitlines()[0]

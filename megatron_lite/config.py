@@ -6,6 +6,7 @@ valid one. OmegaConf reads the YAML, because it knows ``1e-4`` as a number and r
 
 from __future__ import annotations
 
+import json
 import math
 import re
 from collections.abc import Mapping
@@ -67,7 +68,8 @@ class ModelConfig(Section):
     """The shape of a decoder. ``preset`` names a file of ``configs/models`` whose keys the others override.
 
     ``vocab_size`` comes from ``data.tokenizer`` when it is not given; it is padded to a multiple of
-    ``vocab_multiple``, so that tp can split it, and the true size is kept.
+    ``vocab_multiple``, so that tp can split it, and the true size is kept. ``qk_norm``: an RMS norm of each head's
+    queries and keys before they are rotated (Qwen3).
     """
 
     preset: str | None = None
@@ -86,6 +88,7 @@ class ModelConfig(Section):
     rope_scaling: RopeScaling | None = None
     bias: bool | None = None
     qkv_bias: bool | None = None
+    qk_norm: bool = False
     tie_embeddings: bool | None = None
     dropout: Probability = 0.0
     attention_dropout: Probability = 0.0
@@ -225,13 +228,26 @@ class TrainConfig(Section):
     profile: ProfileConfig | None = None
 
 
+class InitConfig(Section):
+    """What a new run starts from (``from``): weights of a checkpoint, a run or a Hugging Face folder.
+
+    Its ``model`` section is this run's, too, where the config does not say otherwise.
+    """
+
+    model_config = ConfigDict(serialize_by_alias=True)
+
+    source: str | None = Field(default=None, alias="from")
+
+
 class CheckpointConfig(Section):
-    """When to save (``every`` 0: only at the end), what to keep, and where to resume from."""
+    """When to save (``every`` 0: only at the end), what to keep, and where to resume from: ``auto`` (the newest that
+    verifies, if there is one), ``none``, or a path. ``trust``: what is read is not hashed first."""
 
     every: Count = 0
     keep: Positive = 2
     keep_every: Positive | None = None
     resume: str = "auto"
+    trust: bool = False
 
 
 class Config(Section):
@@ -244,6 +260,7 @@ class Config(Section):
     parallel: ParallelConfig = ParallelConfig()
     train: TrainConfig = TrainConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
+    init: InitConfig = InitConfig()
 
     @property
     def folder(self) -> Path:
@@ -343,13 +360,25 @@ def parse_config(tree: dict[str, Any]) -> Config:
         raise ConfigError("\n".join(_describe(e) for e in error.errors(include_url=False))) from None
 
 
+def parse_model(tree: Any, where: str) -> ModelConfig:
+    """Validate the ``model`` section that was found in ``where``. Raises ConfigError."""
+    try:
+        return ModelConfig.model_validate(tree)
+    except ValidationError as error:
+        lines = (_describe({**e, "loc": ("model", *e["loc"])}) for e in error.errors(include_url=False))
+        raise ConfigError("\n".join(f"{where}: {line}" for line in lines)) from None
+
+
 def load_config(name: str, overrides: Mapping[str, str]) -> Config:
     """Read, override, fill in the preset and the vocabulary, validate."""
     tree = read_yaml(find_file(name))
     mistakes = apply_overrides(tree, overrides)
     model = tree.get("model")
     if isinstance(model, dict) and isinstance(model.get("preset"), str):
-        tree["model"] = {**read_yaml(find_file(model["preset"], "models")), **model}
+        tree["model"] = model = {**read_yaml(find_file(model["preset"], "models")), **model}
+    init = tree.get("init")
+    if isinstance(init, dict) and isinstance(init.get("from"), str) and isinstance(model, (dict, type(None))):
+        tree["model"] = {**_model_of(init["from"]), **(model or {})}
     try:
         config = parse_config(tree)
     except ConfigError as error:
@@ -365,6 +394,28 @@ def load_config(name: str, overrides: Mapping[str, str]) -> Config:
 def to_yaml(config: Config) -> str:
     """The resolved config as YAML that ``load_config`` reads back to the same config."""
     return OmegaConf.to_yaml(OmegaConf.create(config.model_dump(mode="json")))
+
+
+def _model_of(source: str) -> dict[str, Any]:
+    """The ``model`` section of a checkpoint of ours, a run, or a Hugging Face folder. Raises ConfigError."""
+    path = Path(source)
+    if (path / "config.json").is_file():
+        from megatron_lite.models.huggingface import model_section
+
+        try:
+            return model_section(json.loads((path / "config.json").read_text(encoding="utf-8")), f"{path}/config.json")[
+                0
+            ]
+        except (OSError, ValueError, RecursionError) as error:
+            raise ConfigError(f"init.from: {path}/config.json: {error}") from None
+    latest = (path / "latest", path / "checkpoints" / "latest")
+    names = (file.parent / file.read_text(encoding="utf-8").strip()[:100] for file in latest if file.is_file())
+    for folder in (path, *names):
+        if (folder / "config.yaml").is_file() and isinstance(
+            found := read_yaml(folder / "config.yaml").get("model"), dict
+        ):
+            return found
+    raise ConfigError(f"init.from: {source}: no checkpoint and no Hugging Face folder")
 
 
 def _tokenizer_size(path: str | None) -> int:

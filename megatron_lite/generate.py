@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,12 +12,11 @@ from sentencepiece import SentencePieceProcessor
 from torch import Tensor
 
 from megatron_lite import checkpoint
-from megatron_lite.config import parse_config, parse_yaml
 from megatron_lite.dist import random
 from megatron_lite.dist.env import read_rank
 from megatron_lite.dist.mesh import build_mesh, pick_device, process_group
 from megatron_lite.dist.shard import materialize, pieces_of
-from megatron_lite.errors import ConfigError
+from megatron_lite.errors import CheckpointError, ConfigError
 from megatron_lite.layers.attention import KeyValueCache
 from megatron_lite.models.decoder import Decoder
 from megatron_lite.parallel.plan import check_tp
@@ -105,18 +105,20 @@ def generate_text(path: Path, prompt: str, sampling: Sampling, dtype: torch.dtyp
     with process_group(rank, device, timeout_seconds=600.0):
         mesh = build_mesh({"tp": rank.size}, device)
         assert mesh is not None
-        found = checkpoint.open_checkpoint(checkpoint.find(path), mesh.world)
-        config = parse_config(parse_yaml(found.extra("config.yaml").decode(), str(path / "config.yaml")))
-        check_tp(config, rank.size)
-        tokenizer = SentencePieceProcessor(model_proto=found.extra("tokenizer.model"))
-        compute = dtype or DTYPES[config.train.precision]
-        with torch.device("meta"):
-            model = Decoder(config.model, mesh.tp, sp=False).to(torch.promote_types(compute, torch.float32))
-        materialize(model, device)
-        weights = {f"model.{name}": piece for name, piece in pieces_of(model, mesh.tp).items()}
-        found.load(weights, mesh.world, partial=True)
+        with contextlib.closing(checkpoint.open_source(path, mesh.world)) as source:
+            check_tp(source.model, rank.size)
+            extras = source.extras()
+            if "tokenizer.model" not in extras:
+                raise CheckpointError(f"{path} has no tokenizer.model, to read a prompt with")
+            tokenizer = SentencePieceProcessor(model_proto=extras["tokenizer.model"])
+            compute = dtype or DTYPES[source.precision]
+            with torch.device("meta"):
+                model = Decoder(source.model, mesh.tp, sp=False).to(torch.promote_types(compute, torch.float32))
+            materialize(model, device)
+            weights = {f"model.{name}": piece for name, piece in pieces_of(model, mesh.tp).items()}
+            checkpoint.agree(mesh.world, lambda: source.load(weights), path)
         tokens = tokenizer.encode(prompt) or [tokenizer.eos_id()]
-        if len(tokens) >= config.model.max_seq_len:
-            raise ConfigError(f"the prompt has {len(tokens)} tokens; this model holds {config.model.max_seq_len}")
+        if len(tokens) >= source.model.max_seq_len:
+            raise ConfigError(f"the prompt has {len(tokens)} tokens; this model holds {source.model.max_seq_len}")
         produced = generate(model, tokens, sampling, tokenizer.eos_id(), compute)
     return tokenizer.decode([*tokens, *produced]) if rank.rank == 0 else None

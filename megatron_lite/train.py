@@ -82,20 +82,42 @@ class Run:
     def resume(self) -> None:
         """Continue from ``checkpoint.resume``: ``auto`` (the newest that verifies, if any), ``none``, or a path."""
         wanted, world = self.config.checkpoint.resume, self.mesh.world
-        if wanted == "none":
-            return
-        found = checkpoint.newest(self.checkpoints, world) if wanted == "auto" else None
-        if wanted != "auto":
-            found = checkpoint.open_checkpoint(Path(wanted), world)
+        trust, found = self.config.checkpoint.trust, None
+        if wanted == "auto":
+            found = checkpoint.newest(self.checkpoints, world, trust=trust)
+        elif wanted != "none":
+            found = checkpoint.open_checkpoint(checkpoint.find(Path(wanted)), world, trust=trust)
         if found is None:
+            self._start_from()
             return
         content = found.state()
+        if "train" not in content:
+            raise CheckpointError(
+                f"{found.path} holds weights, no run to resume; start one with --init.from={found.path}"
+            )
         self._check_same_run(found.path, content)
         found.load(self.trainer.engine.pieces(), world)
         self.trainer.state = TrainState(**content["train"])
         self.trainer.engine.loaded(self.trainer.state.updates)
         if self.lead:
             logger.info("resumed %s: step %d", found.path, self.trainer.state.step)
+
+    def _start_from(self) -> None:
+        """Give a new run the weights of ``init.from``: each rank reads its own parts, in whatever form they are."""
+        if self.config.init.source is None:
+            return
+        path, world = Path(self.config.init.source), self.mesh.world
+        source = checkpoint.open_source(path, world, trust=self.config.checkpoint.trust)
+        with contextlib.closing(source):
+            if source.model.vocab_size != self.config.model.vocab_size:
+                raise CheckpointError(
+                    f"{path}: vocabulary of {source.model.vocab_size}, this run's is {self.config.model.vocab_size}"
+                )
+            weights = {f"model.{name}": piece for name, piece in self.trainer.engine.weights().items()}
+            checkpoint.agree(world, lambda: source.load(weights), path)
+        self.trainer.engine.publish()
+        if self.lead:
+            logger.info("%s", "\n".join([f"started from the weights of {path}", *source.notes]))
 
     def _check_same_run(self, path: Path, content: dict[str, Any]) -> None:
         """Refuse a checkpoint of another vocabulary or tokenizer, and a dataset that changed under it."""

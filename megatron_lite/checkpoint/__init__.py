@@ -3,9 +3,23 @@
 ``prepare`` at the start of a run, ``newest`` or ``open_checkpoint`` to resume, ``save`` and ``prune`` as it goes.
 """
 
-from megatron_lite.checkpoint.commit import prepare, save
+from megatron_lite.checkpoint.commit import committed, prepare, save
+from megatron_lite.checkpoint.formats import open_source
 from megatron_lite.checkpoint.reading import Checkpoint, open_checkpoint
 from megatron_lite.checkpoint.retention import find, newest, prune
+from megatron_lite.checkpoint.storage import agree
 from megatron_lite.dist.shard import Piece
 
-__all__ = ["Checkpoint", "Piece", "find", "newest", "open_checkpoint", "prepare", "prune", "save"]
+__all__ = [
+    "Checkpoint",
+    "Piece",
+    "agree",
+    "committed",
+    "find",
+    "newest",
+    "open_checkpoint",
+    "open_source",
+    "prepare",
+    "prune",
+    "save",
+]

@@ -11,6 +11,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from megatron_lite.checkpoint.reading import Checkpoint, open_checkpoint, read_manifest
+from megatron_lite.checkpoint.source import Source
 from megatron_lite.checkpoint.storage import amount
 
 
@@ -33,6 +34,20 @@ def inspect(path: Path, console: Console | None = None) -> None:
         f"step {checkpoint.step}: {len(tensors)} tensors, {elements:,} elements, {len(files)} files, {size}",
         highlight=False,
     )
+
+
+def inspect_source(source: Source, console: Console | None = None) -> None:
+    """Print the tensors of a checkpoint in another format, under our names."""
+    table = Table("tensor", "dtype", "shape")
+    table.columns[0].overflow = "fold"
+    for name, info in source.tensors.items():
+        table.add_row(name, str(info.dtype).removeprefix("torch."), " × ".join(map(str, info.shape)))
+    console = console or Console()
+    console.print(table)
+    for note in source.notes:
+        console.print(f"note: {note}", markup=False)
+    elements = sum(math.prod(info.shape) for info in source.tensors.values())
+    console.print(f"{len(source.tensors)} tensors, {elements:,} elements", highlight=False)
 
 
 def verify(path: Path) -> str:

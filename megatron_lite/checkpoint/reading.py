@@ -64,17 +64,20 @@ class Checkpoint:
         agree(world, load_own, self.path)
 
 
-def open_checkpoint(path: Path, world: Axis | None = None) -> Checkpoint:
+def open_checkpoint(path: Path, world: Axis | None = None, *, trust: bool = False) -> Checkpoint:
     """Verify the checkpoint at ``path`` and open it. Collective over ``world``: the ranks share the hashing.
 
-    Costs one full read (SHA-256: about 1.5 GB/s for each rank). Raises CheckpointError on every rank, with one line for
-    everything that is missing, extra, of the wrong size or damaged.
+    ``trust``: all files are there in their sizes, and nothing is hashed. Otherwise it costs one full read (SHA-256:
+    about 1.5 GB/s for each rank). Raises CheckpointError on every rank, with one line for everything that is missing,
+    extra, of the wrong size or damaged.
     """
     world = world or Axis("world")
 
     def verify_share() -> Manifest:
         manifest = read_manifest(path)
-        problems = _listing_problems(path, manifest) or _damaged(path, _share(manifest.files, world))
+        problems = _listing_problems(path, manifest)
+        if not problems and not trust:
+            problems = _damaged(path, _share(manifest.files, world))
         if problems:
             raise CheckpointError(f"{path}: {'; '.join(problems)}")
         return manifest

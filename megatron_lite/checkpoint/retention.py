@@ -19,7 +19,7 @@ def _warn(line: str) -> None:
     print(f"warning: {line}", file=sys.stderr, flush=True)
 
 
-def newest(folder: Path, world: Axis, warn: Callable[[str], None] = _warn) -> Checkpoint | None:
+def newest(folder: Path, world: Axis, warn: Callable[[str], None] = _warn, *, trust: bool = False) -> Checkpoint | None:
     """The checkpoint to resume from: what ``latest`` names if it verifies, else the newest one before it that does.
 
     None when there is none at all. Collective over ``world``; every rank verifies a share of each candidate. Rank 0
@@ -31,7 +31,7 @@ def newest(folder: Path, world: Axis, warn: Callable[[str], None] = _warn) -> Ch
     problems: list[MegatronLiteError] = []
     for path in gather_objects(_candidates(folder, tell) if world.rank == 0 else None, world)[0]:
         try:
-            checkpoint = open_checkpoint(path, world)
+            checkpoint = open_checkpoint(path, world, trust=trust)
         except (CheckpointError, StorageError) as error:
             problems.append(error)
             tell(f"passed over a checkpoint: {error}")

@@ -151,10 +151,11 @@ def fill(folder: Path, manifest: Manifest, pieces: Mapping[str, Piece]) -> None:
     for file, reads in sorted(wanted.items()):
         with contextlib.closing(TensorFile(folder / file)) as stored, torch.no_grad():
             for name, entry, tile in reads:
-                _copy(stored, manifest.tensors[name], name, entry, tile)
+                copy_box(stored, manifest.tensors[name], name, entry, tile)
 
 
-def _copy(stored: TensorFile, tensor: TensorEntry, name: str, entry: BoxEntry, tile: Tile) -> None:
+def copy_box(stored: TensorFile, tensor: TensorEntry, name: str, entry: BoxEntry, tile: Tile) -> None:
+    """Read what a stored box and a tile have in common."""
     key = tensor.key(name, entry)
     found = stored.tensors.get(key)
     if found is None or list(found.shape) != entry.shape or found.dtype != DTYPES[tensor.dtype]:

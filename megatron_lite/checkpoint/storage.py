@@ -148,6 +148,28 @@ def replace_file(path: Path, content: bytes, faults: Faults) -> None:
     sync_folder(path.parent, faults)
 
 
+@contextlib.contextmanager
+def new_folder(folder: Path) -> Iterator[Path]:
+    """A temporary folder beside ``folder`` that takes its name when the ``with`` block ends well, else is removed.
+
+    Raises StorageError where ``folder`` is there already, or cannot be made.
+    """
+    if folder.exists():
+        raise StorageError(f"{folder} is there already")
+    with storage_errors(folder):
+        folder.absolute().parent.mkdir(parents=True, exist_ok=True)
+        temporary = folder.absolute().with_name(f".{folder.name}.{nonce()}")
+        temporary.mkdir()
+        try:
+            yield temporary
+            sync_folder(temporary, Faults.none())
+            temporary.rename(folder)
+            sync_folder(folder.absolute().parent, Faults.none())
+        except BaseException:
+            shutil.rmtree(temporary, ignore_errors=True)
+            raise
+
+
 def nonce() -> str:
     """A name that nothing has had before."""
     return uuid.uuid4().hex[:12]

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from megatron_lite.dist import comm, random
 from megatron_lite.dist.mesh import Axis
 from megatron_lite.layers.linear import ColumnParallelLinear, RowParallelLinear
+from megatron_lite.layers.norm import RMSNorm
 from megatron_lite.layers.positions import rotate
 
 
@@ -49,7 +50,8 @@ class Attention(nn.Module):
 
     [tokens, hidden] → the same, slices of the tokens under ``sp``. Each rank holds ``num_heads / tp`` query heads.
     With fewer key-value heads than ranks each rank projects a slice of a head; an all-gather (reduce-scatter
-    backward) hands every rank the one head that its queries need.
+    backward) hands every rank the one head that its queries need. With ``qk_norm_eps`` each head's queries and keys are
+    normalised first (Henry et al. 2020); backward all-reduces those norms' gradients over tp.
     """
 
     def __init__(
@@ -67,6 +69,7 @@ class Attention(nn.Module):
         std: float,
         out_std: float,
         dropout: float,
+        qk_norm_eps: float | None = None,
     ) -> None:
         super().__init__()
         self.tp, self.head_dim, self.num_kv_heads, self.layer, self.dropout = tp, head_dim, num_kv_heads, layer, dropout
@@ -76,6 +79,11 @@ class Attention(nn.Module):
         chunks = (num_heads * head_dim, num_kv_heads * head_dim, num_kv_heads * head_dim)
         self.qkv = ColumnParallelLinear(hidden_size, sum(chunks), tp, bias=qkv_bias, sp=sp, std=std, chunks=chunks)
         self.out = RowParallelLinear(num_heads * head_dim, hidden_size, tp, bias=bias, sp=sp, std=out_std)
+        self.q_norm: RMSNorm | None = None
+        self.k_norm: RMSNorm | None = None
+        if qk_norm_eps is not None:  # one weight for all heads: its gradient is partial on each rank, as under sp
+            self.q_norm = RMSNorm(head_dim, tp, sp=True, eps=qk_norm_eps)
+            self.k_norm = RMSNorm(head_dim, tp, sp=True, eps=qk_norm_eps)
 
     def _whole_kv_heads(self, qkv: Tensor) -> Tensor:
         """Replace the rank's slices of k and v by the one whole head of each that its queries attend to."""
@@ -90,6 +98,9 @@ class Attention(nn.Module):
         heads, kv = self.local_heads, self.local_kv_heads
         split = qkv.view(context.batch, -1, heads + 2 * kv, self.head_dim)
         qk, v = split.split((heads + kv, kv), dim=2)
+        if self.q_norm is not None and self.k_norm is not None:
+            q, k = qk.split((heads, kv), dim=2)
+            qk = torch.cat((self.q_norm(q), self.k_norm(k)), dim=2)
         if context.angles is not None:
             qk = rotate(qk, context.angles)
         q, k = qk.split((heads, kv), dim=2)

@@ -43,6 +43,7 @@ class Block(nn.Module):
             std=config.init_std,
             out_std=out_std,
             dropout=config.attention_dropout,
+            qk_norm_eps=config.norm_eps if config.qk_norm else None,
         )
         self.mlp_norm = norm(config.hidden_size, tp, sp=sp, eps=config.norm_eps)
         self.mlp = MLP(

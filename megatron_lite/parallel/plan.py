@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 
 from megatron_lite import cli
-from megatron_lite.config import Config, apply_overrides, parse_config
+from megatron_lite.config import Config, ModelConfig, apply_overrides, parse_config
 from megatron_lite.errors import ConfigError
 
 
@@ -83,13 +83,12 @@ def _ranks(count: int) -> str:
     return f"{count} rank{'s'[: count != 1]}"
 
 
-def degrees_that_fit(config: Config, limit: int = 64) -> list[int]:
+def degrees_that_fit(model: ModelConfig, limit: int = 64) -> list[int]:
     """Every tensor-parallel degree up to ``limit`` that this model can be split by."""
-    return [tp for tp in range(1, limit + 1) if not _tp_mistakes(config, tp)]
+    return [tp for tp in range(1, limit + 1) if not _tp_mistakes(model, tp)]
 
 
-def _tp_mistakes(config: Config, tp: int) -> list[str]:
-    model = config.model
+def _tp_mistakes(model: ModelConfig, tp: int) -> list[str]:
     assert model.num_kv_heads and model.head_dim and model.ffn_size
     mistakes = []
     if model.num_heads % tp:
@@ -106,10 +105,10 @@ def _tp_mistakes(config: Config, tp: int) -> list[str]:
     return mistakes
 
 
-def check_tp(config: Config, tp: int) -> None:
+def check_tp(model: ModelConfig, tp: int) -> None:
     """Raises ConfigError when this model cannot be split over ``tp`` ranks."""
-    if unfit := _tp_mistakes(config, tp):
-        fits = ", ".join(map(str, degrees_that_fit(config)))
+    if unfit := _tp_mistakes(model, tp):
+        fits = ", ".join(map(str, degrees_that_fit(model)))
         raise ConfigError(f"parallel.tp={tp} does not divide {' nor '.join(unfit)}; this model can use tp {fits}")
 
 
@@ -162,7 +161,7 @@ def make_plan(config: Config, world_size: int) -> Plan:
     if world_size % tp:
         mistakes.append(f"parallel.tp={tp} does not divide the {_ranks(world_size)} of this job")
     try:
-        check_tp(config, tp)
+        check_tp(config.model, tp)
     except ConfigError as error:
         mistakes.append(str(error))
     tokens = train.micro_batch_size * config.data.seq_len

@@ -13,7 +13,7 @@ TRAIN_KEYS = (
     "steps, global_batch_size, micro_batch_size, precision, compile, log_every, eval_every, eval_steps, sample_every, "
     "sample_prompt, hang_timeout, skip_bad_batches, peak_tflops, profile"
 )
-SECTIONS = "run, model, data, optim, parallel, train, checkpoint"
+SECTIONS = "run, model, data, optim, parallel, train, checkpoint, init"
 ALIASES = "c.yaml: YAML anchors and aliases (& and *) are not allowed in a config"
 NOT_FILLED = "c.yaml: ${…} is not filled in; write the value, or give it as --section.key=value"
 NO_SECTIONS = "c.yaml: expected sections such as 'model:' and 'train:'"
@@ -147,7 +147,7 @@ FLAGS = {  # what is typed after the name of a good config, and what is said abo
 }
 
 COMMANDS = {
-    "trian": "unknown command 'trian' (did you mean 'train'?); there are: train, generate, prove, ckpt, config",
+    "trian": "unknown command 'trian' (did you mean 'train'?); there are: train, generate, prove, config, ckpt",
     "train": "missing CONFIG; see --help",
     "train demoo": "no config 'demoo' (did you mean 'demo'?); shipped with the package: demo, pretrain",
     "train .": "no config '.'; shipped with the package: demo, pretrain",
@@ -161,7 +161,12 @@ COMMANDS = {
     "prove c.yaml --dtype=fp8": "train.precision: expected 'float32', 'bfloat16' or 'float64', not 'fp8'",
     "generate": "missing CHECKPOINT; see --help",
     "generate x --top_p=a": "--top_p=a: expected float",
-    "ckpt inspct x": "unknown action 'inspct' (did you mean 'inspect'?); there are: inspect, verify",
+    "ckpt inspct x": (
+        "unknown command 'inspct' (did you mean 'inspect'?); there are: "
+        "inspect, verify, diff, reshard, import_hf, export_hf, average"
+    ),
+    "ckpt reshard x y --max_ram=lots": "--max_ram=lots: expected a size such as 256M or 5G",
+    "train c.yaml --init.from=nowhere": "init.from: nowhere: no checkpoint and no Hugging Face folder",
 }
 
 IN_ONE_PROCESS = """

@@ -15,6 +15,7 @@ MODELS = {
     "llama": {},
     "llama tied, grouped kv": {"num_kv_heads": 2, "tie_embeddings": True},
     "llama 1 kv head, qkv bias": {"num_kv_heads": 1, "qkv_bias": True},
+    "llama, normed queries and keys": {"num_kv_heads": 2, "qk_norm": True},
     "gpt2": {"family": "gpt2"},
     "gpt2 untied, grouped kv": {"family": "gpt2", "num_kv_heads": 2, "tie_embeddings": False},
 }

@@ -18,7 +18,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "data_tools": (M + "cli", M + "data", M + "dist.env"),
     M + "errors": (),
     M + "cli": (),
-    M + "config": (M + "cli", M + "data.tokenizer"),
+    M + "config": (M + "cli", M + "data.tokenizer", M + "models.huggingface"),
     M + "data": (M + "dist.random", M + "layers.loss"),
     M + "dist": (),
     M + "layers": (M + "dist",),
@@ -26,7 +26,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     M + "peft": (M + "layers", M + "dist"),
     M + "optim": (M + "dist",),
     M + "parallel": (M + "cli", M + "dist", M + "optim"),
-    M + "checkpoint": (M + "dist", M + "faults"),
+    M + "checkpoint": (M + "dist", M + "faults", M + "models.huggingface"),
     M + "metrics": (M + "dist",),
     M + "faults": (M + "dist",),
 }

@@ -1,0 +1,101 @@
+"""From one form on disk into another, and differences between two: streamed, in a bounded amount of memory."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from megatron_lite.checkpoint.commit import prepare, write
+from megatron_lite.checkpoint.manifest import BoxEntry
+from megatron_lite.checkpoint.shards import Holding, buffer
+from megatron_lite.checkpoint.source import Source
+from megatron_lite.checkpoint.tensor_file import DTYPE_NAMES, row_blocks
+from megatron_lite.dist.mesh import Axis
+from megatron_lite.dist.shard import Tile
+from megatron_lite.faults import Faults
+
+Advance = Callable[[int], None]  # bytes done
+
+
+def rewrite(
+    source: Source,
+    folder: Path,
+    step: int,
+    state: Mapping[str, Any],
+    extras: Mapping[str, bytes],
+    *,
+    files: int,
+    block_bytes: int,
+    advance: Advance,
+) -> Path:
+    """Commit a checkpoint of ours in ``folder`` with everything in ``source``, in ``files`` files of about one size.
+
+    Memory: one block of rows, of about ``block_bytes``. Raises StorageError or CheckpointError, with nothing left.
+    """
+    total = sum(math.prod(info.shape) * info.dtype.itemsize for info in source.tensors.values())
+    largest = max(1, total // (4 * files))  # small enough to be balanced
+    held = {
+        name: Holding(
+            DTYPE_NAMES[info.dtype],
+            info.shape,
+            [
+                (tuple(s.start for s in place), tuple(s.stop - s.start for s in place))
+                for place in row_blocks(info.shape, info.dtype.itemsize, largest if files > 1 else total + 1)
+            ],
+        )
+        for name, info in source.tensors.items()
+    }
+
+    def read(name: str, box: BoxEntry) -> Iterator[Any]:
+        dtype = source.tensors[name].dtype
+        for place in row_blocks(box.shape, dtype.itemsize, block_bytes):
+            block = torch.empty([s.stop - s.start for s in place], dtype=dtype)
+            source.read(name, Tile(block, tuple(o + s.start for o, s in zip(box.offset, place, strict=True))))
+            yield buffer(block)
+            advance(block.numel() * dtype.itemsize)
+
+    prepare(folder, Axis("world"))
+    return write(folder, step, [held] * files, read, state, extras, Axis("world"), Faults.none())
+
+
+class Difference(NamedTuple):
+    """How one tensor differs: the largest difference, absolute and relative to the largest element, and how many
+    elements are not equal."""
+
+    name: str
+    absolute: float
+    relative: float
+    elements: int
+
+
+def diff(a: Source, b: Source, block_bytes: int, advance: Advance) -> tuple[list[str], list[Difference]]:
+    """Names that only one of them has or that have another shape there, and the tensors whose values differ."""
+    odd = [f"only in {a.path}: {name}" for name in sorted(a.tensors.keys() - b.tensors.keys())]
+    odd += [f"only in {b.path}: {name}" for name in sorted(b.tensors.keys() - a.tensors.keys())]
+    differences = []
+    for name in (name for name in a.tensors if name in b.tensors):
+        ours, theirs = a.tensors[name], b.tensors[name]
+        if ours.shape != theirs.shape:
+            odd.append(f"{name}: shape {ours.shape} in {a.path}, {theirs.shape} in {b.path}")
+            continue
+        absolute = peak = 0.0
+        count = 0
+        dtype = torch.promote_types(ours.dtype, theirs.dtype)
+        for place in row_blocks(ours.shape, dtype.itemsize, block_bytes):
+            sizes, offset = [s.stop - s.start for s in place], tuple(s.start for s in place)
+            left, right = torch.empty(sizes, dtype=dtype), torch.empty(sizes, dtype=dtype)
+            a.read(name, Tile(left, offset))
+            b.read(name, Tile(right, offset))
+            advance(2 * left.numel() * dtype.itemsize)
+            unequal = left.ne(right) & ~(left.isnan() & right.isnan())
+            if unequal.any():
+                gap = (left.double() - right.double()).abs().nan_to_num(nan=math.inf)
+                absolute, count = max(absolute, float(gap.max())), count + int(unequal.sum())
+            peak = max(peak, float(left.abs().max().nan_to_num()) if left.numel() else 0.0)
+        if count:
+            differences.append(Difference(name, absolute, absolute / peak if peak else math.inf, count))
+    return odd, differences

@@ -1,0 +1,128 @@
+"""Tensors on disk, whoever wrote them: any rectangle of any of them under this project's names.
+
+``model.NAME`` is a weight, ``optimizer.NAME.KIND`` a tensor of the optimizer. Everything that reads a checkpoint that
+is not being resumed (conversion, comparison, averages, fine-tuning) reads one of these.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from megatron_lite.checkpoint.commit import STATE
+from megatron_lite.checkpoint.manifest import overlap
+from megatron_lite.checkpoint.reading import Checkpoint
+from megatron_lite.checkpoint.shards import copy_box
+from megatron_lite.checkpoint.tensor_file import DTYPES, TensorFile
+from megatron_lite.config import ModelConfig, parse_model, parse_yaml
+from megatron_lite.dist.shard import Piece, Tile
+from megatron_lite.errors import CheckpointError
+
+
+class Info(NamedTuple):
+    """What a tensor is."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+
+class Source(ABC):
+    """Global tensors by name. ``model``: what they are the weights of. ``precision``: what it is to be computed in.
+    ``step``: of the optimizer. ``notes``: what a user should know."""
+
+    path: Path
+    tensors: Mapping[str, Info]
+    model: ModelConfig
+    precision: str = "float32"
+    step: int = 0
+    notes: Sequence[str] = ()
+
+    @abstractmethod
+    def read(self, name: str, tile: Tile) -> None:
+        """Fill a tile of a tensor, converting between float dtypes. Raises CheckpointError."""
+
+    def extras(self) -> dict[str, bytes]:
+        """Small files that travel along: the tokenizer and the like."""
+        return {}
+
+    def close(self) -> None:  # noqa: B027 (most have nothing to close)
+        """Close its files."""
+
+    @torch.no_grad()
+    def load(self, pieces: Mapping[str, Piece]) -> None:
+        """Fill pieces in place; a vocabulary that is padded further gets zeros there. Raises CheckpointError where a
+        tensor is missing or of another shape."""
+        for name, piece in pieces.items():
+            if name not in self.tensors:
+                raise CheckpointError(f"{self.path} lacks {name}")
+            shape, rows = self.tensors[name].shape, piece.shape[:1]
+            if name in _VOCABULARY:
+                rows = (self.model.vocab_size or 0,)
+            if piece.shape != shape and (name not in _VOCABULARY or piece.shape[1:] != shape[1:]):
+                raise CheckpointError(f"{self.path}: {name} has shape {shape}, wanted {piece.shape}")
+            for tile in piece.tiles:
+                held = max(0, rows[0] - tile.offset[0]) if rows else 1
+                self.read(name, Tile(tile.data[:held], tile.offset))
+                tile.data[held:].zero_()
+
+
+_VOCABULARY = ("model.embedding.weight", "model.head.weight")
+
+
+class CheckpointSource(Source):
+    """A checkpoint of ours."""
+
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        self.checkpoint, self.path = checkpoint, checkpoint.path
+        self.tensors = {n: Info(DTYPES[t.dtype], tuple(t.shape)) for n, t in checkpoint.manifest.tensors.items()}
+        self.step = checkpoint.step
+        saved = parse_yaml(checkpoint.extra("config.yaml").decode("utf-8", "replace"), f"{self.path}/config.yaml")
+        self.model = parse_model(saved.get("model"), f"{self.path}/config.yaml")
+        self.precision = (saved.get("train") or {}).get("precision", "float32")
+        self._files: dict[str, TensorFile] = {}
+
+    def read(self, name: str, tile: Tile) -> None:
+        tensor = self.checkpoint.manifest.tensors[name]
+        for entry in tensor.boxes:
+            if overlap(entry, tile) is not None:
+                if entry.file not in self._files:
+                    self._files[entry.file] = TensorFile(self.path / entry.file)
+                copy_box(self._files[entry.file], tensor, name, entry, tile)
+
+    def extras(self) -> dict[str, bytes]:
+        shards = {box.file for tensor in self.checkpoint.manifest.tensors.values() for box in tensor.boxes}
+        small = self.checkpoint.manifest.files.keys() - shards - {STATE}
+        return {name: self.checkpoint.extra(name) for name in sorted(small)}
+
+    def close(self) -> None:
+        for file in self._files.values():
+            file.close()
+        self._files.clear()
+
+
+class Average(Source):
+    """The mean of several sources' weights (Izmailov et al. 2018), computed in float64."""
+
+    def __init__(self, sources: Sequence[Source]) -> None:
+        self.sources, first = sources, sources[0]
+        self.path, self.model, self.precision, self.step = first.path, first.model, first.precision, first.step
+        self.tensors = {name: info for name, info in first.tensors.items() if name.startswith("model.")}
+        for other in sources[1:]:
+            for name, info in self.tensors.items():
+                if other.tensors.get(name, Info(info.dtype, ())).shape != info.shape:
+                    raise CheckpointError(f"{other.path}: {name} is not there in the shape it has in {first.path}")
+
+    def read(self, name: str, tile: Tile) -> None:
+        total = torch.zeros(tile.shape, dtype=torch.float64)
+        for source in self.sources:
+            part = torch.empty(tile.shape, dtype=torch.float64)
+            source.read(name, Tile(part, tile.offset))
+            total += part
+        tile.data.copy_(total / len(self.sources))
+
+    def extras(self) -> dict[str, bytes]:
+        return self.sources[0].extras()

@@ -1,0 +1,212 @@
+"""What ``ckpt`` does: look into checkpoints, compare them, rewrite them, and carry them to and from other formats."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import importlib.util
+import math
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from omegaconf import OmegaConf
+from rich.console import Console
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+
+from megatron_lite import checkpoint
+from megatron_lite.checkpoint import inspect as look
+from megatron_lite.checkpoint.formats import open_source
+from megatron_lite.checkpoint.hf import HuggingFaceSource, export
+from megatron_lite.checkpoint.rewrite import Advance, rewrite
+from megatron_lite.checkpoint.rewrite import diff as compare
+from megatron_lite.checkpoint.source import Average, CheckpointSource, Source
+from megatron_lite.checkpoint.storage import amount
+from megatron_lite.dist.mesh import Axis
+from megatron_lite.dist.shard import materialize, pieces_of
+from megatron_lite.errors import CheckpointError, ConfigError, MegatronLiteError
+from megatron_lite.models.decoder import Decoder
+
+BLOCK_BYTES = 32 << 20
+EXPORT_DTYPES = {"stored": None, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+class CheckpointsDifferError(MegatronLiteError):
+    """Two checkpoints do not hold the same."""
+
+    exit_code = 1
+
+
+def inspect(path: Path) -> None:
+    """Print what a checkpoint holds."""
+    source_type = open_source(path, trust=True)
+    if isinstance(source_type, CheckpointSource):
+        look.inspect(source_type.path)
+    else:
+        look.inspect_source(source_type)
+
+
+def verify(path: Path) -> None:
+    """Check every byte."""
+    print(look.verify(checkpoint.find(path)))
+
+
+def diff(a: Path, b: Path, tolerance: float, *, trust: bool) -> None:
+    """Compare two checkpoints. Raises CheckpointsDifferError."""
+    with _opened(a, trust=trust) as left, _opened(b, trust=trust, like=left) as right:
+        if not all(any(n.startswith("optimizer.") for n in source.tensors) for source in (left, right)):
+            for source in (left, right):
+                source.tensors = {n: info for n, info in source.tensors.items() if n.startswith("model.")}
+        with progress("comparing", _size(left) + _size(right)) as advance:
+            odd, differences = compare(left, right, BLOCK_BYTES, advance)
+        count = len(left.tensors)
+    beyond = [d for d in differences if not d.relative <= tolerance]
+    for line in odd[:20]:
+        print(line)
+    for d in beyond[:20]:
+        print(f"{d.name}: {d.elements:,} elements differ, by up to {d.absolute:.3g} ({d.relative:.3g} of the largest)")
+    hidden = len(odd[20:]) + len(beyond[20:])
+    if hidden:
+        print(f"and {hidden} more")
+    if odd or beyond:
+        raise CheckpointsDifferError(f"{a} and {b} differ in {len(odd) + len(beyond)} of {count} tensors")
+    close = f" within {tolerance:g}" if differences else ", bit for bit"
+    print(f"{count} tensors are equal{close}")
+
+
+def reshard(source: Path, destination: Path, files: int, max_ram: int, *, trust: bool) -> None:
+    """Rewrite a checkpoint of ours."""
+    _positive(files)
+    with _opened(source, trust=trust) as opened:
+        if not isinstance(opened, CheckpointSource):
+            raise CheckpointError(f"{source} is not a checkpoint of ours; ckpt import_hf makes one of it")
+        _write(opened, destination, opened.step, opened.checkpoint.state(), opened.extras(), files, max_ram // 8)
+
+
+def import_hf(source: Path, destination: Path, files: int, vocab_multiple: int) -> None:
+    """A checkpoint of ours from a Hugging Face folder."""
+    _positive(files)
+    with contextlib.closing(HuggingFaceSource(source, vocab_multiple)) as opened:
+        _write(opened, destination, 0, *weights_only(opened), files, BLOCK_BYTES)
+
+
+def average(paths: Sequence[Path], destination: Path, last: int, *, trust: bool) -> None:
+    """A checkpoint of ours from several of ours."""
+    if last and len(paths) > 1:
+        raise ConfigError("--last takes one run")
+    if last:
+        folder = checkpoint.find(paths[0]).parent
+        steps = checkpoint.committed(folder)
+        if len(steps) < last:
+            raise CheckpointError(f"{folder}: holds {len(steps)} checkpoints, not {last}")
+        paths = list(steps.values())[:last][::-1]
+    if len(paths) < 2:
+        raise ConfigError("ckpt average takes at least two checkpoints, with commas between them, or --last=N")
+    with contextlib.ExitStack() as stack:
+        mean = Average([stack.enter_context(_opened(path, trust=trust)) for path in paths[::-1]])
+        _write(mean, destination, mean.step, *weights_only(mean), 1, BLOCK_BYTES)
+
+
+def export_hf(source: Path, destination: Path, dtype: str, shard_bytes: int, *, trust: bool) -> None:
+    """A Hugging Face folder from a checkpoint of ours, read back and compared."""
+    if dtype not in EXPORT_DTYPES:
+        raise ConfigError(f"--dtype={dtype}: expected {', '.join(EXPORT_DTYPES)}")
+    with _opened(source, trust=trust) as opened:
+        digests = export(opened, destination, EXPORT_DTYPES[dtype], shard_bytes)
+        with contextlib.closing(HuggingFaceSource(destination, opened.model.vocab_multiple)) as written:
+            for name, digest in digests.items():
+                with (destination / name).open("rb") as file:
+                    if hashlib.file_digest(file, "sha256").hexdigest() != digest:
+                        raise CheckpointError(f"{destination / name} is not what was written: the disk lies")
+            checked = _same_logits(written)
+            print(f"{destination}: {amount(_size(written))}, read back; {checked}")
+
+
+def _same_logits(written: HuggingFaceSource) -> str:
+    """Compare transformers' logits with those of our model, both on what was written. Raises CheckpointError."""
+    elements = sum(math.prod(info.shape) for info in written.tensors.values())
+    if importlib.util.find_spec("transformers") is None:
+        return "its logits were not compared: transformers is not installed"
+    if elements > 2 << 30:
+        return f"its logits were not compared: {elements:,} parameters are too many to hold twice"
+    from transformers import AutoModelForCausalLM
+
+    theirs = AutoModelForCausalLM.from_pretrained(written.path, dtype=torch.float32).eval()
+    tokens = torch.arange(min(32, written.model.max_seq_len)).unsqueeze(0) * 7919 % (written.model.vocab_size or 1)
+    with torch.no_grad():
+        ours, want = load_model(written)(tokens), theirs(tokens).logits[:, -1]
+    gap = float((ours - want).abs().max() / want.abs().max())
+    if not gap < 1e-4:
+        raise CheckpointError(
+            f"{written.path}: transformers computes other logits from it, by {gap:.2g} of the largest"
+        )
+    return f"transformers' logits are ours within {gap:.1g}"
+
+
+def load_model(source: Source) -> Decoder:
+    """The whole model on the CPU, in float32, to compute with."""
+    with torch.device("meta"):
+        model = Decoder(source.model, Axis("tp"), sp=False)
+    materialize(model, torch.device("cpu"))
+    source.load({f"model.{name}": piece for name, piece in pieces_of(model, Axis("tp")).items()})
+    return model
+
+
+def weights_only(source: Source) -> tuple[dict[str, Any], dict[str, bytes]]:
+    """State and small files of a checkpoint that no run has made: it starts runs, and none goes on from it."""
+    extras = source.extras()
+    tokenizer = extras.get("tokenizer.model")
+    config = {"model": source.model.model_dump(mode="json"), "train": {"precision": source.precision}}
+    state = {
+        "from": str(source.path),
+        "vocab_size": source.model.vocab_size,
+        "tokenizer_sha256": hashlib.sha256(tokenizer).hexdigest() if tokenizer is not None else None,
+    }
+    return state, {**extras, "config.yaml": OmegaConf.to_yaml(OmegaConf.create(config)).encode()}
+
+
+def _write(
+    source: Source,
+    destination: Path,
+    step: int,
+    state: dict[str, Any],
+    extras: dict[str, bytes],
+    files: int,
+    block_bytes: int,
+) -> None:
+    for note in source.notes:
+        print(f"note: {note}")
+    with progress("writing", _size(source)) as advance:
+        path = rewrite(source, destination, step, state, extras, files=files, block_bytes=block_bytes, advance=advance)
+    print(f"{path}: {len(source.tensors)} tensors, {amount(_size(source))}")
+
+
+@contextlib.contextmanager
+def _opened(path: Path, *, trust: bool, like: Source | None = None) -> Iterator[Source]:
+    """A source; a Hugging Face one padded as ``like`` is."""
+    multiple = like.model.vocab_multiple if like is not None else None
+    with contextlib.closing(open_source(path, trust=trust, vocab_multiple=multiple)) as source:
+        yield source
+
+
+def _size(source: Source) -> int:
+    return sum(math.prod(info.shape) * info.dtype.itemsize for info in source.tensors.values())
+
+
+def _positive(files: int) -> None:
+    if files < 1:
+        raise ConfigError(f"--files={files}: expected at least 1")
+
+
+@contextlib.contextmanager
+def progress(what: str, total: int) -> Iterator[Advance]:
+    """A bar on a terminal; nothing in a log, where the last line says it all."""
+    if not sys.stderr.isatty():
+        yield lambda done: None
+        return
+    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
+    with Progress(*columns, TimeRemainingColumn(), console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task(what, total=total)
+        yield lambda done: bar.advance(task, done)
