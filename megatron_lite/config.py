@@ -142,7 +142,10 @@ class SourceConfig(Section):
 
 
 class DataConfig(Section):
-    """What is trained on. Without ``validation``, ``split`` cuts train, validation and test out of ``train``."""
+    """What is trained on. Without ``validation``, ``split`` cuts train, validation and test out of ``train``.
+
+    ``allow_change``, ``force_tokenizer``: resume although the data, or the tokenizer, is not what it was.
+    """
 
     tokenizer: str | None = None
     train: Annotated[list[SourceConfig], Field(min_length=1)]
@@ -152,6 +155,7 @@ class DataConfig(Section):
     document_mask: bool = False
     prefetch: Annotated[Integer, Field(ge=0, le=64)] = 2
     allow_change: bool = False
+    force_tokenizer: bool = False
 
 
 class OptimConfig(Section):

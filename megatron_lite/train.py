@@ -10,12 +10,12 @@ import math
 import sys
 import time
 from pathlib import Path
-from typing import IO, Any
+from typing import IO
 
 import torch
 
 from megatron_lite import checkpoint
-from megatron_lite.config import Config, to_yaml
+from megatron_lite.config import Config, ModelConfig, to_yaml
 from megatron_lite.data.loader import Dataset, Loader, build_dataset
 from megatron_lite.data.tokenizer import load_tokenizer
 from megatron_lite.dist.env import Rank
@@ -29,6 +29,11 @@ from megatron_lite.parallel.plan import Plan, bytes_per_parameter, picture
 from megatron_lite.trainer import StepResult, Trainer, TrainState
 
 logger = logging.getLogger("megatron_lite")
+# What of the model's config decides which tensors there are, and their shapes.
+_SHAPES = (
+    *("family", "vocab_size", "hidden_size", "num_layers", "num_heads", "num_kv_heads", "head_dim", "ffn_size"),
+    *("bias", "qkv_bias", "qk_norm", "tie_embeddings"),
+)
 
 
 def file_digest(path: str) -> str:
@@ -50,6 +55,10 @@ class Run:
         self.train_data = build_dataset(data, seed, "train", vocab)
         self.validation_data = build_dataset(data, seed, "validation", vocab) if self._evaluates else None
         checkpoint.prepare(self.checkpoints, mesh.world)
+        self.found, self.source = self._find(), None
+        if self.found is None and config.init.source is not None:
+            self.source = checkpoint.open_source(Path(config.init.source), mesh.world, trust=config.checkpoint.trust)
+            self._check_same_model(self.source.model, self.source.path)
         self.trainer = Trainer(config, mesh, plan, self.faults)
         self.reporter: Reporter | None = None
 
@@ -79,55 +88,59 @@ class Run:
             checkpoint.prune(self.checkpoints, config.checkpoint.keep, config.checkpoint.keep_every)
             logger.info("saved %s", path)
 
-    def resume(self) -> None:
-        """Continue from ``checkpoint.resume``: ``auto`` (the newest that verifies, if any), ``none``, or a path."""
-        wanted, world = self.config.checkpoint.resume, self.mesh.world
-        trust, found = self.config.checkpoint.trust, None
+    def _find(self) -> checkpoint.Checkpoint | None:
+        """The checkpoint to go on from, checked against this config before a model is made."""
+        wanted, world, trust = self.config.checkpoint.resume, self.mesh.world, self.config.checkpoint.trust
+        found = None
         if wanted == "auto":
             found = checkpoint.newest(self.checkpoints, world, trust=trust)
         elif wanted != "none":
             found = checkpoint.open_checkpoint(checkpoint.find(Path(wanted)), world, trust=trust)
-        if found is None:
-            self._start_from()
-            return
-        content = found.state()
+        if found is not None:
+            self._check_same_run(found)
+        return found
+
+    def start(self) -> None:
+        """Continue from the checkpoint that was found, or give a new run the weights of ``init.from``, of which each
+        rank reads its own parts, in whatever form they are."""
+        world, engine = self.mesh.world, self.trainer.engine
+        if self.found is not None:
+            self.found.load(engine.pieces(), world)
+            self.trainer.state = TrainState(**self.found.state()["train"])
+            engine.loaded(self.trainer.state.updates)
+            if self.lead:
+                logger.info("resumed %s: step %d", self.found.path, self.trainer.state.step)
+        elif self.source is not None:
+            with contextlib.closing(self.source) as source:
+                weights = {f"model.{name}": piece for name, piece in engine.weights().items()}
+                checkpoint.agree(world, lambda: source.load(weights), source.path)
+            engine.publish()
+            if self.lead:
+                logger.info("%s", "\n".join([f"started from the weights of {source.path}", *source.notes]))
+
+    def _check_same_model(self, theirs: ModelConfig, path: Path) -> None:
+        """Refuse weights of another shape than this run's model."""
+        ours = self.config.model
+        shapes = (*_SHAPES, "max_seq_len") if ours.family == "gpt2" else _SHAPES
+        names = [name for name in shapes if getattr(ours, name) != getattr(theirs, name)]
+        if names:
+            told = ", ".join(f"model.{n} {getattr(theirs, n)} there, {getattr(ours, n)} here" for n in names)
+            raise CheckpointError(f"{path}: {told}")
+
+    def _check_same_run(self, found: checkpoint.Checkpoint) -> None:
+        """Refuse a checkpoint of another model, vocabulary or tokenizer, and a dataset that changed under it."""
+        path, content = found.path, found.state()
         if "train" not in content:
-            raise CheckpointError(
-                f"{found.path} holds weights, no run to resume; start one with --init.from={found.path}"
-            )
-        self._check_same_run(found.path, content)
-        found.load(self.trainer.engine.pieces(), world)
-        self.trainer.state = TrainState(**content["train"])
-        self.trainer.engine.loaded(self.trainer.state.updates)
-        if self.lead:
-            logger.info("resumed %s: step %d", found.path, self.trainer.state.step)
-
-    def _start_from(self) -> None:
-        """Give a new run the weights of ``init.from``: each rank reads its own parts, in whatever form they are."""
-        if self.config.init.source is None:
-            return
-        path, world = Path(self.config.init.source), self.mesh.world
-        source = checkpoint.open_source(path, world, trust=self.config.checkpoint.trust)
-        with contextlib.closing(source):
-            if source.model.vocab_size != self.config.model.vocab_size:
-                raise CheckpointError(
-                    f"{path}: vocabulary of {source.model.vocab_size}, this run's is {self.config.model.vocab_size}"
-                )
-            weights = {f"model.{name}": piece for name, piece in self.trainer.engine.weights().items()}
-            checkpoint.agree(world, lambda: source.load(weights), path)
-        self.trainer.engine.publish()
-        if self.lead:
-            logger.info("%s", "\n".join([f"started from the weights of {path}", *source.notes]))
-
-    def _check_same_run(self, path: Path, content: dict[str, Any]) -> None:
-        """Refuse a checkpoint of another vocabulary or tokenizer, and a dataset that changed under it."""
+            raise CheckpointError(f"{path} holds weights, no run to resume; start one with --init.from={path}")
         vocab, digest = self.config.model.vocab_size, self.tokenizer_digest
         theirs = content["tokenizer_sha256"]
-        if (content["vocab_size"], theirs) != (vocab, digest):
+        if content["vocab_size"] != vocab or (theirs != digest and not self.config.data.force_tokenizer):
             raise CheckpointError(
                 f"{path}: checkpoint vocab {content['vocab_size']} (tokenizer sha {str(theirs)[:8]}) "
                 f"vs config {vocab} (tokenizer sha {str(digest)[:8]})"
+                + ("; data.force_tokenizer=true goes on with it" if content["vocab_size"] == vocab else "")
             )
+        self._check_same_model(checkpoint.CheckpointSource(found).model, path)
         now = self.train_data.fingerprint
         if content["dataset"] != now and not self.config.data.allow_change:
             raise DataError(
@@ -223,7 +236,7 @@ class Run:
     def loop(self) -> None:
         """Train to the last step, pausing every so often to evaluate, to sample and to save."""
         train, trainer = self.config.train, self.trainer
-        self.resume()
+        self.start()
         self._open_reporter()
         saved = trainer.state.step
         profiler = self._profiler()

@@ -7,12 +7,15 @@ from megatron_lite.checkpoint.commit import committed, prepare, save
 from megatron_lite.checkpoint.formats import open_source
 from megatron_lite.checkpoint.reading import Checkpoint, open_checkpoint
 from megatron_lite.checkpoint.retention import find, newest, prune
+from megatron_lite.checkpoint.source import CheckpointSource, Source
 from megatron_lite.checkpoint.storage import agree
 from megatron_lite.dist.shard import Piece
 
 __all__ = [
     "Checkpoint",
+    "CheckpointSource",
     "Piece",
+    "Source",
     "agree",
     "committed",
     "find",
