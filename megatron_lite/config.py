@@ -43,7 +43,7 @@ NonNegativeFloat = Annotated[Number, Field(ge=0, allow_inf_nan=False)]
 class Section(BaseModel):
     """A section of the config: unknown keys are errors, values are frozen."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, hide_input_in_errors=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, hide_input_in_errors=True, serialize_by_alias=True)
 
 
 class RunConfig(Section):
@@ -238,20 +238,21 @@ class InitConfig(Section):
     Its ``model`` section is this run's, too, where the config does not say otherwise.
     """
 
-    model_config = ConfigDict(serialize_by_alias=True)
-
     source: str | None = Field(default=None, alias="from")
 
 
 class CheckpointConfig(Section):
     """When to save (``every`` 0: only at the end), what to keep, and where to resume from: ``auto`` (the newest that
-    verifies, if there is one), ``none``, or a path. ``trust``: what is read is not hashed first."""
+    verifies, if there is one), ``none``, or a path. ``trust``: what is read is not hashed first. ``async``: a step
+    waits for a copy only, which is written while training goes on.
+    """
 
     every: Count = 0
     keep: Positive = 2
     keep_every: Positive | None = None
     resume: str = "auto"
     trust: bool = False
+    background: bool = Field(default=False, alias="async")
 
 
 class Config(Section):
@@ -459,4 +460,4 @@ def _keys(location: tuple[str | int, ...]) -> Mapping[str, Any]:
             section = section.model_fields[part].annotation
         while not hasattr(section, "model_fields"):  # a list of sections, or one that may be missing
             section = get_args(section)[0]
-    return section.model_fields
+    return {field.alias or name: field for name, field in section.model_fields.items()}

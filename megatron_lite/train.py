@@ -60,6 +60,7 @@ class Run:
             self.source = checkpoint.open_source(Path(config.init.source), mesh.world, trust=config.checkpoint.trust)
             self._check_same_model(self.source.model, self.source.path)
         self.trainer = Trainer(config, mesh, plan, self.faults)
+        self.saver = checkpoint.BackgroundSaver(mesh.world) if config.checkpoint.background else None
         self.reporter: Reporter | None = None
 
     @property
@@ -72,7 +73,7 @@ class Run:
         """Commit a checkpoint of the current step, then prune older ones."""
         config, state = self.config, self.trainer.state
         content = {
-            "train": vars(state),
+            "train": dict(vars(state)),
             "seed": config.run.seed,
             "dataset": self.train_data.fingerprint,
             "vocab_size": config.model.vocab_size,
@@ -81,11 +82,16 @@ class Run:
         extras = {"config.yaml": to_yaml(config).encode()}
         if config.data.tokenizer:
             extras["tokenizer.model"] = Path(config.data.tokenizer).read_bytes()
-        path = checkpoint.save(
-            self.checkpoints, state.step, self.trainer.engine.pieces(), content, extras, self.mesh.world, self.faults
-        )
+        pieces, world = self.trainer.engine.pieces(), self.mesh.world
+        if self.saver is not None:
+            self.saver.save(self.checkpoints, state.step, pieces, content, extras, self.faults, self._saved)
+        else:
+            self._saved(checkpoint.save(self.checkpoints, state.step, pieces, content, extras, world, self.faults))
+
+    def _saved(self, path: Path) -> None:
+        """A checkpoint is committed; with ``checkpoint.async`` this runs beside training."""
         if self.lead:
-            checkpoint.prune(self.checkpoints, config.checkpoint.keep, config.checkpoint.keep_every)
+            checkpoint.prune(self.checkpoints, self.config.checkpoint.keep, self.config.checkpoint.keep_every)
             logger.info("saved %s", path)
 
     def _find(self) -> checkpoint.Checkpoint | None:
@@ -244,7 +250,8 @@ class Run:
             while trainer.state.step < train.steps:
                 self._watch()
                 began = time.perf_counter()
-                result = trainer.train_step(next(loader), stop=self.stop.asked)
+                failed = self.saver is not None and self.saver.failed
+                result = trainer.train_step(next(loader), stop=self.stop.asked or failed)
                 step = trainer.state.step
                 self.report(result, time.perf_counter() - began)
                 if profiler is not None:
@@ -259,9 +266,13 @@ class Run:
                     self.save()
                     saved = step
                 if result.stop and step < train.steps:
+                    if self.saver is not None:
+                        self.saver.wait()
                     raise Preempted(f"stopped at step {step} on request, saved; run again to continue")
         if saved < trainer.state.step:
             self.save()
+        if self.saver is not None:
+            self.saver.wait()
 
     def _watch(self) -> None:
         """Dump every thread's stack into the log if the next step makes no progress for ``hang_timeout``."""

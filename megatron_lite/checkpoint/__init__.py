@@ -3,6 +3,7 @@
 ``prepare`` at the start of a run, ``newest`` or ``open_checkpoint`` to resume, ``save`` and ``prune`` as it goes.
 """
 
+from megatron_lite.checkpoint.background import BackgroundSaver
 from megatron_lite.checkpoint.commit import committed, prepare, save
 from megatron_lite.checkpoint.formats import open_source
 from megatron_lite.checkpoint.reading import Checkpoint, open_checkpoint
@@ -12,6 +13,7 @@ from megatron_lite.checkpoint.storage import agree
 from megatron_lite.dist.shard import Piece
 
 __all__ = [
+    "BackgroundSaver",
     "Checkpoint",
     "CheckpointSource",
     "Piece",

@@ -13,11 +13,11 @@ import re
 import shutil
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from megatron_lite.checkpoint import manifest as manifest_file
 from megatron_lite.checkpoint import shards
-from megatron_lite.checkpoint.manifest import BoxEntry, FileEntry, Manifest
+from megatron_lite.checkpoint.manifest import BoxEntry, FileEntry, Manifest, TensorEntry
 from megatron_lite.checkpoint.storage import (
     agree,
     disk_full,
@@ -59,29 +59,42 @@ def save(
     before it are untouched.
     """
     faults.at("save", step)
-    return write(folder, step, [shards.holdings(pieces)], shards.reader(pieces), state, extras, world, faults)
+    layout = arrange([shards.holdings(pieces)], world)
+    return write(folder, step, layout, shards.reader(pieces), state, extras, world, faults)
+
+
+class Layout(NamedTuple):
+    """Which box goes into which file, the files that this rank writes, and the bytes of all."""
+
+    tensors: dict[str, TensorEntry]
+    own: dict[str, shards.Shard]
+    size: int
+
+
+def arrange(held: list[dict[str, shards.Holding]], world: Axis) -> Layout:
+    """Decide who writes what. ``held``: what may go into each of the files that this rank writes. Collective."""
+    told = gather_objects(held, world)
+    tensors = shards.plan([holdings for some in told for holdings in some])
+    files = {name: shards.shard(tensors, name) for name in map(shards.shard_name, range(sum(map(len, told))))}
+    first = sum(map(len, told[: world.rank]))
+    own = {name: file for i in range(len(held)) if (file := files[name := shards.shard_name(first + i)])}
+    return Layout(tensors, own, sum(file.size for file in files.values() if file))
 
 
 def write(
     folder: Path,
     step: int,
-    held: list[dict[str, shards.Holding]],
+    layout: Layout,
     read: Callable[[str, BoxEntry], Iterable[Any]],
     state: Mapping[str, Any],
     extras: Mapping[str, bytes],
     world: Axis,
     faults: Faults,
 ) -> Path:
-    """``save`` for what may lie elsewhere: ``held`` describes what may go into each of the files that this rank writes,
-    and ``read`` yields the bytes of a box when its turn comes."""
-    told = gather_objects((held, nonce()), world)
-    tensors, unique = shards.plan([holding for holdings, _ in told for holding in holdings]), told[0][1]
-    before = [sum(len(holdings) for holdings, _ in told[:rank]) for rank in range(world.size + 1)]
-    files = {name: shards.shard(tensors, name) for name in map(shards.shard_name, range(before[-1]))}
-    own_names = [shards.shard_name(i) for i in range(before[world.rank], before[world.rank] + len(held))]
+    """``save`` for what may lie elsewhere: ``read`` yields the bytes of a box when its turn comes."""
     small = {STATE: json.dumps(state, allow_nan=False, indent=1).encode(), **extras}
-    need = sum(file.size for file in files.values() if file) + sum(map(len, small.values())) + _RESERVE
-    temporary = folder / f"{step_name(step)}.tmp-{unique}"
+    need = layout.size + sum(map(len, small.values())) + _RESERVE
+    temporary = folder / f"{step_name(step)}.tmp-{gather_objects(nonce(), world)[0]}"
     lead = world.rank == 0
 
     def begin() -> None:
@@ -94,14 +107,13 @@ def write(
             at_work.enter_context(open_folder(temporary, lock=True))
 
     def write_own() -> dict[str, FileEntry]:
-        own = {name: file for name in own_names if (file := files[name])}
-        return {name: write_file(temporary / name, file.chunks(read), faults) for name, file in own.items()}
+        return {name: write_file(temporary / name, file.chunks(read), faults) for name, file in layout.own.items()}
 
     def commit() -> None:
         entries = {name: entry for part in written for name, entry in part.items()}
         for name, content in small.items():
             entries[name] = write_file(temporary / name, [content], faults)
-        signed = manifest_file.encode(Manifest(step=step, tensors=tensors, files=entries))
+        signed = manifest_file.encode(Manifest(step=step, tensors=layout.tensors, files=entries))
         write_file(temporary / manifest_file.NAME, [signed], faults)
         sync_folder(temporary, faults)
         _put_in_place(temporary, folder / step_name(step), faults)

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from megatron_lite.checkpoint.commit import prepare, write
+from megatron_lite.checkpoint.commit import arrange, prepare, write
 from megatron_lite.checkpoint.manifest import BoxEntry
 from megatron_lite.checkpoint.shards import Holding, buffer
 from megatron_lite.checkpoint.source import Source
@@ -58,8 +58,9 @@ def rewrite(
             yield buffer(block)
             advance(block.numel() * dtype.itemsize)
 
-    prepare(folder, Axis("world"))
-    return write(folder, step, [held] * files, read, state, extras, Axis("world"), Faults.none())
+    world = Axis("world")
+    prepare(folder, world)
+    return write(folder, step, arrange([held] * files, world), read, state, extras, world, Faults.none())
 
 
 class Difference(NamedTuple):

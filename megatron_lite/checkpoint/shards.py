@@ -93,12 +93,13 @@ class Shard:
 def reader(pieces: Mapping[str, Piece]) -> Callable[[str, BoxEntry], Iterable[Any]]:
     """The boxes of ``pieces`` for ``Shard.chunks``: only a strided or device-resident one is copied."""
 
-    def read(name: str, entry: BoxEntry) -> Iterable[Any]:
-        place = (tuple(entry.offset), tuple(entry.shape))
-        tile = next(tile for tile in pieces[name].tiles if (tile.offset, tile.shape) == place)
-        yield buffer(tile.data)
+    return lambda name, entry: [buffer(tile_of(pieces[name], entry).data)]
 
-    return read
+
+def tile_of(piece: Piece, entry: BoxEntry) -> Tile:
+    """The tile that a box was planned from."""
+    place = (tuple(entry.offset), tuple(entry.shape))
+    return next(tile for tile in piece.tiles if (tile.offset, tile.shape) == place)
 
 
 def buffer(tensor: torch.Tensor) -> Any:
