@@ -125,6 +125,27 @@ def import_hf(source: str, destination: str, files: int = 1, vocab_multiple: int
     convert.import_hf(Path(source), Path(destination), files, vocab_multiple)
 
 
+def import_megatron(source: str, destination: str, files: int = 1, vocab_size: int | None = None) -> None:
+    """Turn a Megatron-LM GPT checkpoint (torch_dist, or mp_rank_XX files) into one of ours: the weights.
+
+    --vocab_size: the tokenizer's true size; Megatron keeps the padded one. Nothing pickled in it is run.
+    """
+    from megatron_lite import convert
+
+    convert.import_megatron(Path(source), Path(destination), files, vocab_size)
+
+
+def import_deepspeed(source: str, destination: str, config: str, files: int = 1) -> None:
+    """Turn a ZeRO checkpoint that DeepSpeed wrote into one of ours: float32 weights and Adam's moments.
+
+    CONFIG: a Hugging Face folder or a run, for what the model is. --init.from goes on from it, with
+    --init.optimizer=true with its optimizer, too. Nothing pickled in it is run.
+    """
+    from megatron_lite import convert
+
+    convert.import_deepspeed(Path(source), Path(destination), Path(config), files)
+
+
 def export_hf(
     source: str, destination: str, dtype: str = "stored", max_shard_size: str = "5G", trust: bool = False
 ) -> None:
@@ -160,6 +181,8 @@ COMMANDS: cli.Commands = {
         "diff": diff,
         "reshard": reshard,
         "import_hf": import_hf,
+        "import_megatron": import_megatron,
+        "import_deepspeed": import_deepspeed,
         "export_hf": export_hf,
         "average": average,
     },

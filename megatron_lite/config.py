@@ -235,10 +235,12 @@ class TrainConfig(Section):
 class InitConfig(Section):
     """What a new run starts from (``from``): weights of a checkpoint, a run or a Hugging Face folder.
 
-    Its ``model`` section is this run's, too, where the config does not say otherwise.
+    Its ``model`` section is this run's, too, where the config does not say otherwise. ``optimizer``: go on with its
+    optimizer, too.
     """
 
     source: str | None = Field(default=None, alias="from")
+    optimizer: bool = False
 
 
 class CheckpointConfig(Section):
@@ -383,7 +385,7 @@ def load_config(name: str, overrides: Mapping[str, str]) -> Config:
         tree["model"] = model = {**read_yaml(find_file(model["preset"], "models")), **model}
     init = tree.get("init")
     if isinstance(init, dict) and isinstance(init.get("from"), str) and isinstance(model, (dict, type(None))):
-        tree["model"] = {**_model_of(init["from"]), **(model or {})}
+        tree["model"] = {**model_section(init["from"]), **(model or {})}
     try:
         config = parse_config(tree)
     except ConfigError as error:
@@ -401,18 +403,18 @@ def to_yaml(config: Config) -> str:
     return OmegaConf.to_yaml(OmegaConf.create(config.model_dump(mode="json")))
 
 
-def _model_of(source: str) -> dict[str, Any]:
+def model_section(source: str) -> dict[str, Any]:
     """The ``model`` section of a checkpoint of ours, a run, or a Hugging Face folder. Raises ConfigError."""
     path = Path(source)
     if (path / "config.json").is_file():
-        from megatron_lite.models.huggingface import model_section
+        from megatron_lite.models import huggingface
 
         try:
-            return model_section(json.loads((path / "config.json").read_text(encoding="utf-8")), f"{path}/config.json")[
-                0
-            ]
+            return huggingface.model_section(
+                json.loads((path / "config.json").read_text(encoding="utf-8")), f"{path}/config.json"
+            )[0]
         except (OSError, ValueError, RecursionError) as error:
-            raise ConfigError(f"init.from: {path}/config.json: {error}") from None
+            raise ConfigError(f"{path}/config.json: {error}") from None
     latest = (path / "latest", path / "checkpoints" / "latest")
     names = (file.parent / file.read_text(encoding="utf-8").strip()[:100] for file in latest if file.is_file())
     for folder in (path, *names):
@@ -420,7 +422,7 @@ def _model_of(source: str) -> dict[str, Any]:
             found := read_yaml(folder / "config.yaml").get("model"), dict
         ):
             return found
-    raise ConfigError(f"init.from: {source}: no checkpoint and no Hugging Face folder")
+    raise ConfigError(f"{source}: no checkpoint and no Hugging Face folder")
 
 
 def _tokenizer_size(path: str | None) -> int:

@@ -18,12 +18,15 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeR
 
 from megatron_lite import checkpoint
 from megatron_lite.checkpoint import inspect as look
+from megatron_lite.checkpoint.deepspeed import DeepSpeedSource
 from megatron_lite.checkpoint.formats import open_source
-from megatron_lite.checkpoint.hf import HuggingFaceSource, export
+from megatron_lite.checkpoint.hf import HuggingFaceSource, export, is_hugging_face, read_model
+from megatron_lite.checkpoint.megatron import open_megatron
 from megatron_lite.checkpoint.rewrite import Advance, rewrite
 from megatron_lite.checkpoint.rewrite import diff as compare
 from megatron_lite.checkpoint.source import Average, CheckpointSource, Source
 from megatron_lite.checkpoint.storage import amount
+from megatron_lite.config import model_section, parse_model
 from megatron_lite.dist.mesh import Axis
 from megatron_lite.dist.shard import materialize, pieces_of
 from megatron_lite.errors import CheckpointError, ConfigError, MegatronLiteError
@@ -90,6 +93,21 @@ def import_hf(source: Path, destination: Path, files: int, vocab_multiple: int) 
     _positive(files)
     with contextlib.closing(HuggingFaceSource(source, vocab_multiple)) as opened:
         _write(opened, destination, 0, *weights_only(opened), files, BLOCK_BYTES)
+
+
+def import_megatron(source: Path, destination: Path, files: int, vocab_size: int | None) -> None:
+    """A checkpoint of ours from one of Megatron-LM's."""
+    _positive(files)
+    with contextlib.closing(open_megatron(source, vocab_size)) as opened:
+        _write(opened, destination, opened.step, *weights_only(opened), files, BLOCK_BYTES)
+
+
+def import_deepspeed(source: Path, destination: Path, config: Path, files: int) -> None:
+    """A checkpoint of ours from one that DeepSpeed wrote."""
+    _positive(files)
+    model = read_model(config)[0] if is_hugging_face(config) else parse_model(model_section(str(config)), str(config))
+    with contextlib.closing(DeepSpeedSource(source, model)) as opened:
+        _write(opened, destination, opened.step, *weights_only(opened), files, BLOCK_BYTES)
 
 
 def average(paths: Sequence[Path], destination: Path, last: int, *, trust: bool) -> None:

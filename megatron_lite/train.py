@@ -118,9 +118,11 @@ class Run:
                 logger.info("resumed %s: step %d", self.found.path, self.trainer.state.step)
         elif self.source is not None:
             with contextlib.closing(self.source) as source:
-                weights = {f"model.{name}": piece for name, piece in engine.weights().items()}
-                checkpoint.agree(world, lambda: source.load(weights), source.path)
-            engine.publish()
+                optimizer = self.config.init.optimizer
+                wanted = {n: p for n, p in engine.pieces().items() if optimizer or n.startswith("model.")}
+                checkpoint.agree(world, lambda: source.load(wanted), source.path)
+            self.trainer.state.updates = source.step if optimizer else 0
+            engine.loaded(self.trainer.state.updates)
             if self.lead:
                 logger.info("%s", "\n".join([f"started from the weights of {source.path}", *source.notes]))
 

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -20,7 +20,7 @@ from megatron_lite.checkpoint.shards import buffer
 from megatron_lite.checkpoint.source import Info, Source
 from megatron_lite.checkpoint.storage import new_folder, open_regular, write_file
 from megatron_lite.checkpoint.tensor_file import TensorFile, header, row_blocks
-from megatron_lite.config import parse_model
+from megatron_lite.config import ModelConfig, parse_model
 from megatron_lite.dist.shard import Tile
 from megatron_lite.errors import CheckpointError, ConfigError
 from megatron_lite.faults import Faults
@@ -66,104 +66,143 @@ def read_json(folder: Path, name: str) -> dict[str, Any]:
     return tree
 
 
-def read_model(folder: Path) -> tuple[dict[str, Any], list[str]]:
-    """The ``model`` section that a folder's ``config.json`` describes, and notes about it."""
-    return model_section(read_json(folder, CONFIG), str(folder / CONFIG))
+def read_model(folder: Path, vocab_multiple: int | None = None) -> tuple[ModelConfig, list[str]]:
+    """The model that a folder's ``config.json`` describes, and notes about it. Raises CheckpointError."""
+    section, notes = model_section(read_json(folder, CONFIG), str(folder / CONFIG))
+    if vocab_multiple is not None:
+        section["vocab_multiple"] = vocab_multiple
+    try:
+        return parse_model(section, str(folder / CONFIG)), notes
+    except ConfigError as error:
+        raise CheckpointError(str(error)) from None
 
 
-class HuggingFaceSource(Source):
+class Tensors(Protocol):
+    """Tensors of theirs, by name, of which rectangles can be read: a safetensors file, for one."""
+
+    @property
+    def tensors(self) -> Mapping[str, Any]:
+        """What there is, each with a dtype and a shape."""
+
+    def read(self, name: str, place: Sequence[slice], into: Tensor) -> None:
+        """Fill ``into`` with the rectangle at ``place``."""
+
+    def close(self) -> None:
+        """Close what is open."""
+
+
+class PartsSource(Source):
+    """Weights under names of somebody else's, of which one of ours takes one or several (``parts``).
+
+    ``files``: for weights (``model``) and, where they are there, the optimizer's tensors (``optimizer.KIND``).
+    """
+
+    def __init__(
+        self, path: Path, model: ModelConfig, parts: Mapping[str, list[Part]], files: Mapping[str, Tensors]
+    ) -> None:
+        self.path, self.model = path, model
+        self.tensors: dict[str, Info] = {}
+        self._places: dict[str, tuple[Tensors, list[Part]]] = {}
+        for kind, file in files.items():
+            top, _, moment = kind.partition(".")
+            for name, some in parts.items():
+                full = ".".join(filter(None, (top, name, moment)))
+                named = [self._named(part, file) for part in some]
+                self._places[full] = file, named
+                self.tensors[full] = self._info(name, named, file)
+
+    def _named(self, part: Part, file: Tensors) -> Part:
+        """Under its name in the file, which lacks the model's own prefix where its base was saved alone."""
+        for name in (part.name, part.name.partition(".")[2]):
+            if name in file.tensors:
+                return Part(name, part.shape, part.transposed)
+        raise CheckpointError(f"{self.path} lacks {part.name}")
+
+    def _info(self, name: str, parts: list[Part], file: Tensors) -> Info:
+        for part in parts:
+            stored = file.tensors[part.name]
+            if stored.shape != part.stored:
+                shape = stored.shape
+                raise CheckpointError(f"{self.path}: {part.name} has shape {shape}, its config means {part.stored}")
+            if not stored.dtype.is_floating_point:
+                raise CheckpointError(f"{self.path}: {part.name} is {stored.dtype}: quantised weights are not read")
+        rows = sum(part.shape[0] for part in parts)
+        if name in ("embedding.weight", "head.weight"):
+            rows = self.model.padded_vocab_size
+        return Info(file.tensors[parts[0].name].dtype, (rows, *parts[0].shape[1:]))
+
+    def read(self, name: str, tile: Tile) -> None:
+        first, stop = tile.offset[0], tile.offset[0] + tile.shape[0]
+        columns = tuple(slice(o, o + n) for o, n in zip(tile.offset[1:], tile.shape[1:], strict=True))
+        file, parts = self._places[name]
+        start = 0
+        for part in parts:
+            low, high = max(first, start), min(stop, start + part.shape[0])
+            if low < high:
+                into, rows = tile.data[low - first : high - first], slice(low - start, high - start)
+                place = (*columns, rows) if part.transposed else (rows, *columns)
+                file.read(part.name, place, into.t() if part.transposed else into)
+            start += part.shape[0]
+        if stop > start:
+            tile.data[max(0, start - first) :].zero_()  # the padding of the vocabulary
+
+    def close(self) -> None:
+        for file, _ in self._places.values():
+            file.close()
+
+
+class _Folder:
+    """The tensors in a model folder's files."""
+
+    def __init__(self, path: Path) -> None:
+        self._files: dict[str, TensorFile] = {}
+        self._where: dict[str, TensorFile] = {}
+        if (path / INDEX).exists():
+            listed = read_json(path, INDEX).get("weight_map")
+            if not isinstance(listed, dict) or not all(isinstance(name, str) for name in listed.values()):
+                raise CheckpointError(f"{path / INDEX}: weight_map: expected file names by tensor")
+            for name in sorted(set(listed.values())):
+                self._files[name] = TensorFile(own_file(path, name))
+            for tensor, name in listed.items():
+                if tensor not in self._files[name].tensors:
+                    raise CheckpointError(f"{path / name} lacks {tensor!a}, which the index says is there")
+                self._where[tensor] = self._files[name]
+        elif (path / SINGLE).exists():
+            self._files[SINGLE] = TensorFile(own_file(path, SINGLE))
+            self._where = dict.fromkeys(self._files[SINGLE].tensors, self._files[SINGLE])
+        else:
+            pickled = sorted(p.name for p in path.glob("*.bin"))[:1]
+            hint = f"; {pickled[0]} is pickled, which is never opened: save it as safetensors" if pickled else ""
+            raise CheckpointError(f"{path}: no {SINGLE} and no {INDEX}{hint}")
+        self.tensors = {name: file.tensors[name] for name, file in self._where.items()}
+
+    def read(self, name: str, place: Sequence[slice], into: Tensor) -> None:
+        self._where[name].read(name, place, into)
+
+    def close(self) -> None:
+        for file in self._files.values():
+            file.close()
+
+
+class HuggingFaceSource(PartsSource):
     """The weights of a model folder. ``vocab_multiple``: what the vocabulary is padded to, with zeros."""
 
     def __init__(self, folder: Path, vocab_multiple: int | None = None) -> None:
-        self.path = folder
-        section, self.notes = read_model(folder)
-        if vocab_multiple is not None:
-            section["vocab_multiple"] = vocab_multiple
-        try:
-            self.model = parse_model(section, str(folder / CONFIG))
-        except ConfigError as error:
-            raise CheckpointError(str(error)) from None
-        self._files: dict[str, TensorFile] = {}
-        self._where = self._locate()
-        self._parts = {f"model.{name}": self._named(parts) for name, parts in tensor_parts(self.model).items()}
-        self.tensors = {name: self._info(name, parts) for name, parts in self._parts.items()}
+        model, notes = read_model(folder, vocab_multiple)
+        files = _Folder(folder)
+        super().__init__(folder, model, tensor_parts(model), {"model": files})
+        self.notes = notes
         self.precision = "bfloat16" if self.tensors["model.norm.weight"].dtype == torch.bfloat16 else "float32"
-        used = {part.name for parts in self._parts.values() for part in parts}
-        unused = {n for n in self._where if n not in used and not n.endswith(_UNUSED)}
-        if self.model.tie_embeddings:
+        used = {part.name for _, parts in self._places.values() for part in parts}
+        unused = {name for name in files.tensors if name not in used and not name.endswith(_UNUSED)}
+        if model.tie_embeddings:
             unused.discard("lm_head.weight")
         if unused:
             more = f" and {len(unused) - 3} more" if len(unused) > 3 else ""
             raise CheckpointError(f"{folder}: the model has no use for {', '.join(sorted(unused)[:3])}{more}")
 
-    def _locate(self) -> dict[str, TensorFile]:
-        """Which file each tensor lies in."""
-        if (self.path / INDEX).exists():
-            listed = read_json(self.path, INDEX).get("weight_map")
-            if not isinstance(listed, dict) or not all(isinstance(name, str) for name in listed.values()):
-                raise CheckpointError(f"{self.path / INDEX}: weight_map: expected file names by tensor")
-            for name in sorted(set(listed.values())):
-                self._files[name] = TensorFile(own_file(self.path, name))
-            for tensor, name in listed.items():
-                if tensor not in self._files[name].tensors:
-                    raise CheckpointError(f"{self.path / name} lacks {tensor!a}, which the index says is there")
-            return {tensor: self._files[name] for tensor, name in listed.items()}
-        if not (self.path / SINGLE).exists():
-            pickled = sorted(p.name for p in self.path.glob("*.bin"))[:1]
-            hint = f"; {pickled[0]} is pickled, which is never opened: save it as safetensors" if pickled else ""
-            raise CheckpointError(f"{self.path}: no {SINGLE} and no {INDEX}{hint}")
-        self._files[SINGLE] = TensorFile(own_file(self.path, SINGLE))
-        return dict.fromkeys(self._files[SINGLE].tensors, self._files[SINGLE])
-
-    def _named(self, parts: list[Part]) -> list[Part]:
-        """Under the names in the files, which lack the model's own prefix where its base was saved alone."""
-        named = []
-        for part in parts:
-            short = part.name.partition(".")[2]
-            use = (
-                part
-                if part.name in self._where or short not in self._where
-                else Part(short, part.shape, part.transposed)
-            )
-            if use.name not in self._where:
-                raise CheckpointError(f"{self.path} lacks {part.name}")
-            named.append(use)
-        return named
-
-    def _info(self, name: str, parts: list[Part]) -> Info:
-        for part in parts:
-            stored = self._where[part.name].tensors[part.name]
-            if stored.shape != part.stored:
-                shape = stored.shape
-                raise CheckpointError(f"{self.path}: {part.name} has shape {shape}, {CONFIG} means {part.stored}")
-            if not stored.dtype.is_floating_point:
-                raise CheckpointError(f"{self.path}: {part.name} is {stored.dtype}: quantised weights are not read")
-        first = self._where[parts[0].name].tensors[parts[0].name]
-        rows = sum(part.shape[0] for part in parts)
-        if name in ("model.embedding.weight", "model.head.weight"):
-            rows = self.model.padded_vocab_size
-        return Info(first.dtype, (rows, *parts[0].shape[1:]))
-
-    def read(self, name: str, tile: Tile) -> None:
-        first, stop = tile.offset[0], tile.offset[0] + tile.shape[0]
-        columns = tuple(slice(o, o + n) for o, n in zip(tile.offset[1:], tile.shape[1:], strict=True))
-        start = 0
-        for part in self._parts[name]:
-            low, high = max(first, start), min(stop, start + part.shape[0])
-            if low < high:
-                into, rows = tile.data[low - first : high - first], slice(low - start, high - start)
-                place = (*columns, rows) if part.transposed else (rows, *columns)
-                self._where[part.name].read(part.name, place, into.t() if part.transposed else into)
-            start += part.shape[0]
-        if stop > start:
-            tile.data[max(0, start - first) :].zero_()  # the padding of the vocabulary
-
     def extras(self) -> dict[str, bytes]:
         return {name: own_file(self.path, name).read_bytes() for name in TOKENIZER_FILES if (self.path / name).exists()}
-
-    def close(self) -> None:
-        for file in self._files.values():
-            file.close()
 
 
 def export(

@@ -163,10 +163,10 @@ COMMANDS = {
     "generate x --top_p=a": "--top_p=a: expected float",
     "ckpt inspct x": (
         "unknown command 'inspct' (did you mean 'inspect'?); there are: "
-        "inspect, verify, diff, reshard, import_hf, export_hf, average"
+        "inspect, verify, diff, reshard, import_hf, import_megatron, import_deepspeed, export_hf, average"
     ),
     "ckpt reshard x y --max_ram=lots": "--max_ram=lots: expected a size such as 256M or 5G",
-    "train c.yaml --init.from=nowhere": "init.from: nowhere: no checkpoint and no Hugging Face folder",
+    "train c.yaml --init.from=nowhere": "nowhere: no checkpoint and no Hugging Face folder",
 }
 
 IN_ONE_PROCESS = """

@@ -1,0 +1,186 @@
+"""ZeRO checkpoints that DeepSpeed itself wrote: float32 masters and Adam's moments, put together from everybody's flat
+parts as they are read. Stages 1 to 3, data parallelism only, under Hugging Face's names or ours.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megatron_lite.checkpoint.hf import PartsSource
+from megatron_lite.checkpoint.pickles import StoredTensor, load_torch
+from megatron_lite.config import ModelConfig
+from megatron_lite.errors import CheckpointError
+from megatron_lite.models.huggingface import Part, tensor_parts
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+@dataclass(frozen=True)
+class Flat:
+    """A tensor in pieces: (flat tensor, first element there, elements), in order."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    segments: Sequence[tuple[StoredTensor, int, int]]
+
+    def elements(self, first: int, stop: int) -> Tensor:
+        """Some of its elements, read from wherever they lie."""
+        parts, start = [], 0
+        for flat, offset, length in self.segments:
+            low, high = max(first, start), min(stop, start + length)
+            if low < high:
+                parts.append(flat.read(offset + low - start, offset + high - start))
+            start += length
+        return torch.cat(parts)
+
+
+class FlatFile:
+    """Flat tensors with a tensor file's interface."""
+
+    def __init__(self, tensors: dict[str, Flat]) -> None:
+        self.tensors = tensors
+
+    def read(self, name: str, place: Sequence[slice], into: Tensor) -> None:
+        """Fill ``into`` with the rectangle at ``place``: whole rows are read, and cut."""
+        flat = self.tensors[name]
+        row = flat.shape[1] if len(flat.shape) > 1 else 1
+        rows = flat.elements(place[0].start * row, place[0].stop * row)
+        into.copy_(rows.view(-1, *flat.shape[1:])[(slice(None), *place[1:])])
+
+    def close(self) -> None:
+        """Nothing to close."""
+
+
+class DeepSpeedSource(PartsSource):
+    """A ``global_stepN`` folder (or the one above it, with ``latest``), of a model with this config."""
+
+    def __init__(self, path: Path, model: ModelConfig) -> None:
+        pointer = path / "latest"
+        if pointer.is_file():
+            tag = pointer.read_text(errors="replace").strip()
+            if Path(tag).name != tag or not tag:
+                raise CheckpointError(f"{pointer}: {tag[:40]!a} is not the name of a folder in it")
+            path = path / tag
+        shards = sorted(path.glob("*zero_pp_rank_*_optim_states.pt"), key=_rank)
+        states = sorted(path.glob("*model_states.pt"), key=_rank)
+        if not shards or not states:
+            raise CheckpointError(f"{path}: no ZeRO checkpoint: no *_optim_states.pt and *_model_states.pt")
+        if any("mp_rank_00" not in shard.name for shard in shards):
+            raise CheckpointError(f"{path}: of a model that was split over ranks, which nothing in it describes")
+        optimizers = [self._tree(shard, "optimizer_state_dict") for shard in shards]
+        shapes = self._tree(states[0], "param_shapes")
+        by_parameter = "fp32_flat_groups" in optimizers[0]  # stage 3
+        key = "fp32_flat_groups" if by_parameter else "single_partition_of_fp32_groups"
+        masters = [tree.get(key) for tree in optimizers]
+        if not all(isinstance(groups, (list, tuple)) for groups in masters):
+            raise CheckpointError(f"{path}: no {key}: no ZeRO checkpoint with float32 masters")
+        places = None if by_parameter else [tree.get("param_slice_mappings") for tree in optimizers]
+        files = {"model": self._file(path, shapes, masters, places)}
+        for moment in MOMENTS:
+            held = [_moments(tree, moment) for tree in optimizers]
+            if all(held):
+                files[f"optimizer.{moment}"] = self._file(path, shapes, held, places)
+        names = {_bare(name): name for group in shapes for name in group}
+        if any(name.startswith("blocks.") for name in names):
+            parts = {
+                name: [Part(name, tuple(shape)) for shape in [_shape(shapes, full)]] for name, full in names.items()
+            }
+        else:
+            parts = tensor_parts(model)
+        self.step = _step(optimizers[0])
+        super().__init__(path, model, parts, files)
+
+    @staticmethod
+    def _tree(path: Path, key: str) -> Any:
+        tree = load_torch(path)
+        found = tree.get(key) if isinstance(tree, dict) else None
+        if not isinstance(found, (dict, list)):
+            raise CheckpointError(f"{path}: no {key}")
+        return found
+
+    @staticmethod
+    def _file(path: Path, shapes: Any, ranks: Sequence[Sequence[StoredTensor]], places: Any) -> FlatFile:
+        """Where each parameter lies in the flat groups of every rank. ``places``: what each rank says about that, of
+        every group, at stages 1 and 2; at stage 3, where there is none, every parameter is divided by itself."""
+        found: dict[str, Flat] = {}
+        stretches = [_Stretch(groups) for groups in ranks]
+        start = 0
+        for index, group in enumerate(shapes):
+            for name, shape in group.items():
+                part = -(-math.prod(shape) // len(ranks))
+                segments: list[tuple[StoredTensor, int, int]] = []
+                for rank, stretch in enumerate(stretches):
+                    if places is None:
+                        segments += stretch.cut(path, start, part)
+                    elif place := (places[rank] or {index: {}})[index].get(name):
+                        segments += _Stretch([ranks[rank][index]]).cut(path, place.start, place.numel)
+                if sum(length for _, _, length in segments) < math.prod(shape):
+                    raise CheckpointError(f"{path}: {name} is not whole")
+                found[_bare(name)] = Flat(torch.float32, tuple(shape), segments)
+                start += part
+        return FlatFile(found)
+
+
+class _Stretch:
+    """Flat tensors one after the other."""
+
+    def __init__(self, flats: Sequence[StoredTensor]) -> None:
+        self.flats = flats
+        self.starts = list(accumulate((flat.shape[0] for flat in flats), initial=0))
+
+    def cut(self, path: Path, start: int, length: int) -> list[tuple[StoredTensor, int, int]]:
+        """Where ``length`` elements from ``start`` on lie."""
+        if start + length > self.starts[-1]:
+            raise CheckpointError(f"{path}: its parts hold {self.starts[-1]} elements, and {start + length} are wanted")
+        found = []
+        for flat, first in zip(self.flats, self.starts, strict=False):
+            low, high = max(start, first), min(start + length, first + flat.shape[0])
+            if low < high:
+                found.append((flat, low - first, high - low))
+        return found
+
+
+def _rank(path: Path) -> int:
+    match = re.search(r"zero_pp_rank_(\d+)", path.name)
+    return int(match[1]) if match else 0
+
+
+def _bare(name: str) -> str:
+    return name.removeprefix("module.")
+
+
+def _shape(shapes: Any, name: str) -> Sequence[int]:
+    return next(group[name] for group in shapes if name in group)
+
+
+def _base_state(tree: Mapping[str, Any]) -> Any:
+    base = tree.get("base_optimizer_state") or tree.get("optimizer_state_dict")
+    if isinstance(base, dict):
+        base = base.get("state", base)
+    return list(base.values()) if isinstance(base, dict) else base
+
+
+def _moments(tree: Mapping[str, Any], moment: str) -> list[StoredTensor]:
+    """One of Adam's moments for every group, where they are all there."""
+    state = _base_state(tree) or []
+    found = [one.get(moment) for one in state if isinstance(one, dict)]
+    return [tensor for tensor in found if isinstance(tensor, StoredTensor)] if found else []
+
+
+def _step(tree: Mapping[str, Any]) -> int:
+    for one in _base_state(tree) or []:
+        step = one.get("step") if isinstance(one, dict) else None
+        if isinstance(step, StoredTensor):
+            return int(step.read().item())
+        if isinstance(step, (int, float)):
+            return int(step)
+    return 0

@@ -1,0 +1,166 @@
+"""Checkpoints that the frameworks themselves write: a tiny Llama trained by DeepSpeed, a tiny GPT saved by Megatron."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import copy
+import io
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+
+SIZES = {"vocab_size": 99, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+SIZES |= {"num_key_value_heads": 2, "intermediate_size": 48, "max_position_embeddings": 32}
+
+
+def train_with_deepspeed(rank: int, size: int, folder: str, stage: int, bf16: bool) -> None:
+    """Two steps of transformers' Llama under DeepSpeed's own engine, its checkpoint, and what it should hold, as
+    ``want.pt``: the masters, gathered by DeepSpeed itself, and Adam's moments after the same steps without it."""
+    os.environ["LOCAL_RANK"] = str(rank)
+    import deepspeed
+    from deepspeed.utils import safe_get_full_fp32_param
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    torch.manual_seed(0)
+    config = LlamaConfig(**SIZES, bos_token_id=None, eos_token_id=None)
+    model: Any = LlamaForCausalLM(config)
+    plain = copy.deepcopy(model)
+    if rank == 0:
+        model.save_pretrained(Path(folder) / "model")
+    settings = {
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_clipping": 0.0,
+        "bf16": {"enabled": bf16},
+        "zero_optimization": {"stage": stage, "stage3_param_persistence_threshold": 0},
+        "zero_allow_untested_optimizer": True,
+        "optimizer": {"type": "AdamW", "params": {"lr": 1e-2, "torch_adam": True, "weight_decay": 0.0}},
+    }
+    with contextlib.redirect_stdout(io.StringIO()):
+        # Two groups, the second without weight decay, as people have them.
+        norms = [p for p in model.parameters() if p.ndim == 1]
+        groups = [{"params": [p for p in model.parameters() if p.ndim > 1]}, {"params": norms, "weight_decay": 0.0}]
+        engine, *_ = deepspeed.initialize(model=model, model_parameters=groups, config=settings)
+        for _ in range(2):
+            tokens = batch(rank)
+            engine.backward(engine(input_ids=tokens, labels=tokens, use_cache=False).loss)
+            engine.step()
+        engine.save_checkpoint(f"{folder}/ds")
+        want = {name: safe_get_full_fp32_param(parameter).clone() for name, parameter in model.named_parameters()}
+    if rank:
+        return
+    adam = torch.optim.AdamW(plain.parameters(), lr=1e-2, weight_decay=0.0)
+    for _ in range(2):
+        adam.zero_grad()
+        for other in range(size):
+            (plain(input_ids=batch(other), labels=batch(other), use_cache=False).loss / size).backward()
+        adam.step()
+    for name, parameter in plain.named_parameters():
+        want |= {f"{name}.{moment}": adam.state[parameter][moment] for moment in ("exp_avg", "exp_avg_sq")}
+    torch.save(want, f"{folder}/want.pt")
+
+
+def batch(rank: int) -> torch.Tensor:
+    """What a rank trains on."""
+    return torch.arange(16).unsqueeze(0) * (rank + 3) % 99
+
+
+LLAMA = {"normalization": "RMSNorm", "swiglu": True, "position_embedding_type": "rope", "add_bias_linear": False}
+GPT2 = {"normalization": "LayerNorm", "swiglu": False, "position_embedding_type": "learned_absolute"}
+GPT2 |= {"add_bias_linear": True, "bias_gelu_fusion": True}
+
+
+def save_with_megatron(rank: int, size: int, folder: str, family: str) -> None:
+    """Megatron-core's GPTModel, split over ``size`` tensor-parallel ranks, as torch_dist and as mp_rank_XX; and the
+    logits it computes, as ``logits.pt``."""
+    torch.cuda.current_device = lambda: "cpu"  # type: ignore[assignment,return-value]
+    torch.cuda.synchronize = lambda *_: None  # type: ignore[assignment]
+    import torch.distributed as torch_dist
+    from megatron.core import dist_checkpointing, parallel_state
+    from megatron.core.fusions import fused_softmax
+    from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+    from megatron.core.models.gpt.gpt_model import GPTModel
+    from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
+    from megatron.core.transformer.transformer_config import TransformerConfig
+
+    llama = family == "llama"
+    parallel_state.initialize_model_parallel(size, 1)
+    fused_softmax.get_default_causal_mask = lambda n: torch.triu(torch.ones(n, n), 1).bool()
+    get_cuda_rng_tracker().fork = contextlib.nullcontext
+    args = argparse.Namespace(
+        **(LLAMA if llama else GPT2),
+        num_layers=2,
+        hidden_size=32,
+        num_attention_heads=4,
+        group_query_attention=llama,
+        num_query_groups=2 if llama else 1,
+        ffn_hidden_size=48,
+        kv_channels=8,
+        max_position_embeddings=64,
+        norm_epsilon=1e-5,
+        rotary_base=10000,
+        rotary_percent=1.0,
+        padded_vocab_size=112,
+        untie_embeddings_and_output_weights=llama,
+        num_experts=None,
+        bf16=False,
+        output_dir=Path("/nowhere"),
+    )
+    config = TransformerConfig(
+        num_layers=2,
+        hidden_size=32,
+        num_attention_heads=4,
+        num_query_groups=2 if llama else 4,
+        ffn_hidden_size=48,
+        use_cpu_initialization=True,
+        gated_linear_unit=llama,
+        activation_func=torch.nn.functional.silu if llama else gelu,
+        add_bias_linear=not llama,
+        normalization=args.normalization,
+        layernorm_epsilon=1e-5,
+        attention_dropout=0.0,
+        hidden_dropout=0.0,
+        pipeline_dtype=torch.float32,
+        tensor_model_parallel_size=size,
+        init_method_std=0.2,
+    )
+    torch.manual_seed(1)
+    model: Any = GPTModel(
+        config=config,
+        transformer_layer_spec=get_gpt_layer_local_spec(normalization=args.normalization),
+        vocab_size=112,
+        max_sequence_length=64,
+        position_embedding_type=args.position_embedding_type,
+        share_embeddings_and_output_weights=not llama,
+        parallel_output=False,
+    ).eval()
+    with torch.no_grad():  # nothing at zero or one; what every rank holds stays the same on all
+        for name, parameter in model.named_parameters():
+            split = getattr(parameter, "tensor_model_parallel", False)
+            generator = torch.Generator().manual_seed(sum(map(ord, name)) + (1000 * rank if split else 0))
+            parameter += 0.05 * torch.randn(parameter.shape, generator=generator)
+    tokens = torch.arange(24).unsqueeze(0) * 5 % 99
+    with torch.no_grad():
+        logits = model(tokens, torch.arange(24).unsqueeze(0), torch.triu(torch.ones(1, 1, 24, 24), 1).bool())
+    root, rank_folder = Path(folder), Path(folder) / "legacy" / "iter_0000007" / f"mp_rank_{rank:02d}"
+    (root / "dist" / "iter_0000007").mkdir(parents=True, exist_ok=True)
+    rank_folder.mkdir(parents=True)
+    saved = {"args": args, "iteration": 7, "checkpoint_version": 3.0}
+    torch.save(
+        {**saved, "model": model.state_dict_for_save_checkpoint(), "rng_state": [{"seed": 1}]},
+        rank_folder / "model_optim_rng.pt",
+    )
+    torch_dist.barrier()
+    dist_checkpointing.save({**saved, **model.sharded_state_dict()}, str(root / "dist" / "iter_0000007"))
+    if rank == 0:
+        torch.save(logits[:, -1], root / "logits.pt")
+        for kind in ("dist", "legacy"):
+            (root / kind / "latest_checkpointed_iteration.txt").write_text("7\n")
+
+
+def gelu(x: torch.Tensor) -> torch.Tensor:
+    """What Megatron's fused bias and gelu compute."""
+    return torch.nn.functional.gelu(x, approximate="tanh")
