@@ -100,12 +100,15 @@ class _Archive:
 
     def pread(self, size: int, offset: int) -> bytearray:
         """Bytes of the file; all or an error."""
-        try:
-            raw = bytearray(os.pread(self._file.fileno(), size, offset))
-        except (OSError, OverflowError):
-            raw = bytearray()
-        if len(raw) < size:
+        if not 0 <= offset <= offset + size <= os.fstat(self._file.fileno()).st_size:
             raise CheckpointError(f"{self.path}: ends before byte {offset + size}")
+        raw = bytearray(size)
+        rest = memoryview(raw)
+        while rest:
+            count = os.preadv(self._file.fileno(), [rest[: 1 << 30]], offset)
+            if count == 0:
+                raise CheckpointError(f"{self.path}: ends before byte {offset + len(rest)}")
+            rest, offset = rest[count:], offset + count
         return raw
 
     def storage(self, key: str, dtype: torch.dtype) -> tuple[int, int]:

@@ -142,7 +142,8 @@ def test_only_zero_imports_deepspeed(name: str) -> None:
 
 def test_no_pickle_and_no_shell() -> None:
     for name in SOURCES:
-        assert not [t for t, _ in imports(name) if t in ("pickle", "dill", "cloudpickle")], name
+        pickles = [t for t, _ in imports(name) if t in ("pickle", "dill", "cloudpickle")]
+        assert not pickles or name == M + "checkpoint.pickles", name  # which refuses what would run
         for node in ast.walk(SOURCES[name]):
             shell = isinstance(node, ast.keyword) and node.arg == "shell"
             assert not shell and getattr(node, "attr", "") not in ("system", "popen"), name
