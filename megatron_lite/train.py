@@ -14,7 +14,7 @@ from typing import IO
 
 import torch
 
-from megatron_lite import checkpoint
+from megatron_lite import __version__, checkpoint
 from megatron_lite.config import Config, ModelConfig, to_yaml
 from megatron_lite.data.loader import Dataset, Loader, build_dataset
 from megatron_lite.data.tokenizer import load_tokenizer
@@ -78,6 +78,8 @@ class Run:
             "dataset": self.train_data.fingerprint,
             "vocab_size": config.model.vocab_size,
             "tokenizer_sha256": self.tokenizer_digest,
+            "layout": f"{config.parallel.engine} {self.plan.describe(config).partition(';')[0]}",
+            "versions": {"megatron_lite": __version__, "torch": torch.__version__},
         }
         extras = {"config.yaml": to_yaml(config).encode()}
         if config.data.tokenizer:
