@@ -16,6 +16,7 @@ from typing import Annotated, Any, Literal, get_args
 from omegaconf import OmegaConf
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
+from megatron_lite import targets
 from megatron_lite.cli import nearest
 from megatron_lite.errors import ConfigError
 
@@ -257,6 +258,114 @@ class CheckpointConfig(Section):
     background: bool = Field(default=False, alias="async")
 
 
+class PeftSection(Section):
+    """Parameter-efficient fine-tuning of the model that ``init.from`` names, which stays as it is.
+
+    ``base_dtype``: what the base is stored in; None: what is computed in (``train.precision``).
+    """
+
+    base_dtype: Literal["float32", "bfloat16"] | None = None
+
+
+class LoRAConfig(PeftSection):
+    """Low-rank updates of linears (Hu et al. 2021): W + alpha / r · B A, and with ``rslora`` alpha / √r (Kalajdzievski
+    2023).
+
+    ``targets``: q, k, v, o, gate, up, down, embedding, head, or globs over whole names (``blocks.[0-3].mlp.*``).
+    ``ranks``, ``alphas``: another r or alpha for what a pattern matches; the first that matches counts. ``dropout``: of
+    what A sees. ``dora``: direction and magnitude apart (Liu et al. 2024).
+    """
+
+    method: Literal["lora"]
+    targets: Annotated[list[str], Field(min_length=1)] = ["q", "k", "v", "o", "gate", "up", "down"]
+    r: Positive = 8
+    alpha: PositiveFloat = 16.0
+    ranks: dict[str, Positive] = {}
+    alphas: dict[str, PositiveFloat] = {}
+    dropout: Probability = 0.0
+    rslora: bool = False
+    dora: bool = False
+
+    def rank_of(self, name: str) -> int:
+        """r of one linear."""
+        return next((r for pattern, r in self.ranks.items() if targets.matches(pattern, name)), self.r)
+
+    def scale_of(self, name: str) -> float:
+        """What B A is multiplied by there."""
+        alpha = next((a for pattern, a in self.alphas.items() if targets.matches(pattern, name)), self.alpha)
+        r = self.rank_of(name)
+        return alpha / (math.sqrt(r) if self.rslora else r)
+
+    def matched(self, model: ModelConfig) -> list[str]:
+        """The linears of this model that are adapted."""
+        names = targets.linear_names(model.num_layers, gated=model.family == "llama")
+        return [name for name in names if any(targets.matches(pattern, name) for pattern in self.targets)]
+
+    def mistakes(self, config: Config) -> list[str]:
+        """What does not fit the rest of the config."""
+        model = config.model
+        names = targets.linear_names(model.num_layers, gated=model.family == "llama")
+        listed = self.targets
+        if model.family == "gpt2" and "targets" not in self.model_fields_set:
+            listed = [name for name in listed if name != "gate"]
+        found, matched = targets.mistakes("peft.targets", listed, names), self.matched(model)
+        if matched:
+            for key in ("ranks", "alphas"):
+                found += targets.mistakes(f"peft.{key}", getattr(self, key), matched)
+        ends = [name for name in targets.ENDS if name in matched]
+        if ends and model.tie_embeddings:
+            found.append(
+                f"peft.targets: {' and '.join(ends)}: model.tie_embeddings makes one tensor of both, which an update of "
+                "one could never be merged into"
+            )
+        elif ends and self.dora:
+            found.append(f"peft.dora: {' and '.join(ends)}: only linears inside the blocks have magnitudes")
+        return found
+
+
+class AdapterConfig(PeftSection):
+    """Bottlenecks of ``size`` units between the frozen layers, which start as the identity.
+
+    ``placement``: ``houlsby`` after attention and after the MLP (Houlsby et al. 2019), ``pfeiffer`` after the MLP alone
+    (Pfeiffer et al. 2021), ``parallel`` beside the MLP (He et al. 2022). ``scale``: of what they add.
+    """
+
+    method: Literal["adapter"]
+    size: Positive = 64
+    placement: Literal["houlsby", "pfeiffer", "parallel"] = "houlsby"
+    scale: PositiveFloat = 1.0
+
+    def mistakes(self, config: Config) -> list[str]:
+        """What does not fit the rest of the config."""
+        tp = config.parallel.tp
+        return [f"peft.size={self.size} is not a multiple of parallel.tp={tp}"] if self.size % tp else []
+
+
+class PrefixConfig(PeftSection):
+    """``length`` trained keys and values ahead of the tokens in every layer (Li and Liang 2021), which take the first
+    ``length`` positions. ``reparameterize``: train them as an MLP's output, of so many hidden units, which is left out
+    of what is exported.
+    """
+
+    method: Literal["prefix"]
+    length: Positive = 16
+    reparameterize: Positive | None = None
+
+    def mistakes(self, config: Config) -> list[str]:
+        """What does not fit the rest of the config."""
+        needed, limit = self.length + config.data.seq_len, config.model.max_seq_len
+        if needed <= limit:
+            return []
+        return [
+            f"peft.length={self.length} + data.seq_len={config.data.seq_len} = {needed} positions exceed "
+            f"model.max_seq_len={limit}; the prefix takes the first"
+        ]
+
+
+METHODS: dict[str, type[PeftSection]] = {"lora": LoRAConfig, "adapter": AdapterConfig, "prefix": PrefixConfig}
+PeftConfig = LoRAConfig | AdapterConfig | PrefixConfig
+
+
 class Config(Section):
     """A whole run."""
 
@@ -268,6 +377,7 @@ class Config(Section):
     train: TrainConfig = TrainConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     init: InitConfig = InitConfig()
+    peft: Annotated[PeftConfig, Field(discriminator="method")] | None = None
 
     @property
     def folder(self) -> Path:
@@ -283,6 +393,8 @@ class Config(Section):
                 f"train.global_batch_size={self.train.global_batch_size} must be a multiple of "
                 f"train.micro_batch_size={self.train.micro_batch_size}"
             )
+        if self.peft is not None and (mistakes := self.peft.mistakes(self)):
+            raise ValueError("\n".join(mistakes))
         return self
 
 
@@ -390,6 +502,8 @@ def load_config(name: str, overrides: Mapping[str, str]) -> Config:
         config = parse_config(tree)
     except ConfigError as error:
         raise ConfigError("\n".join([*mistakes, str(error)])) from None
+    if config.peft is not None and config.init.source is None:
+        mistakes.append("peft: init.from is missing: the model that is to be adapted")
     if mistakes:
         raise ConfigError("\n".join(mistakes))
     if config.model.vocab_size is None:
@@ -435,13 +549,20 @@ def _tokenizer_size(path: str | None) -> int:
 
 def _describe(error: Any) -> str:
     """One line for one pydantic error: key, problem, what was given, nearest valid."""
-    *parents, last = [str(part) for part in error["loc"]] or ["config"]
-    key = ".".join([*parents, last])
+    location = [str(part) for part in error["loc"]] or ["config"]
+    if location[0] == "peft":  # the method is named in between
+        location[1:2] = []
+    key = ".".join(location)
     given, message = error["input"], error["msg"].removeprefix("Value error, ")
     match error["type"]:
+        case "union_tag_not_found":
+            return f"{key}.method: missing; one of {', '.join(METHODS)}"
+        case "union_tag_invalid":
+            tag = error["ctx"]["tag"]
+            return f"{key}.method: expected {', '.join(METHODS)}, not {tag!r}{nearest(tag, METHODS)}"
         case "extra_forbidden":
             known = _keys(error["loc"][:-1])
-            return f"{key}: unknown key{nearest(last, known)}; known: {', '.join(known)}"
+            return f"{key}: unknown key{nearest(location[-1], known)}; known: {', '.join(known)}"
         case "missing":
             return f"{key}: missing"
         case "model_type" | "dict_type":
@@ -457,6 +578,8 @@ def _describe(error: Any) -> str:
 def _keys(location: tuple[str | int, ...]) -> Mapping[str, Any]:
     """The keys of the section at ``location``."""
     section: Any = Config
+    if location[:1] == ("peft",):
+        section, location = METHODS[str(location[1])], location[2:]
     for part in location:
         if isinstance(part, str):
             section = section.model_fields[part].annotation

@@ -163,7 +163,7 @@ def materialize(model: nn.Module, device: torch.device) -> None:
     """Give the parameters of a model on the meta device memory on ``device``, uninitialised; their marks stay."""
     for module in model.modules():
         for name, parameter in module.named_parameters(recurse=False):
-            real = nn.Parameter(torch.empty_like(parameter, device=device))
+            real = nn.Parameter(torch.empty_like(parameter, device=device), parameter.requires_grad)
             setattr(module, name, attach(real, spec_of(parameter), parameter.init))  # type: ignore[attr-defined]
 
 
