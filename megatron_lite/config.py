@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
 from omegaconf import OmegaConf
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
 
 from megatron_lite import targets
 from megatron_lite.cli import nearest
@@ -315,8 +315,8 @@ class LoRAConfig(PeftSection):
         ends = [name for name in targets.ENDS if name in matched]
         if ends and model.tie_embeddings:
             found.append(
-                f"peft.targets: {' and '.join(ends)}: model.tie_embeddings makes one tensor of both, which an update of "
-                "one could never be merged into"
+                f"peft.targets: {' and '.join(ends)}: model.tie_embeddings makes one tensor of both, and an update of "
+                "one could never be merged into it"
             )
         elif ends and self.dora:
             found.append(f"peft.dora: {' and '.join(ends)}: only linears inside the blocks have magnitudes")
@@ -335,6 +335,11 @@ class AdapterConfig(PeftSection):
     placement: Literal["houlsby", "pfeiffer", "parallel"] = "houlsby"
     scale: PositiveFloat = 1.0
 
+    def matched(self, model: ModelConfig) -> list[str]:
+        """What is followed, or accompanied, by a bottleneck."""
+        halves = ("attention", "mlp") if self.placement == "houlsby" else ("mlp",)
+        return [f"blocks.{i}.{half}" for i in range(model.num_layers) for half in halves]
+
     def mistakes(self, config: Config) -> list[str]:
         """What does not fit the rest of the config."""
         tp = config.parallel.tp
@@ -351,6 +356,10 @@ class PrefixConfig(PeftSection):
     length: Positive = 16
     reparameterize: Positive | None = None
 
+    def matched(self, model: ModelConfig) -> list[str]:
+        """What has a prefix."""
+        return [f"blocks.{i}.attention" for i in range(model.num_layers)]
+
     def mistakes(self, config: Config) -> list[str]:
         """What does not fit the rest of the config."""
         needed, limit = self.length + config.data.seq_len, config.model.max_seq_len
@@ -363,7 +372,7 @@ class PrefixConfig(PeftSection):
 
 
 METHODS: dict[str, type[PeftSection]] = {"lora": LoRAConfig, "adapter": AdapterConfig, "prefix": PrefixConfig}
-PeftConfig = LoRAConfig | AdapterConfig | PrefixConfig
+PeftConfig = Annotated[LoRAConfig | AdapterConfig | PrefixConfig, Field(discriminator="method")]
 
 
 class Config(Section):
@@ -377,7 +386,7 @@ class Config(Section):
     train: TrainConfig = TrainConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     init: InitConfig = InitConfig()
-    peft: Annotated[PeftConfig, Field(discriminator="method")] | None = None
+    peft: PeftConfig | None = None
 
     @property
     def folder(self) -> Path:
@@ -481,10 +490,19 @@ def parse_config(tree: dict[str, Any]) -> Config:
 
 def parse_model(tree: Any, where: str) -> ModelConfig:
     """Validate the ``model`` section that was found in ``where``. Raises ConfigError."""
+    return _parse_section(ModelConfig, "model", tree, where)
+
+
+def parse_peft(tree: Any, where: str) -> PeftConfig | None:
+    """Validate the ``peft`` section that was found in ``where``, if there is one. Raises ConfigError."""
+    return None if tree is None else _parse_section(PeftConfig, "peft", tree, where)
+
+
+def _parse_section(section: Any, name: str, tree: Any, where: str) -> Any:
     try:
-        return ModelConfig.model_validate(tree)
+        return TypeAdapter(section).validate_python(tree)
     except ValidationError as error:
-        lines = (_describe({**e, "loc": ("model", *e["loc"])}) for e in error.errors(include_url=False))
+        lines = (_describe({**e, "loc": (name, *e["loc"])}) for e in error.errors(include_url=False))
         raise ConfigError("\n".join(f"{where}: {line}" for line in lines)) from None
 
 
@@ -504,6 +522,8 @@ def load_config(name: str, overrides: Mapping[str, str]) -> Config:
         raise ConfigError("\n".join([*mistakes, str(error)])) from None
     if config.peft is not None and config.init.source is None:
         mistakes.append("peft: init.from is missing: the model that is to be adapted")
+    if config.peft is not None and config.init.optimizer:
+        mistakes.append("init.optimizer: what peft trains is new, and that optimizer knows nothing of it")
     if mistakes:
         raise ConfigError("\n".join(mistakes))
     if config.model.vocab_size is None:

@@ -161,8 +161,9 @@ class DeepSpeedZeRO(Engine):
                 dtype=dtype,
                 mpu=unit,
             )
-        for parameter in (self.model.head or self.model.embedding).parameters():
-            deepspeed.zero.register_external_parameter(self.model, parameter)
+        model: Any = self.model
+        for parameter in (model.head or model.embedding).parameters():
+            deepspeed.zero.register_external_parameter(model, parameter)
 
     def make_optimizer(self, config: OptimConfig) -> torch.optim.Optimizer:
         return self.zero.optimizer if self.stage > 0 else self.zero

@@ -22,8 +22,8 @@ _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 def apply(model: nn.Module, config: PeftConfig | None, compute: torch.dtype) -> None:
-    """Make a model what is trained: with a method, its weights frozen, in ``base_dtype`` or what is computed in, and the
-    method's parameters, in float32 or better, the only ones that want a gradient. Without one, all in float32 or better.
+    """Make a model what is trained. With a method: its weights frozen, in ``base_dtype`` or what is computed in, and
+    the method's own parameters, in float32 or better, the only ones that want a gradient. Without: all of that kind.
     """
     master = torch.promote_types(compute, torch.float32)
     if config is None:

@@ -1,4 +1,4 @@
-"""Bottleneck adapters between frozen layers: Houlsby et al. 2019, Pfeiffer et al. 2021, parallel ones He et al. 2022."""
+"""Bottlenecks between frozen layers: Houlsby et al. 2019, Pfeiffer et al. 2021; beside them: He et al. 2022."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from megatron_lite.layers.linear import ColumnParallelLinear, RowParallelLinear
 class Bottleneck(nn.Module):
     """``added + scale · up(gelu(down(x)))``, x being ``added`` itself or, ``parallel``, what the half started from.
 
-    Both [tokens (/ tp under sp), hidden] → the same. ``up`` starts at zero, so the whole as the identity. Column-parallel
-    ``down``, row-parallel ``up``; collectives are theirs.
+    Both [tokens (/ tp under sp), hidden] → the same. ``up`` starts at zero, so the whole as the identity. ``down`` is
+    column-parallel, ``up`` row-parallel; collectives are theirs.
     """
 
     def __init__(self, hidden: int, config: AdapterConfig, tp: Axis, *, sp: bool, std: float) -> None:

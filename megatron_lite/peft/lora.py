@@ -1,8 +1,8 @@
 """LoRA (Hu et al. 2021) and DoRA (Liu et al. 2024) on linears that are split over tensor-parallel ranks.
 
-``W + s B A``, A [r, in] and B [out, r] sharded as W is: where W's rows are split, so are B's, and A is replicated; where
-its columns are, A's are, and B is replicated. ``low = x A^T`` [tokens, r] travels as r more columns of the tensor that
-the linear gathers or reduces anyway, so an adapted linear makes the collectives of a plain one and no others, but for
+``W + s B A``, A [r, in] and B [out, r] sharded as W is: where W's rows are split, so are B's, and A is replicated;
+where its columns are, A's are, and B is replicated. ``low = x A^T`` [tokens, r] travels as r more columns of the tensor
+that the linear gathers or reduces anyway, so an adapted linear makes the collectives of a plain one and no others, but for
 two: under sequence parallelism the gradient of the replicated factor is summed over tp, as that of a norm is; and DoRA
 sums the squares of a row's parts. The base's weight gets no gradient, and its input is not kept for one.
 
@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
+from itertools import accumulate
 from typing import Any, NamedTuple
 
 import torch
@@ -25,17 +26,13 @@ from megatron_lite.dist.shard import ShardSpec, attach, spec_of
 from megatron_lite.layers.embedding import VocabParallelEmbedding
 from megatron_lite.layers.linear import ColumnParallelLinear, RowParallelLinear
 
-# Our fused linears, by what they hold.
-_LINEARS = {
-    "attention.qkv": ("attention.q", "attention.k", "attention.v"),
-    "attention.out": ("attention.o",),
-    "mlp.up": ("mlp.gate", "mlp.up"),
-    "mlp.down": ("mlp.down",),
-}
+# What our fused linears hold, one below the other.
+_QKV = ("attention.q", "attention.k", "attention.v")
+_UP = ("mlp.gate", "mlp.up")
 
 
 class Update(NamedTuple):
-    """What LoRA adds to ``length`` local rows of a linear's weight from ``start`` on; parameters are ``lora_NAME_…``."""
+    """What is added to ``length`` local rows of a linear's weight from ``start`` on; parameters are ``lora_NAME_…``."""
 
     name: str
     start: int
@@ -91,8 +88,8 @@ class _Adapted(nn.Module):
         return torch.stack((plain, moved))
 
     def magnitude(self, lengths: Tensor, trained: Sequence[Tensor]) -> Tensor:
-        """What each row's output is multiplied by, [rows]: the trained magnitude, relative to the frozen row's, over the
-        length of the updated row, which is taken as a constant in backward (section 4.3 there)."""
+        """What each row's output is multiplied by, [rows]: the trained magnitude, which is relative to the frozen row's
+        length, over the length of the updated row, a constant in backward (section 4.3 there)."""
         ratio = (lengths[0] / lengths[1]).sqrt().to(trained[0].dtype)
         if len(trained) == 1 and trained[0].shape == ratio.shape:
             return ratio * trained[0]
@@ -174,8 +171,8 @@ class LoRAColumnLinear(_Adapted, ColumnParallelLinear):
 class LoRARowLinear(_Adapted, RowParallelLinear):
     """A row-parallel linear with an update: A split as W's columns are, B replicated.
 
-    This rank's share of ``low`` joins its share of y in the all-reduce or reduce-scatter (``sp``) and their gradients in
-    the all-gather (``sp``) back.
+    This rank's share of ``low`` joins its share of y in the all-reduce or reduce-scatter (``sp``), and their gradients
+    return in one all-gather (``sp``).
     """
 
     def __init__(self, base: RowParallelLinear, name: str, updates: list[Update], config: LoRAConfig) -> None:
@@ -227,29 +224,27 @@ def add_lora(model: Any, config: LoRAConfig) -> None:
     """Put an adapted linear in the place of each that ``targets`` matches. Base parameters keep their names."""
     matched = config.matched(model.config)
 
-    def updates(linear: Any, names: Sequence[str], chunks: Sequence[int]) -> list[Update]:
-        found, start = [], 0
-        for name, chunk in zip(names, chunks, strict=True):
-            length = chunk // linear.tp.size
-            if name in matched:
-                short = name.rpartition(".")[2]
-                found.append(Update(short, start, length, config.rank_of(name), config.scale_of(name)))
-            start += length
-        return found
+    def adapt(parent: Any, own: str, name: str, parts: Sequence[str], kind: Any) -> None:
+        """``parent.own``, which is ``name`` to us and ``parts``, one below the other, to users."""
+        linear = getattr(parent, own)
+        spec, rows = spec_of(linear.weight), linear.weight.shape[0]
+        lengths = [chunk // linear.tp.size for chunk in spec.chunks] if spec.chunks else [rows]
+        starts = accumulate(lengths, initial=0)
+        updates = [
+            Update(part.rpartition(".")[2], start, length, config.rank_of(part), config.scale_of(part))
+            for part, start, length in zip(parts, starts, lengths, strict=False)
+            if part in matched
+        ]
+        if updates:
+            setattr(parent, own, kind(linear, name, updates, config))
 
     for i, block in enumerate(model.blocks):
-        for linear_name, names in _LINEARS.items():
-            half, _, own = linear_name.partition(".")
-            linear = getattr(getattr(block, half), own)
-            spec = spec_of(linear.weight)
-            if isinstance(linear, RowParallelLinear):  # every rank holds all rows
-                chunks, kind = (spec.shape[0] * linear.tp.size,), LoRARowLinear
-            else:
-                chunks, kind = spec.chunks or spec.shape[:1], LoRAColumnLinear
-            wanted = [f"blocks.{i}.{name}" for name in names[-len(chunks) :]]  # an MLP without a gate has one chunk
-            if found := updates(linear, wanted, chunks):
-                setattr(getattr(block, half), own, kind(linear, f"blocks.{i}.{linear_name}", found, config))
-    for name, kind in (("embedding", LoRAEmbedding), ("head", LoRAColumnLinear)):
-        if name in matched:
-            linear = getattr(model, name)
-            setattr(model, name, kind(linear, name, updates(linear, [name], spec_of(linear.weight).shape[:1]), config))
+        at = f"blocks.{i}"
+        qkv, up = ([f"{at}.{part}" for part in parts] for parts in (_QKV, _UP if block.mlp.gated else _UP[1:]))
+        adapt(block.attention, "qkv", f"{at}.attention.qkv", qkv, LoRAColumnLinear)
+        adapt(block.attention, "out", f"{at}.attention.out", [f"{at}.attention.o"], LoRARowLinear)
+        adapt(block.mlp, "up", f"{at}.mlp.up", up, LoRAColumnLinear)
+        adapt(block.mlp, "down", f"{at}.mlp.down", [f"{at}.mlp.down"], LoRARowLinear)
+    adapt(model, "embedding", "embedding", ["embedding"], LoRAEmbedding)
+    if model.head is not None:
+        adapt(model, "head", "head", ["head"], LoRAColumnLinear)
