@@ -16,6 +16,7 @@ from torch import Tensor
 from megatron_lite import checkpoint, peft
 from megatron_lite.checkpoint import CheckpointSource, Source
 from megatron_lite.cli import nearest
+from megatron_lite.config import PrefixConfig
 from megatron_lite.dist import random
 from megatron_lite.dist.env import read_rank
 from megatron_lite.dist.mesh import Mesh, build_mesh, pick_device, process_group
@@ -24,6 +25,7 @@ from megatron_lite.errors import CheckpointError, ConfigError, DataError
 from megatron_lite.layers.attention import KeyValueCache
 from megatron_lite.models.decoder import Decoder
 from megatron_lite.parallel.plan import check_tp
+from megatron_lite.peft.prefix import fold
 from megatron_lite.trainer import DTYPES
 
 
@@ -168,6 +170,8 @@ class Models:
         peft.apply(model, adapter.peft.model_copy(update={"base_dtype": None}), self.compute)
         materialize(model, self.mesh.device, dict(self.by_name[None].named_parameters()))
         self._load(adapter, model, [name for name, p in model.named_parameters() if p.requires_grad])
+        if isinstance(adapter.peft, PrefixConfig):
+            fold(model, self.compute)
         return model
 
     def _load(self, source: Source, model: Decoder, names: Collection[str]) -> None:

@@ -2,9 +2,9 @@
 
 ``W + s B A``, A [r, in] and B [out, r] sharded as W is: where W's rows are split, so are B's, and A is replicated;
 where its columns are, A's are, and B is replicated. ``low = x A^T`` [tokens, r] travels as r more columns of the tensor
-that the linear gathers or reduces anyway, so an adapted linear makes the collectives of a plain one and no others, but for
-two: under sequence parallelism the gradient of the replicated factor is summed over tp, as that of a norm is; and DoRA
-sums the squares of a row's parts. The base's weight gets no gradient, and its input is not kept for one.
+that the linear gathers or reduces anyway, so an adapted linear makes the collectives of a plain one and no others, but
+for two: under sequence parallelism the gradient of the replicated factor is summed over tp, as that of a norm is; and
+DoRA sums the squares of a row's parts. The base's weight gets no gradient, and its input is not kept for one.
 
 The model fuses q, k, v and gate, up; each has factors of its own, which add to its own columns.
 """

@@ -70,15 +70,19 @@ class Prefix(nn.Module):
             self.bias = _parameter(ShardSpec((2 * width,), dim=dim, chunks=chunks), size, 0.0)
 
     def forward(self, stem: Tensor | None, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        if self.keys is None:
-            assert stem is not None
-            flat = F.linear(stem, self._whole(self.weight).to(dtype), self._whole(self.bias).to(dtype))
-            keys, values = flat.view(self.length, 2, -1, self.head_dim).permute(1, 2, 0, 3)
-        else:
-            keys, values = self._whole(self.keys).to(dtype), self._whole(self.values).to(dtype)
+        keys, values = self.made(stem, dtype)
         if self.replicated:
             own = self.tp.rank * self.heads // self.tp.size
             return keys[own : own + 1], values[own : own + 1]
+        return keys, values
+
+    def made(self, stem: Tensor | None, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """The keys and values of all heads that this rank holds."""
+        if self.keys is not None:
+            return self._whole(self.keys).to(dtype), self._whole(self.values).to(dtype)
+        assert stem is not None
+        flat = F.linear(stem, self._whole(self.weight).to(dtype), self._whole(self.bias).to(dtype))
+        keys, values = flat.view(self.length, 2, -1, self.head_dim).permute(1, 2, 0, 3)
         return keys, values
 
     def _whole(self, parameter: Tensor) -> Tensor:
@@ -90,3 +94,14 @@ def add_prefix(model: Any, config: PrefixConfig) -> None:
     model.prefix = Stem(model, config)
     for block in model.blocks:
         block.attention.prefix = Prefix(block.attention, config)
+
+
+@torch.no_grad()
+def fold(model: Any, dtype: torch.dtype) -> None:
+    """Put in the place of the MLP that made the prefix what it makes, in ``dtype``: its use was in training."""
+    stem = model.prefix(dtype)
+    made = [block.attention.prefix.made(stem, dtype) for block in model.blocks]
+    add_prefix(model, PrefixConfig(method="prefix", length=model.prefix.length))
+    for block, (keys, values) in zip(model.blocks, made, strict=True):
+        prefix = block.attention.prefix.to(dtype)
+        prefix.keys.data, prefix.values.data = keys.contiguous(), values.contiguous()
