@@ -131,6 +131,8 @@ def with_adapter(method):
     if method is not None:
         peft.apply(base, parse_peft(method, ""), torch.float64)
         initialize(pieces_of(base, Axis("tp")), inits_of(base), 1)
+    with torch.no_grad():  # what is loaded has no padding
+        base.embedding.weight[VOCAB:] = base.head.weight[VOCAB:] = 0.0
     return base
 
 
