@@ -3,7 +3,7 @@
 from launch import torchrun
 from launch.job import Job, Launch
 
-# --via=NAME; each entry is a pure function from a Job to the command line that starts its ranks.
+# --via=NAME; each entry is a pure function from a Job to the commands that start its ranks.
 LAUNCHERS = {
     "torchrun": torchrun.command,
 }

@@ -1,7 +1,8 @@
-"""The shim around each rank: ``python -m launch.rank --log-dir=DIR [--stderr-fd=N] -- PROGRAM …``.
+"""The shim around each rank: ``python -m launch.rank --log-dir=DIR [OPTIONS] -- PROGRAM …``.
 
 It keeps the rank's output in ``DIR/rank_N.log``, passes signals on, and reports how the rank ended (``report.py``),
-since launchers hand back neither exit codes nor signals.
+since launchers hand back neither exit codes nor signals. Options: ``--rank=VARIABLE`` that holds the rank (RANK),
+``--stderr-fd=N`` for rank 0's errors, ``--wish=FILE`` in which a launcher on another machine says what it wants.
 """
 
 from __future__ import annotations
@@ -15,7 +16,9 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import NoReturn
 
@@ -24,7 +27,8 @@ from launch.report import PREEMPTED, Report, last_words
 
 _STOP = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP, signal.SIGQUIT)  # what torchrun passes on
 _STOPPED_LIMIT_S = 2.0  # how long a rank that should save may stay stopped (SIGSTOP) before it is killed
-_POLL_S = 0.2
+_POLL_S, _WISH_S = 0.2, 1.0
+SAVE, END = "save", "end"  # wishes, each followed by the attempt that is meant
 _TAIL_BYTES = 8192
 
 
@@ -63,8 +67,16 @@ class Copier(threading.Thread):
             self.console = None
 
 
-def run(log_dir: Path, program: list[str], rank: int, attempt: int, console: tuple[int, int] | None) -> int:
-    """Run ``program`` to its end; ``console`` holds the descriptors for its stdout and stderr, if it is shown.
+def run(
+    log_dir: Path,
+    program: list[str],
+    rank: int,
+    attempt: int,
+    console: tuple[int, int] | None,
+    wish: Callable[[], str] = str,
+) -> int:
+    """Run ``program`` to its end; ``console`` holds the descriptors for its stdout and stderr, if it is shown, and
+    ``wish`` tells what a launcher wants that cannot send signals.
 
     Returns the exit code for the launcher: the program's own, 128 + N after signal N, but 0 when the program was
     preempted, so that the launcher does not tear down the peers that are still saving.
@@ -92,7 +104,7 @@ def run(log_dir: Path, program: list[str], rank: int, attempt: int, console: tup
     for copier in copiers:
         copier.start()
 
-    asked, stopped = _wait(child, watched)
+    asked, stopped = _wait(child, watched, wish)
 
     with contextlib.suppress(ProcessLookupError):
         os.killpg(child.pid, signal.SIGKILL)  # what the program started and left behind
@@ -112,14 +124,17 @@ def run(log_dir: Path, program: list[str], rank: int, attempt: int, console: tup
     return 128 + signum if signum else code if code != PREEMPTED else 0
 
 
-def _wait(child: subprocess.Popen[bytes], watched: set[signal.Signals]) -> tuple[bool, bool]:
-    """Pass signals on until ``child`` ends: was it asked to stop, and had it to be killed while stopped?"""
+def _wait(child: subprocess.Popen[bytes], watched: set[signal.Signals], wish: Callable[[], str]) -> tuple[bool, bool]:
+    """Pass signals and wishes on until ``child`` ends: was it asked to stop, and had it to be killed while stopped?"""
     asked, stopped, stopped_since = False, False, 0.0
     while child.poll() is None:
-        received = signal.sigtimedwait(watched, _POLL_S if asked else 60)
+        received = signal.sigtimedwait(watched, _POLL_S if asked else _WISH_S if wish is not str else 60)
+        wanted = wish()
+        if wanted == END:
+            process.send(child.pid, signal.SIGKILL)
         if received and received.si_signo == signal.SIGUSR2:
             process.send(child.pid, signal.SIGUSR2)
-        elif received and received.si_signo in _STOP and not asked:
+        elif (wanted == SAVE or (received and received.si_signo in _STOP)) and not asked:
             asked = True  # the supervisor and torchrun may both ask; a second signal would cut the save short
             process.send(child.pid, signal.SIGTERM)
         if not asked or process.state(child.pid) != "T":
@@ -132,6 +147,15 @@ def _wait(child: subprocess.Popen[bytes], watched: set[signal.Signals]) -> tuple
     return asked, stopped
 
 
+def read_wish(path: Path, attempt: int) -> str:
+    """What ``path`` says to the ranks of ``attempt``: SAVE, END, or nothing."""
+    try:
+        wish, _, meant = path.read_text().strip().partition(" ")
+    except OSError:
+        return ""
+    return wish if meant == str(attempt) else ""
+
+
 def main() -> NoReturn:
     """Read the command line and the launcher's variables; everything unexpected is an error of the launcher."""
     process.die_with_parent()
@@ -140,10 +164,11 @@ def main() -> NoReturn:
     split = sys.argv.index("--")
     options = dict(option.removeprefix("--").split("=", 1) for option in sys.argv[1:split])
     program, log_dir = sys.argv[split + 1 :], Path(options["log-dir"])
-    rank, attempt = int(os.environ["RANK"]), int(os.environ.get("MLITE_ATTEMPT", "0"))
+    rank, attempt = int(os.environ[options.get("rank", "RANK")]), int(os.environ.get("MLITE_ATTEMPT", "0"))
     console = (1, int(options.get("stderr-fd", "2"))) if rank == 0 else None
+    wish = partial(read_wish, Path(options["wish"]), attempt) if "wish" in options else str
     try:
-        raise SystemExit(run(log_dir, program, rank, attempt, console))
+        raise SystemExit(run(log_dir, program, rank, attempt, console, wish))
     except OSError as error:
         print(f"error: rank {rank} could not be started: {error}", file=sys.stderr)
         raise SystemExit(7 if error.filename != program[0] else 2) from None

@@ -15,14 +15,17 @@ from megatron_lite.parallel.plan import make_plan, parse_side
 def config(config: str, ranks: int | None = None, **overrides: str) -> None:
     """Check a config, and whether it can run on --ranks; print it, resolved, as JSON.
 
+    With --ranks the degrees of its mesh come as "mesh".
+
     CONFIG is a path or the name of a shipped config; any --section.key=value overrides it.
     """
     checked = load_config(config, overrides)
     if ranks is not None and ranks < 1:
         raise ConfigError(f"--ranks={ranks}: expected at least 1")
+    shown = checked.model_dump(mode="json")
     if ranks is not None:
-        make_plan(checked, ranks)
-    print(json.dumps(checked.model_dump(mode="json")))
+        shown["mesh"] = make_plan(checked, ranks).degrees
+    print(json.dumps(shown))
 
 
 def train(config: str, **overrides: str) -> None:
