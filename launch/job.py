@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from urllib.parse import quote
 
 from launch.hostfile import Host
 
@@ -101,6 +103,19 @@ class Job:
         return ["-m", "launch.rank", f"--log-dir={self.log_dir}", *wish, *options, "--", *program]
 
 
+def ordered(job: Job, env: Mapping[str, str], *options: str, lease: bool = False) -> tuple[list[str], dict[Path, str]]:
+    """For launchers that carry arguments and variables badly: a short argv of the shim, and the file that it reads the
+    rest from. The file is the user's alone: variables may be secret.
+
+    ``lease``: ranks end themselves when the launcher gives no sign of life, because nothing else would end them.
+    """
+    path = job.log_dir / "order.json"
+    argv = job.rank_argv(*options, *(["--lease"] if lease and job.distributed else []))
+    order = {"argv": argv[2:], "env": {**job.rank_env, **env}, "cwd": str(Path.cwd())}
+    plain = quote(str(path.absolute()), safe="/").replace("%", "=")
+    return [*argv[:2], f"--file={plain}"], {path: json.dumps(order, indent=1) + "\n"}
+
+
 def rank_defaults(slots: int, given: Mapping[str, str]) -> dict[str, str]:
     """Variables that ranks should have; what the user has set in ``given`` is left alone."""
     defaults = {
@@ -126,14 +141,17 @@ def device_env(host: Host) -> dict[str, str]:
 class Command:
     """One process that a launcher starts on this machine, which starts ranks on ``host`` (or, without one, on all).
 
-    ``env`` is added to the environment. ``stdin``, if there is any, is written to it, and the pipe then held open: a
-    host that hears no more from this machine ends what runs there (``launch/host.py``).
+    ``env`` is added to the environment, and what starts with ``without`` taken out of it. ``stdin``, if there is any,
+    is written to it, and the pipe then held open: a host that hears no more from this machine ends what runs there
+    (``launch/host.py``).
     """
 
     argv: list[str]
     env: dict[str, str] = field(default_factory=dict)
     host: Host | None = None
     stdin: str | None = None
+    without: tuple[str, ...] = ()
+    console: bool = False  # descriptor 0 is the console's stderr (launch/torchrun.py)
 
 
 @dataclass(frozen=True)

@@ -2,13 +2,15 @@
 
 It keeps the rank's output in ``DIR/rank_N.log``, passes signals on, and reports how the rank ended (``report.py``),
 since launchers hand back neither exit codes nor signals. Options: ``--rank=VARIABLE`` that holds the rank (RANK),
-``--stderr-fd=N`` for rank 0's errors, ``--wish=FILE`` in which a launcher on another machine says what it wants.
+``--stderr-fd=N`` for rank 0's errors, ``--wish=FILE`` in which a launcher on another machine says what it wants, and
+``--lease`` to end with it. ``--file=FILE`` stands for all of this: there the arguments are, and variables to set.
 """
 
 from __future__ import annotations
 
 import contextlib
 import io
+import json
 import os
 import signal
 import socket
@@ -16,11 +18,10 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import NoReturn
+from urllib.parse import unquote
 
 from launch import process
 from launch.report import PREEMPTED, Report, last_words
@@ -28,6 +29,7 @@ from launch.report import PREEMPTED, Report, last_words
 _STOP = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP, signal.SIGQUIT)  # what torchrun passes on
 _STOPPED_LIMIT_S = 2.0  # how long a rank that should save may stay stopped (SIGSTOP) before it is killed
 _POLL_S, _WISH_S = 0.2, 1.0
+_LEASE_S = 30.0  # a rank with a lease ends when its launcher has been silent for this long
 SAVE, END = "save", "end"  # wishes, each followed by the attempt that is meant
 _TAIL_BYTES = 8192
 
@@ -73,7 +75,7 @@ def run(
     rank: int,
     attempt: int,
     console: tuple[int, int] | None,
-    wish: Callable[[], str] = str,
+    wish: Wish | None = None,
 ) -> int:
     """Run ``program`` to its end; ``console`` holds the descriptors for its stdout and stderr, if it is shown, and
     ``wish`` tells what a launcher wants that cannot send signals.
@@ -124,12 +126,12 @@ def run(
     return 128 + signum if signum else code if code != PREEMPTED else 0
 
 
-def _wait(child: subprocess.Popen[bytes], watched: set[signal.Signals], wish: Callable[[], str]) -> tuple[bool, bool]:
+def _wait(child: subprocess.Popen[bytes], watched: set[signal.Signals], wish: Wish | None) -> tuple[bool, bool]:
     """Pass signals and wishes on until ``child`` ends: was it asked to stop, and had it to be killed while stopped?"""
     asked, stopped, stopped_since = False, False, 0.0
     while child.poll() is None:
-        received = signal.sigtimedwait(watched, _POLL_S if asked else _WISH_S if wish is not str else 60)
-        wanted = wish()
+        received = signal.sigtimedwait(watched, _POLL_S if asked else _WISH_S if wish else 60)
+        wanted = wish.read() if wish else ""
         if wanted == END:
             process.send(child.pid, signal.SIGKILL)
         if received and received.si_signo == signal.SIGUSR2:
@@ -147,13 +149,37 @@ def _wait(child: subprocess.Popen[bytes], watched: set[signal.Signals], wish: Ca
     return asked, stopped
 
 
-def read_wish(path: Path, attempt: int) -> str:
-    """What ``path`` says to the ranks of ``attempt``: SAVE, END, or nothing."""
-    try:
-        wish, _, meant = path.read_text().strip().partition(" ")
-    except OSError:
-        return ""
-    return wish if meant == str(attempt) else ""
+class Wish:
+    """A file in which a launcher on another machine says what it wants, and, by changing it, that it is there.
+
+    Its text is ``WISH ATTEMPT NUMBER``. It is opened at each look: network file systems refresh a file then.
+    """
+
+    def __init__(self, path: Path, attempt: int, *, lease: bool) -> None:
+        self.path, self.attempt, self.lease = path, str(attempt), lease
+        self.text, self.since = "", time.monotonic()
+
+    def read(self) -> str:
+        """SAVE, END or nothing; END also when a lease has run out."""
+        with contextlib.suppress(OSError):
+            text = self.path.read_text()
+            if text != self.text:
+                self.text, self.since = text, time.monotonic()
+        if self.lease and time.monotonic() - self.since > _LEASE_S:
+            return END
+        wish, _, rest = self.text.partition(" ")
+        return wish if rest.partition(" ")[0] == self.attempt else ""
+
+
+def _arguments() -> list[str]:
+    """The command line, or what the file holds that it names; in the directory and with the variables of that file."""
+    argv = sys.argv[1:]
+    if not argv[0].startswith("--file="):
+        return argv
+    order = json.loads(Path(unquote(argv[0].removeprefix("--file=").replace("=", "%"))).read_text())
+    os.environ.update(order["env"])
+    os.chdir(order["cwd"])
+    return list(order["argv"])
 
 
 def main() -> NoReturn:
@@ -161,12 +187,13 @@ def main() -> NoReturn:
     process.die_with_parent()
     if os.getppid() == 1:
         raise SystemExit("launch.rank: the launcher has gone")
-    split = sys.argv.index("--")
-    options = dict(option.removeprefix("--").split("=", 1) for option in sys.argv[1:split])
-    program, log_dir = sys.argv[split + 1 :], Path(options["log-dir"])
+    argv = _arguments()
+    split = argv.index("--")
+    options = dict(option.removeprefix("--").partition("=")[::2] for option in argv[:split])
+    program, log_dir = argv[split + 1 :], Path(options["log-dir"])
     rank, attempt = int(os.environ[options.get("rank", "RANK")]), int(os.environ.get("MLITE_ATTEMPT", "0"))
     console = (1, int(options.get("stderr-fd", "2"))) if rank == 0 else None
-    wish = partial(read_wish, Path(options["wish"]), attempt) if "wish" in options else str
+    wish = Wish(Path(options["wish"]), attempt, lease="lease" in options) if "wish" in options else None
     try:
         raise SystemExit(run(log_dir, program, rank, attempt, console, wish))
     except OSError as error:

@@ -142,6 +142,7 @@ class _Attempt:
         self.told: set[int] = set()  # shims that were passed the wish
         self.agents: list[subprocess.Popen[bytes]] = []  # one for each of the launch's commands
         self.beaten = self.probed = time.monotonic()
+        self.wished, self.beats = "", 0
         self.probe: Probe | None = None
 
     def run(self) -> Outcome:
@@ -168,15 +169,16 @@ class _Attempt:
     def _start(self, command: Command) -> subprocess.Popen[bytes]:
         remote = command.stdin is not None
         name = launcher_log(self.job, self.launch.name, command.host if remote else None)
+        kept = {name: value for name, value in os.environ.items() if not name.startswith(command.without)}
         first = command.host is None or command.host == self.job.hosts[0]  # where rank 0 is
         with name.open("ab" if self.job.attempt else "wb") as log:
             agent = process.start(
                 command.argv,
                 unblock=self.signals,
-                stdin=subprocess.PIPE if remote else sys.stderr.fileno(),  # see launch/torchrun.py
+                stdin=subprocess.PIPE if remote else sys.stderr.fileno() if command.console else subprocess.DEVNULL,
                 stdout=None if first else log,
                 stderr=None if first and remote else log,
-                env={**os.environ, **command.env},
+                env={**kept, **command.env},
                 start_new_session=True,  # Ctrl-C reaches this process only
             )
         if agent.stdin is not None:
@@ -220,7 +222,10 @@ class _Attempt:
         """A sign of life for other hosts, each second; without one they end what runs there."""
         if now - self.beaten < BEAT_S:
             return
-        self.beaten = now
+        self.beaten, self.beats = now, self.beats + 1
+        if self.job.distributed:
+            with contextlib.suppress(OSError):
+                self._wish(self.wished)
         for agent in self.agents:
             if agent.stdin is not None:
                 with contextlib.suppress(OSError):  # it has ended, or the link does not take any more
@@ -257,8 +262,9 @@ class _Attempt:
 
     def _wish(self, wish: str) -> None:
         # In place and always of one size: it works on a full disk, and other hosts see it as soon as they open it.
+        self.wished = wish
         with self.job.wish.open("r+" if self.job.wish.exists() else "w") as file:
-            file.write(f"{wish} {self.job.attempt}".ljust(63) + "\n")
+            file.write(f"{wish} {self.job.attempt} {self.beats}".ljust(63) + "\n")
 
     def _kill_all(self) -> None:
         """Kill everything below this process; other hosts do the same when their lifeline ends."""

@@ -35,7 +35,7 @@ def command(job: Job) -> Launch:
         ]
         env = job.rank_env | device_env(host)
         local = host.local or job.node is not None
-        commands.append(Command(argv, env, host) if local else over_ssh(job, host, argv, env))
+        commands.append(Command(argv, env, host, console=True) if local else over_ssh(job, host, argv, env))
     return Launch("torchrun", commands)
 
 

@@ -257,7 +257,7 @@ class CheckpointConfig(Section):
     background: bool = Field(default=False, alias="async")
 
 
-_Line = Annotated[str, Field(pattern=r"^[^\n\r\0]*$")]  # what becomes a line of a script, or a word of a command
+_Line = Annotated[str, Field(pattern=r"^[^\n\r\x00]*$")]  # what becomes a line of a script, or a word of a command
 
 
 class SshConfig(Section):

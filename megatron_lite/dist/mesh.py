@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import contextlib
+import socket
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -15,6 +16,7 @@ import torch.distributed as torch_dist
 from torch.distributed.device_mesh import DeviceMesh
 
 from megatron_lite.dist.env import Rank
+from megatron_lite.errors import ConfigError
 
 AXES = ("pp", "dp_replicate", "dp_shard", "cp", "tp")
 
@@ -97,6 +99,29 @@ def pick_device(rank: Rank) -> torch.device:
     return torch.device("cpu")
 
 
+def agree_by_mpi(rank: Rank) -> tuple[str, int]:
+    """Rank 0's address and a free port of its host, broadcast over MPI. Raises ConfigError without a fitting mpi4py."""
+    try:
+        from mpi4py import MPI
+    except (ImportError, RuntimeError) as error:
+        raise ConfigError(
+            f"started by {rank.launcher}, and mpi4py does not load ({error}): pip install 'megatron_lite[mpi]', "
+            "or set MASTER_ADDR and MASTER_PORT"
+        ) from None
+    world = MPI.COMM_WORLD
+    if (world.rank, world.size) != (rank.rank, rank.size):
+        raise ConfigError(
+            f"{rank.launcher} says rank {rank.rank} of {rank.size}, mpi4py rank {world.rank} of {world.size}: it loads "
+            f"another MPI ({MPI.Get_library_version().split(',')[0]}); set MPI4PY_LIBMPI to the libmpi of your mpirun"
+        )
+    with socket.socket() as listener:
+        listener.bind(("", 0))
+        mine = (socket.gethostname(), listener.getsockname()[1]) if rank.rank == 0 else None
+        address, port = world.bcast(mine)
+        hosts = world.allgather(rank.host)
+    return ("127.0.0.1" if len(set(hosts)) == 1 else str(address)), int(port)
+
+
 def peer_failure(error: BaseException) -> bool:
     """Whether a collective failed because another rank died, hung or became unreachable."""
     if isinstance(error, (torch_dist.DistBackendError, torch_dist.DistNetworkError, torch_dist.DistStoreError)):
@@ -116,8 +141,13 @@ def process_group(rank: Rank, device: torch.device, timeout_seconds: float) -> I
         yield
         return
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+    address, port = rank.rendezvous or agree_by_mpi(rank)
+    host = f"[{address}]" if ":" in address else address
     torch_dist.init_process_group(
         backend,
+        init_method=None if rank.launcher == "torchrun" else f"tcp://{host}:{port}",  # torchrun holds a store ready
+        rank=rank.rank,
+        world_size=rank.size,
         timeout=timedelta(seconds=timeout_seconds),
         device_id=device if device.type == "cuda" else None,
     )
