@@ -30,7 +30,7 @@ _USAGE, _STORAGE = 2, 7
 _POLL_S = 0.1
 _ASK_AFTER_S = 1.0  # after the first failure, ranks that have not noticed are asked to stop …
 _KILL_AFTER_S = 8.0  # … and at last killed
-_AGENT_LIMIT_S = 3.0  # for torchrun's own end, once every rank has ended
+_AGENT_LIMIT_S = 3.0  # for a launcher's own end, once every rank has ended
 _DEATH_LIMIT_S = 10.0  # for the kernel to end what was killed
 _QUICK_S, _LONGEST_WAIT_S = 60.0, 60.0  # attempts that end sooner than this are followed by ever longer waits
 _HOSTS_WAIT_S, _HOSTS_RETRY_S = 600.0, 5.0  # for enough hosts to be reachable
@@ -271,13 +271,12 @@ class _Attempt:
         if self.job.distributed:
             with contextlib.suppress(OSError):
                 self._wish(END)
-        remote = [agent for agent in self.agents if agent.stdin is not None]
-        for agent in remote:
-            assert agent.stdin is not None
-            with contextlib.suppress(BrokenPipeError):
-                agent.stdin.close()
-        deadline = time.monotonic() + _AGENT_LIMIT_S
-        while any(agent.poll() is None for agent in remote) and time.monotonic() < deadline:
+        for agent in self.agents:
+            if agent.stdin is not None:
+                with contextlib.suppress(BrokenPipeError):
+                    agent.stdin.close()
+        deadline = time.monotonic() + (_AGENT_LIMIT_S if self.job.distributed else 0)
+        while any(agent.poll() is None for agent in self.agents) and time.monotonic() < deadline:
             signal.sigtimedwait({signal.SIGCHLD}, _POLL_S)
         if left := process.kill_all(self.agents, _DEATH_LIMIT_S):
             say(f"warning: the kernel does not end {left} (waiting for a device or a file server?)")

@@ -76,7 +76,7 @@ def read_rank(environ: Mapping[str, str] | None = None) -> Rank:
     Raises ConfigError when a launcher's variables are incomplete, or those of two contradict each other.
     """
     environ = os.environ if environ is None else environ
-    found = [(dialect, _place(dialect, environ)) for dialect in _DIALECTS if dialect.mark in environ]
+    found = [dialect for dialect in _DIALECTS if dialect.mark in environ]
     common = {
         "host": socket.gethostname(),
         "attempt": int(environ.get("MLITE_ATTEMPT", "0") or 0),
@@ -84,15 +84,17 @@ def read_rank(environ: Mapping[str, str] | None = None) -> Rank:
     }
     if not found:
         return Rank(**common)  # type: ignore[arg-type]
-    (inner, place), *others = found
-    for outer, theirs in others:
-        bare = outer.mark == "RANK"  # may be the inner launcher's own, or left over in a shell
-        if (bare and theirs[:2] != place[:2]) or (not bare and theirs[1] == place[1] and theirs[0] != place[0]):
+    inner, *others = found
+    rank, size, local_rank, local_size = _place(inner, environ)
+    for outer in others:
+        theirs = environ.get(outer.rank, ""), environ.get(outer.size, "")
+        # The same number of ranks in another order; or RANK and WORLD_SIZE of nobody, left over in a shell.
+        left_over = outer.rank == "RANK" and theirs != (str(rank), str(size))
+        if left_over or (theirs[1] == str(size) and theirs[0] != str(rank)):
             raise ConfigError(
                 f"two launchers disagree about this process: {inner.name} says {_told(inner, environ)}, "
                 f"{outer.name} {_told(outer, environ)}; unset what is left over"
             )
-    rank, size, local_rank, local_size = place
     return Rank(
         rank,
         size,
