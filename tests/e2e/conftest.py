@@ -4,7 +4,8 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests.kit.cluster import Cluster, Unavailable
+from tests.kit.cluster import Cluster
+from tests.kit.hosts import Unavailable
 from tests.kit.slurm import Slurm
 from tests.kit.tiny import ENGINES, TinyRuns, tiny_data
 
