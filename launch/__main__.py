@@ -7,7 +7,7 @@ import os
 import secrets
 import subprocess
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from launch.hostfile import MAX_SLOTS, Host, UsageError, nearest, read_hostfile,
 from launch.job import Job, Ssh, forwarded, rank_defaults
 from launch.layout import check_layout, picture
 from launch.supervise import describe, say, supervise
+from launch.verify import verify as check_places
 
 HOSTS = {
     "nproc": Flag(cli.whole(1, MAX_SLOTS), None, "N", "ranks to start on each host (default: its slots, or 1)"),
@@ -70,6 +71,22 @@ def plan(config: str, *, overrides: dict[str, str], **where: Any) -> int:
     for name in LAUNCHERS if where["via"] is None else [where["via"]]:
         print(f"\n--via={name}\n{describe(LAUNCHERS[name](_shown(job)))}")
     return 0
+
+
+def verify(*, via: str | None, dir: str, **where: Any) -> int:
+    """Start every rank of the hosts for real under every launcher (or --via), without training, and check that each is
+    the rank, on the host, that the plan says. Exit code 0, or that of what failed."""
+    hosts, _ = choose_hosts({**where, "via": via or "torchrun"})
+    folder = Path(dir) / "verify"
+    job = Job(
+        program=(sys.executable, "-m", "megatron_lite", "rank"),
+        hosts=hosts,
+        run_dir=folder,
+        name="verify",
+        rendezvous=where["rdzv"],
+    )
+    job = replace(job, env=_variables(job, {}, ()))
+    return check_places(job, LAUNCHERS if via is None else {via: LAUNCHERS[via]})
 
 
 def choose_hosts(where: Mapping[str, Any]) -> tuple[tuple[Host, ...], Pool | None]:
@@ -157,10 +174,13 @@ def make_job(
         rendezvous=where["rdzv"],
         ssh=Ssh(launch["ssh"]["port"], tuple(launch["ssh"]["options"])),
     )
-    env = rank_defaults(max(host.slots for host in hosts), os.environ) | launch["env"]
-    if job.distributed:
-        env = forwarded(os.environ, launch["forward"]) | env
-    return replace(job, env=env)
+    return replace(job, env=_variables(job, launch["env"], launch["forward"]))
+
+
+def _variables(job: Job, env: Mapping[str, str], forward: Sequence[str]) -> dict[str, str]:
+    """What every rank gets: this machine's variables, where ranks are elsewhere, then defaults, then the config's."""
+    here = forwarded(os.environ, forward) if job.distributed else {}
+    return {**here, **rank_defaults(max(host.slots for host in job.hosts), os.environ), **env}
 
 
 def _shown(job: Job) -> Job:
@@ -183,6 +203,14 @@ class Entry:
 
 COMMANDS = {
     "run": Entry(run, RUN, ("config",), overrides=True),
+    "verify": Entry(
+        verify,
+        HOSTS
+        | {
+            "via": replace(HOSTS["via"], default=None),
+            "dir": Flag(str, "runs", "DIR", "a folder that all hosts share (default runs)"),
+        },
+    ),
     "plan": Entry(plan, HOSTS | {"via": replace(HOSTS["via"], default=None)}, ("config",), overrides=True),
 }
 
