@@ -29,17 +29,30 @@ HOSTS = {
     "nodes": Flag(cli.span, None, "N|MIN:MAX", "hosts to use: the first N, or as many of MIN to MAX as answer"),
     "node_rank": Flag(cli.whole(0, 16383), None, "I", "start the I-th host's ranks alone; each host starts its own"),
     "rdzv": Flag(cli.endpoint, None, "HOST[:PORT]", "where ranks meet (default: the first host, a free port)"),
+    "mpirun": Flag(cli.path, None, "FILE", "the mpirun of --via=mpirun (default: pip's, or the first on PATH)"),
     "via": Flag(cli.one_of(LAUNCHERS), "torchrun", "NAME", f"what starts them: {', '.join(LAUNCHERS)}"),
 }
 RUN = HOSTS | {
     "max_restarts": Flag(
         cli.whole(0, 1000), 0, "N", "start again from the last checkpoint when a rank is lost, up to N times"
     ),
+    "look_for_hosts": Flag(
+        cli.whole(1, 86400), 30, "SECONDS", "with --nodes=MIN:MAX, how often to look for hosts that are missing"
+    ),
     "dry_run": Flag(cli.switch, False, "", "print what would be started, and start nothing"),
 }
 
 
-def run(config: str, *, via: str, max_restarts: int, dry_run: bool, overrides: dict[str, str], **where: Any) -> int:
+def run(
+    config: str,
+    *,
+    via: str,
+    max_restarts: int,
+    look_for_hosts: int,
+    dry_run: bool,
+    overrides: dict[str, str],
+    **where: Any,
+) -> int:
     """Start the training run that CONFIG (a YAML file) describes, and watch it to its end.
 
     Ctrl-C (or SIGTERM, SIGUSR1) lets the ranks finish their step and save; a second one ends them at once.
@@ -52,7 +65,7 @@ def run(config: str, *, via: str, max_restarts: int, dry_run: bool, overrides: d
         print(describe(LAUNCHERS[via](_shown(job))))
         return 0
     if pool is not None:
-        pool = replace(pool, fits=lambda ranks: _fits(config, ranks, overrides))
+        pool = replace(pool, fits=lambda ranks: _fits(config, ranks, overrides), interval=look_for_hosts)
     on = f" on {len(hosts)} hosts" if len(hosts) > 1 else ""
     say(f"{settings['run']['name']}: {job.size} ranks{on} through {via}, logs in {job.log_dir}")
     outcome = supervise(job, LAUNCHERS[via], max_restarts, pool)
@@ -84,6 +97,7 @@ def verify(*, via: str | None, dir: str, **where: Any) -> int:
         run_dir=folder,
         name="verify",
         rendezvous=where["rdzv"],
+        mpirun=where["mpirun"],
     )
     job = replace(job, env=_variables(job, {}, ()))
     return check_places(job, LAUNCHERS if via is None else {via: LAUNCHERS[via]})
@@ -173,6 +187,7 @@ def make_job(
         node=where["node_rank"],
         rendezvous=where["rdzv"],
         ssh=Ssh(launch["ssh"]["port"], tuple(launch["ssh"]["options"])),
+        mpirun=where["mpirun"],
     )
     return replace(job, env=_variables(job, launch["env"], launch["forward"]))
 
