@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import json
 import os
+import secrets
 import subprocess
 import sys
 from collections import Counter
@@ -37,7 +38,7 @@ def run(config: str, *, via: str, nproc: int, max_restarts: int, dry_run: bool, 
         program=(sys.executable, "-m", "megatron_lite", "train", config, *flags),
         nproc=nproc,
         run_dir=Path(settings["dir"]) / settings["name"],
-        env=rank_defaults(nproc, os.environ),
+        env={**rank_defaults(nproc, os.environ), "MLITE_JOB": f"{settings['name']}-{secrets.token_hex(4)}"},
         resume=() if "checkpoint.resume" in overrides else ("--checkpoint.resume=auto",),
     )
     launcher = LAUNCHERS[via]

@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from launch.hang import explain
 from launch.job import Job
 from launch.report import MEANING, PEER_LOST, PREEMPTED, Report, Reports, last_words, signal_name
 
@@ -43,6 +44,10 @@ def judge(job: Job, launcher: str, returncode: int | None, stop_asked: bool) -> 
     unborn = sorted(set(range(job.nproc)) - set(reports.started))
     step = _last_step(job.run_dir)
 
+    # Where ranks were lost without an error of their own, the records they left tell whom the others waited for.
+    lost = reports.failures and all(report.secondary or report.stopped for report in reports.failures)
+    if lost and not stop_asked and (hang := explain(job.log_dir, reports)):
+        return Outcome(PEER_LOST, hang.line, hang.rank, hang.host, step)
     if primary:
         return _of_rank(job, primary[0], reports, step)
     if not failures and len(reports.ended) == job.nproc:

@@ -92,7 +92,7 @@ class Reports:
     """All reports of one attempt by rank, as they are at this moment."""
 
     def __init__(self, log_dir: Path, attempt: int) -> None:
-        self._log_dir, self._attempt = log_dir, attempt
+        self._log_dir, self.attempt = log_dir, attempt
         self.ended = self._read("exit")
 
     @cached_property
@@ -115,7 +115,7 @@ class Reports:
                 report = Report(**json.loads(path.read_text()))
             except (FileNotFoundError, ValueError):  # being renamed or rewritten at this moment
                 continue
-            if report.attempt == self._attempt:
+            if report.attempt == self.attempt:
                 found[report.rank] = report
         return found
 

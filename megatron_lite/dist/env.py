@@ -16,12 +16,16 @@ from megatron_lite.errors import ConfigError
 _DIALECTS: dict[str, tuple[str, str, str, str]] = {
     "torchrun": ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"),
 }
+_JOBS = ("MLITE_JOB", "TORCHELASTIC_RUN_ID", "SLURM_JOB_ID", "PMIX_NAMESPACE")  # "none" is torchrun's default
 _MPI_SIZES = ("OMPI_COMM_WORLD_SIZE", "PMIX_SIZE", "PMI_SIZE", "MPI_LOCALNRANKS")
 
 
 @dataclass(frozen=True)
 class Rank:
-    """One process of a job, as its launcher described it. ``attempt`` counts automatic restarts from 0."""
+    """One process of a job, as its launcher described it. ``attempt`` counts automatic restarts from 0.
+
+    ``job``: what all ranks of one job have been told it is called, if anything; ``master_port``: where they meet.
+    """
 
     rank: int = 0
     size: int = 1
@@ -30,6 +34,8 @@ class Rank:
     host: str = "localhost"
     attempt: int = 0
     faults: str = ""
+    job: str = ""
+    master_port: int = 0
 
 
 def read_rank(environ: Mapping[str, str] | None = None) -> Rank:
@@ -58,6 +64,8 @@ def read_rank(environ: Mapping[str, str] | None = None) -> Rank:
         host=socket.gethostname(),
         attempt=int(environ.get("MLITE_ATTEMPT", "0") or 0),
         faults=environ.get("MLITE_FAULT", ""),
+        job=next((environ[name] for name in _JOBS if environ.get(name, "none") != "none"), ""),
+        master_port=int(environ.get("MASTER_PORT", "0") or 0),
     )
 
 
