@@ -45,8 +45,8 @@ def judge(job: Job, launcher: str, returncode: int | None, stop_asked: bool) -> 
     step = _last_step(job.run_dir)
 
     # Where ranks were lost without an error of their own, the records they left tell whom the others waited for.
-    lost = reports.failures and all(report.secondary or report.stopped for report in reports.failures)
-    if lost and not stop_asked and (hang := explain(job.log_dir, reports)):
+    only_lost = failures and all(report.secondary or report.stopped for report in failures)
+    if only_lost and not stop_asked and (hang := explain(job.log_dir, reports)):
         return Outcome(PEER_LOST, hang.line, hang.rank, hang.host, step)
     if primary:
         return _of_rank(job, primary[0], reports, step)

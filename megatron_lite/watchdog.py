@@ -48,7 +48,7 @@ class Watchdog(threading.Thread):
         self.path.unlink(missing_ok=True)
         self.stacks = (logs / f"rank_{rank.rank}.stacks.txt").open("w")
         faulthandler.enable(self.stacks)  # a crash in native code leaves its stack, too
-        self._main = threading.main_thread().ident
+        self._main = threading.main_thread().ident or 0
         self._busy = 0.0
         self._recorded = False
         self._ended = threading.Event()
@@ -71,26 +71,31 @@ class Watchdog(threading.Thread):
         return busy
 
     def close(self) -> None:
-        """Stop watching."""
+        """Stop watching. The thread ends here: its hold on process groups must not last until the interpreter ends."""
         self._ended.set()
+        self.join()
         faulthandler.cancel_dump_traceback_later()
 
     def run(self) -> None:
         before = time.monotonic()
         while not self._ended.wait(_TICK_S):
             now = time.monotonic()
-            frame = sys._current_frames().get(self._main or 0)
-            if self._training and frame is not None and not waits(frame):
-                self._busy += now - before
+            self._look(now, now - before)
             before = now
-            stalled = now - self._since
-            if stalled < self.hang_timeout:
-                if self._recorded:  # it went on after all
-                    self._recorded = False
-                    self.path.unlink(missing_ok=True)
-            elif not self._recorded and frame is not None:
-                logger.warning("step %d made no progress for %.0f s; stacks: %s", self._step, stalled, self.stacks.name)
-                self._record(list(_places(frame)), waiting=waits(frame))
+
+    def _look(self, now: float, passed: float) -> None:
+        # The frame must not outlive this call: it keeps alive whatever training has in its variables.
+        frame = sys._current_frames()[self._main]
+        waiting, stalled = waits(frame), now - self._since
+        if self._training and not waiting:
+            self._busy += passed
+        if stalled < self.hang_timeout:
+            if self._recorded:  # it went on after all
+                self._recorded = False
+                self.path.unlink(missing_ok=True)
+        elif not self._recorded:
+            logger.warning("step %d made no progress for %.0f s; stacks: %s", self._step, stalled, self.stacks.name)
+            self._record(list(_places(frame)), waiting=waiting)
 
     def lost(self, error: BaseException) -> None:
         """A collective has failed because of another rank: leave a record of it, if there is none yet."""
