@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from launch.hang import explain
 from launch.hostfile import Host
 from launch.job import Job
 from launch.report import MEANING, PEER_LOST, PREEMPTED, Report, Reports, last_words, signal_name
@@ -55,6 +56,10 @@ def judge(
     unborn = sorted(ranks - set(reports.started))
     step = _last_step(job.run_dir)
 
+    # Where ranks were lost without an error of their own, the records they left tell whom the others waited for.
+    only_lost = failures and all(report.secondary or report.stopped for report in failures)
+    if only_lost and not stop_asked and (hang := explain(job.log_dir, reports)):
+        return Outcome(PEER_LOST, hang.line, hang.rank, hang.host, step)
     if primary:
         return _of_rank(job, primary[0], reports, step)
     if not failures and len(reports.ended) == len(ranks):

@@ -47,6 +47,7 @@ _DIALECTS = (
     ),
     _Dialect("the environment", "RANK", "RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"),
 )
+_JOBS = ("MLITE_JOB", "TORCHELASTIC_RUN_ID", "SLURM_JOB_ID", "PMIX_NAMESPACE")  # "none" is torchrun's default
 _MPI_SIZES = ("OMPI_COMM_WORLD_SIZE", "PMIX_SIZE", "PMI_SIZE", "MPI_LOCALNRANKS")
 
 
@@ -55,7 +56,8 @@ class Rank:
     """One process of a job, as its launcher described it. ``attempt`` counts automatic restarts from 0.
 
     ``launcher``: whose variables these are. ``rendezvous``: the address and port at which ranks meet; None where MPI
-    has to find out (``mpi``) or there is nobody to meet.
+    has to find out (``mpi``) or there is nobody to meet. ``job``:
+    what all ranks of one job have been told it is called, if anything.
     """
 
     rank: int = 0
@@ -65,6 +67,7 @@ class Rank:
     host: str = "localhost"
     attempt: int = 0
     faults: str = ""
+    job: str = ""
     launcher: str = "python"
     mpi: bool = False
     rendezvous: tuple[str, int] | None = None
@@ -81,6 +84,7 @@ def read_rank(environ: Mapping[str, str] | None = None) -> Rank:
         "host": socket.gethostname(),
         "attempt": int(environ.get("MLITE_ATTEMPT", "0") or 0),
         "faults": environ.get("MLITE_FAULT", ""),
+        "job": next((environ[name] for name in _JOBS if environ.get(name, "none") != "none"), ""),
     }
     if not found:
         return Rank(**common)  # type: ignore[arg-type]

@@ -13,6 +13,7 @@ import torch.distributed as torch_dist
 from torch import Tensor, nn
 
 from megatron_lite.config import Config
+from megatron_lite.dist import comm
 from megatron_lite.dist.shard import Piece, materialize
 from megatron_lite.parallel.engine import Engine
 
@@ -61,12 +62,15 @@ class DataParallel(Engine):
                 group, size = [], 0
 
     def _hook(self, bucket: _Bucket) -> Any:
+        dp = self.mesh.dp.of(f"gradients, bucket {len(self.buckets) - 1}")
+
         def ready(_: Tensor) -> None:
             if not self._reducing:
                 return
             bucket.pending -= 1
             if bucket.pending == 0:
-                bucket.work = torch_dist.all_reduce(bucket.flat, group=self.mesh.dp.group, async_op=True)
+                dp.note()
+                bucket.work = torch_dist.all_reduce(bucket.flat, group=dp.group, async_op=True)
 
         return ready
 
@@ -80,7 +84,7 @@ class DataParallel(Engine):
     def finish_gradients(self) -> Tensor:
         for bucket in self.buckets:
             assert bucket.work is not None, "a parameter got no gradient, so its bucket was never reduced"
-            bucket.work.wait()
+            comm.wait(bucket.work)
             bucket.work = None
         return self.norm()
 
