@@ -81,10 +81,11 @@ def train(size: int, data: str, parallel: dict, precision: str, layers: int) -> 
     return {"peak": megabytes("VmHWM"), "formula": formula, "sent": sent.bytes / (4 * parameters)}
 
 
-def give_back_what_is_freed() -> None:
-    """To the system, at once: else what a process holds tells nothing."""
+def give_back_what_is_freed(mapped: int = 1 << 14) -> None:
+    """To the system, at once: else what a process holds tells nothing. From ``mapped`` bytes on, each tensor has pages
+    of its own."""
     libc = ctypes.CDLL(None)
-    assert libc.mallopt(-3, 1 << 14) and libc.mallopt(-1, 0)
+    assert libc.mallopt(-3, mapped) and libc.mallopt(-1, 0)
 
 
 def cost(rank: int, size: int, data: str, parallel: dict, precision: str) -> dict[str, float]:
