@@ -70,11 +70,13 @@ def own_slice(tensor: Tensor, axis: Axis, dim: int = 0) -> Tensor:
     return tensor if axis.size == 1 else tensor.chunk(axis.size, dim)[axis.rank].contiguous()
 
 
-def all_to_all(parts: Sequence[Sequence[Tensor]], into: Sequence[Sequence[Tensor]], axis: Axis) -> None:
+def all_to_all(
+    parts: Sequence[Sequence[Tensor]], into: Sequence[Sequence[Tensor]], axis: Axis, device: torch.device
+) -> None:
     """Send ``parts[i]`` to rank i and fill ``into[i]`` with what rank i sent here: as many elements, of one dtype, in
-    any shapes. No gradient."""
+    any shapes, on ``device``. No gradient."""
     flat = [tensor for tensors in (*parts, *into) for tensor in tensors]
-    like = flat[0] if flat else torch.empty(0)
+    like = flat[0] if flat else torch.empty(0, device=device)
     sending = torch.cat([like.new_empty(0), *(tensor.reshape(-1) for tensors in parts for tensor in tensors)])
     counts = [sum(tensor.numel() for tensor in tensors) for tensors in into]
     received = sending

@@ -18,6 +18,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from megatron_lite.dist.env import Rank
 from megatron_lite.dist.rendezvous import meet
+from megatron_lite.errors import ConfigError
 
 AXES = ("pp", "dp_replicate", "dp_shard", "cp", "tp")
 
@@ -111,8 +112,16 @@ def build_mesh(degrees: Mapping[str, int], device: torch.device, ranks: Sequence
 
 
 def pick_device(rank: Rank) -> torch.device:
-    """The device of this rank: its own GPU where there is one, else the CPU."""
+    """The device of this rank: its own GPU where there is one, else the CPU.
+
+    Raises ConfigError where a host has GPUs, but fewer than ranks.
+    """
     if torch.cuda.is_available():
+        if (gpus := torch.cuda.device_count()) < rank.local_size:
+            raise ConfigError(
+                f"{rank.local_size} ranks were started on {rank.host}, which has {gpus} GPU{'s'[: gpus != 1]}; "
+                f"start at most {gpus} there, or hide the GPUs with CUDA_VISIBLE_DEVICES="
+            )
         torch.cuda.set_device(rank.local_rank)
         return torch.device("cuda", rank.local_rank)
     return torch.device("cpu")
@@ -148,13 +157,13 @@ def process_group(
         return
     store, hosts = meet(rank, identity or {}, timeout_seconds)
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+    # Without a device_id: with one, the mesh's groups are split off, and torch hands NCCL's options to gloo's split.
     torch_dist.init_process_group(
         backend,
         store=store,
         rank=rank.rank,
         world_size=rank.size,
         timeout=timedelta(seconds=timeout_seconds),
-        device_id=device if device.type == "cuda" else None,
     )
     try:
         yield hosts
