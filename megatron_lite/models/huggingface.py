@@ -64,6 +64,7 @@ _GPT2 = {
     "attn_pdrop": "attention_dropout",
 }
 _FIELDS = {"llama": _LLAMA, "mistral": _LLAMA, "qwen2": _LLAMA, "qwen3": _LLAMA, "gpt2": _GPT2}
+TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")  # not the model's: they go with its tokenizer
 ARCHITECTURES = {
     "llama": "LlamaForCausalLM",
     "mistral": "MistralForCausalLM",
@@ -170,11 +171,12 @@ def model_type(config: ModelConfig) -> str:
     return "llama"
 
 
-def config_json(config: ModelConfig, dtype: str) -> dict[str, Any]:
+def config_json(config: ModelConfig, dtype: str, token_ids: Mapping[str, Any]) -> dict[str, Any]:
     """The ``config.json`` of a model, as ``model_section`` reads it. Raises CheckpointError where there is none."""
     kind = model_type(config)
     section = config.model_dump()
     tree: dict[str, Any] = {"architectures": [ARCHITECTURES[kind]], "model_type": kind, "torch_dtype": dtype}
+    tree |= {name: token_ids.get(name) for name in TOKEN_IDS}  # what is left out would be some other model's
     tree |= {theirs: section[ours] for theirs, ours in _FIELDS[kind].items()}
     if kind == "gpt2":
         return tree | {"activation_function": "gelu_new", "embd_pdrop": config.dropout}
