@@ -21,6 +21,7 @@ _HARMLESS = {
     *("rope_parameters", "n_ctx", "tokenizer_class", "summary_type", "summary_use_proj", "summary_activation"),
     *("summary_proj_to_labels", "summary_first_dropout", "embd_pdrop", "layer_types", "is_llama_config"),
     *("rope_interleaved", "transformers.js_config", "sliding_window", "use_sliding_window", "attention_bias"),
+    *("_num_labels", "num_labels", "gradient_checkpointing", "output_past", "torchscript", "tf_legacy_loss"),
 }
 # What has to have one of these values, because the model knows nothing else.
 _FIXED: dict[str, tuple[Any, ...]] = {
