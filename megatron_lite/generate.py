@@ -10,13 +10,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from sentencepiece import SentencePieceProcessor
 from torch import Tensor
 
 from megatron_lite import checkpoint, peft
 from megatron_lite.checkpoint import CheckpointSource, Source
 from megatron_lite.cli import nearest
 from megatron_lite.config import PrefixConfig
+from megatron_lite.data.tokenizer import parse_tokenizer
 from megatron_lite.dist import random
 from megatron_lite.dist.env import read_rank
 from megatron_lite.dist.mesh import Mesh, build_mesh, pick_device, process_group
@@ -247,7 +247,7 @@ def generate_text(
         with open_models(path, mesh, dtype, adapters or {}, base) as (models, extras, default):
             if "tokenizer.model" not in extras:
                 raise CheckpointError(f"{path} has no tokenizer.model, to read a prompt with")
-            tokenizer = SentencePieceProcessor(model_proto=extras["tokenizer.model"])
+            tokenizer = parse_tokenizer(extras["tokenizer.model"], path)
             for request in requests:
                 model = models[request.adapter or default]
                 tokens = tokenizer.encode(request.prompt) or [tokenizer.eos_id()]

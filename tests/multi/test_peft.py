@@ -49,7 +49,7 @@ def table() -> dict[str, Case]:
             add(method, f"{engine}, dp 2 × tp 2, sp", Layout(dp=2, tp=2, parallel={**keys, **SP}))
         add(method, "tp 2", Layout(tp=2))
     for method, (engine, keys) in product(("lora", "adapter", "prefix by an mlp"), ENGINES.items()):
-        add(method, f"{engine}, dp 2, accumulation 2", Layout(dp=2, accumulation=2, parallel=keys))
+        add(method, f"{engine}, dp 4, accumulation 2", Layout(dp=4, accumulation=2, parallel=keys))
     for method, (engine, keys) in zip(METHODS, OTHERS.items(), strict=False):
         add(method, engine, Layout(dp=4, parallel=keys))
     for method in ("dora", "adapter", "prefix"):
