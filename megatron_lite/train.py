@@ -68,7 +68,8 @@ class Run:
         self.train_data = build_dataset(data, seed, "train", vocab)
         self.validation_data = build_dataset(data, seed, "validation", vocab) if self._evaluates else None
         checkpoint.prepare(self.checkpoints, mesh.world)
-        self.found, self.source, self.base_fingerprint = self._find(), None, None
+        self.found, self.source = self._find(), None
+        self.base_fingerprint: str | None = None
         if config.init.source is not None and (self.found is None or config.peft is not None):
             self.source = checkpoint.open_source(Path(config.init.source), mesh.world, trust=config.checkpoint.trust)
             self._check_same_model(self.source.model, self.source.path)
