@@ -45,14 +45,16 @@ def generate(
     top_k: int = 0,
     top_p: float = 1.0,
     seed: int = 0,
+    chat: bool = False,
 ) -> None:
-    """Continue a prompt with a checkpoint's model.
+    """Continue a prompt with a checkpoint's model, or (--chat) answer it through the checkpoint's chat template.
 
     Temperature 0 is greedy. Under a launcher the model is split over its ranks, with the same tokens.
     """
     from megatron_lite.generate import Sampling, generate_text
 
-    text = generate_text(Path(checkpoint), prompt, Sampling(max_new_tokens, temperature, top_k, top_p, seed))
+    sampling = Sampling(max_new_tokens, temperature, top_k, top_p, seed)
+    text = generate_text(Path(checkpoint), prompt, sampling, chat=chat)
     if text is not None:
         print(text)
 

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import contextlib
 import math
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from sentencepiece import SentencePieceProcessor
 from torch import Tensor
 
 from megatron_lite import checkpoint
+from megatron_lite.data.template import ChatTemplate, find_template
+from megatron_lite.data.tokenizer import JSON, MODEL, Tokenizer, parse_object, read_tokenizer
 from megatron_lite.dist import random
 from megatron_lite.dist.env import read_rank
 from megatron_lite.dist.mesh import build_mesh, pick_device, process_group
@@ -69,8 +71,10 @@ def choose(logits: Tensor, sampling: Sampling, position: int) -> Tensor:
 
 
 @torch.no_grad()
-def generate(model: Decoder, prompt: list[int], sampling: Sampling, stop: int | None, dtype: torch.dtype) -> list[int]:
-    """The tokens that follow ``prompt``, up to ``max_new_tokens``, the model's length, or the token ``stop``.
+def generate(
+    model: Decoder, prompt: list[int], sampling: Sampling, stop: Collection[int], dtype: torch.dtype
+) -> list[int]:
+    """The tokens that follow ``prompt``, up to ``max_new_tokens``, the model's length, or one of the tokens ``stop``.
 
     Under tensor parallelism every rank calls this and gets the same tokens: logits are gathered, and all draw alike.
     """
@@ -78,7 +82,9 @@ def generate(model: Decoder, prompt: list[int], sampling: Sampling, stop: int | 
         return _generate(model, prompt, sampling, stop, dtype)
 
 
-def _generate(model: Decoder, prompt: list[int], sampling: Sampling, stop: int | None, dtype: torch.dtype) -> list[int]:
+def _generate(
+    model: Decoder, prompt: list[int], sampling: Sampling, stop: Collection[int], dtype: torch.dtype
+) -> list[int]:
     device = model.embedding.weight.device
     caches = [KeyValueCache() for _ in model.blocks]
     tokens = torch.tensor([prompt], device=device)
@@ -87,16 +93,25 @@ def _generate(model: Decoder, prompt: list[int], sampling: Sampling, stop: int |
     for _ in range(min(sampling.max_new_tokens, room)):
         logits = model(tokens, caches=caches, dtype=dtype)
         token = int(choose(logits, sampling, len(prompt) + len(produced)))
-        if token == stop:
+        if token in stop:
             break
         produced.append(token)
         tokens = torch.tensor([[token]], device=device)
     return produced
 
 
-def generate_text(path: Path, prompt: str, sampling: Sampling, dtype: torch.dtype | None = None) -> str | None:
+def ends(tokenizer: Tokenizer, extras: Mapping[str, bytes]) -> set[int]:
+    """The tokens that end a text: the tokenizer's own, and those that the model's ``generation_config.json`` names."""
+    named = parse_object(extras, "generation_config.json").get("eos_token_id", [])
+    return {tokenizer.eos_id, *(named if isinstance(named, list) else [named])}
+
+
+def generate_text(
+    path: Path, prompt: str, sampling: Sampling, dtype: torch.dtype | None = None, *, chat: bool = False
+) -> str | None:
     """Load a checkpoint, split over as many ranks as were started, and continue ``prompt``; None but on rank 0.
 
+    ``chat``: answer it as a user's message, through the chat template that the checkpoint has, with the answer alone.
     Raises CheckpointError for a checkpoint that does not verify or has no tokenizer, ConfigError for bad numbers.
     """
     sampling.check()
@@ -108,17 +123,24 @@ def generate_text(path: Path, prompt: str, sampling: Sampling, dtype: torch.dtyp
         with contextlib.closing(checkpoint.open_source(path, mesh.world)) as source:
             check_tp(source.model, rank.size)
             extras = source.extras()
-            if "tokenizer.model" not in extras:
-                raise CheckpointError(f"{path} has no tokenizer.model, to read a prompt with")
-            tokenizer = SentencePieceProcessor(model_proto=extras["tokenizer.model"])
+            if MODEL not in extras and JSON not in extras:
+                raise CheckpointError(f"{path} has no {MODEL} and no {JSON}, to read a prompt with")
+            tokenizer = read_tokenizer(extras, f"{path}'s tokenizer")
+            tokens = tokenizer.encode(prompt)
+            if chat:
+                template = ChatTemplate(find_template(extras, str(path)), tokenizer, f"{path}'s chat template")
+                try:
+                    tokens = tokenizer.encode(template.prompt([{"role": "user", "content": prompt}]), special=True)
+                except ValueError as error:
+                    raise ConfigError(f"--prompt: {error}") from None
             compute = dtype or DTYPES[source.precision]
             with torch.device("meta"):
                 model = Decoder(source.model, mesh.tp, sp=False).to(torch.promote_types(compute, torch.float32))
             materialize(model, device)
             weights = {f"model.{name}": piece for name, piece in pieces_of(model, mesh.tp).items()}
             checkpoint.agree(mesh.world, lambda: source.load(weights), path)
-        tokens = tokenizer.encode(prompt) or [tokenizer.eos_id()]
+        tokens = tokens or [tokenizer.eos_id]
         if len(tokens) >= source.model.max_seq_len:
             raise ConfigError(f"the prompt has {len(tokens)} tokens; this model holds {source.model.max_seq_len}")
-        produced = generate(model, tokens, sampling, tokenizer.eos_id(), compute)
-    return tokenizer.decode([*tokens, *produced]) if rank.rank == 0 else None
+        produced = generate(model, tokens, sampling, ends(tokenizer, extras), compute)
+    return tokenizer.decode(produced if chat else [*tokens, *produced]) if rank.rank == 0 else None

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import faulthandler
-import hashlib
 import logging
 import math
 import sys
@@ -17,7 +16,7 @@ import torch
 from megatron_lite import __version__, checkpoint
 from megatron_lite.config import Config, ModelConfig, to_yaml
 from megatron_lite.data.loader import Dataset, Loader, build_dataset
-from megatron_lite.data.tokenizer import load_tokenizer
+from megatron_lite.data.tokenizer import TEMPLATE, load_tokenizer, tokenizer_files
 from megatron_lite.dist.env import Rank
 from megatron_lite.dist.mesh import Mesh, build_mesh, pick_device, process_group
 from megatron_lite.errors import CheckpointError, DataError, Preempted
@@ -36,11 +35,6 @@ _SHAPES = (
 )
 
 
-def file_digest(path: str) -> str:
-    """The SHA-256 of a file, in hexadecimal."""
-    return hashlib.sha256(Path(path).read_bytes()).hexdigest()
-
-
 class Run:
     """One rank of a run: the trainer, its data and its checkpoints, and the loop around ``train_step``."""
 
@@ -50,7 +44,7 @@ class Run:
         self.checkpoints = self.folder / "checkpoints"
         self.faults = Faults.parse(rank.faults, rank.rank, rank.attempt)
         self.tokenizer = load_tokenizer(config.data.tokenizer) if config.data.tokenizer else None
-        self.tokenizer_digest = file_digest(config.data.tokenizer) if config.data.tokenizer else None
+        self.tokenizer_digest = self.tokenizer.sha256 if self.tokenizer else None
         data, seed, vocab = config.data, config.run.seed, config.model.vocab_size
         self.train_data = build_dataset(data, seed, "train", vocab)
         self.validation_data = build_dataset(data, seed, "validation", vocab) if self._evaluates else None
@@ -83,7 +77,9 @@ class Run:
         }
         extras = {"config.yaml": to_yaml(config).encode()}
         if config.data.tokenizer:
-            extras["tokenizer.model"] = Path(config.data.tokenizer).read_bytes()
+            extras |= tokenizer_files(config.data.tokenizer)
+        if self.train_data.chat_template is not None:
+            extras[TEMPLATE] = self.train_data.chat_template.encode()
         pieces, world = self.trainer.engine.pieces(), self.mesh.world
         if self.saver is not None:
             self.saver.save(self.checkpoints, state.step, pieces, content, extras, self.faults, self._saved)
@@ -170,6 +166,8 @@ class Run:
         if not self.lead:
             return
         logger.info("%s", self.plan.describe(self.config))
+        for note in self.train_data.notes:
+            logger.info("%s", note)
         parameters = sum(math.prod(spec.shape) for spec in self.trainer.engine.specs.values())
         if self.plan.tp * self.plan.dp > 1:
             logger.info("%s", picture(self.plan))
@@ -221,9 +219,9 @@ class Run:
         """Continue ``train.sample_prompt`` greedily and show the text."""
         if self.tokenizer is None:
             return
-        prompt = self.tokenizer.encode(self.config.train.sample_prompt, add_bos=False) or [self.tokenizer.eos_id()]
+        prompt = self.tokenizer.encode(self.config.train.sample_prompt) or [self.tokenizer.eos_id]
         sampling = Sampling(max_new_tokens=64)
-        tokens = generate(self.trainer.model, prompt, sampling, self.tokenizer.eos_id(), self.trainer.compute_dtype)
+        tokens = generate(self.trainer.model, prompt, sampling, {self.tokenizer.eos_id}, self.trainer.compute_dtype)
         if self.reporter is not None:
             text = self.tokenizer.decode([*prompt, *tokens])
             self.reporter.text(self.trainer.state.step, "sample", text)

@@ -21,16 +21,13 @@ from megatron_lite.checkpoint.source import Info, Source
 from megatron_lite.checkpoint.storage import new_folder, open_regular, write_file
 from megatron_lite.checkpoint.tensor_file import TensorFile, header, row_blocks
 from megatron_lite.config import ModelConfig, parse_model
+from megatron_lite.data.tokenizer import TOKENIZER_FILES
 from megatron_lite.dist.shard import Tile
 from megatron_lite.errors import CheckpointError, ConfigError
 from megatron_lite.faults import Faults
 from megatron_lite.models.huggingface import Part, config_json, model_section, tensor_parts
 
 INDEX, SINGLE, CONFIG = "model.safetensors.index.json", "model.safetensors", "config.json"
-TOKENIZER_FILES = (  # what belongs to a model beside its weights
-    *("tokenizer.model", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
-    *("vocab.json", "merges.txt", "generation_config.json", "chat_template.jinja", "chat_template.json"),
-)
 _UNUSED = (".rotary_emb.inv_freq", ".attn.bias", ".attn.masked_bias")  # buffers that older versions saved
 _MAX_JSON_BYTES = 64 << 20
 

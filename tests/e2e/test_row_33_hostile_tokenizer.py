@@ -22,8 +22,10 @@ for path in sorted(Path(sys.argv[1]).glob("*.model")):
         assert "\\n" not in str(error) and path.name in str(error)
         refused += 1
     else:
-        model.decode(model.encode(["def main(args):\\n    return 'naïve' \U0001f600"], out_type="numpy")[0].tolist())
-        model.decode(list(range(model.vocab_size())))
+        text = "def main(args):\\n    return 'naïve' \U0001f600"
+        model.decode(model.encode_documents([text.encode()], eos=False)[0].tolist())
+        model.decode(model.encode_spans(text).tokens.tolist())
+        model.decode(list(range(model.vocab_size)))
 print(refused)
 """
 

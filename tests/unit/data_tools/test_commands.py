@@ -20,7 +20,7 @@ CORPUS = "corpus --source=x.jsonl --out=o "
 
 MISTAKES = {
     # 2: the command line
-    "toknize": (2, "unknown command 'toknize' (did you mean 'tokenize'?); there are: corpus, tokenizer, tokenize, ins"),
+    "toknize": (2, "unknown command 'toknize' (did you mean 'tokenize'?); there are: corpus, tokenizer, tokenize, ch"),
     "corpus --source=x.jsonl": (2, "missing OUT; see --help"),
     CORPUS + "--sahrds=2": (2, "unknown flag --sahrds (did you mean 'shards'?)"),
     CORPUS + "--shards=0": (2, "--shards=0: expected at least 1"),
