@@ -185,7 +185,9 @@ class Run:
         """The numbers of one step, on rank 0."""
         if self.reporter is None:
             return
-        step, rate = self.trainer.state.step, result.tokens / seconds
+        # All that is computed on: of conversations, targets are the lesser part.
+        positions = self.config.train.global_batch_size * self.config.data.seq_len
+        step, rate = self.trainer.state.step, positions / seconds
         mfu = rate * self.flops / (self.peak * self.mesh.world.size)
         scalars = {
             "loss": result.loss,

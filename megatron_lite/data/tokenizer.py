@@ -168,6 +168,8 @@ class TokenizerJson(Tokenizer):
             raise DataError(f"{name} is not a tokenizer.json: {' '.join(str(error).split())}") from None
         self._model.no_truncation()
         self._model.no_padding()
+        # It adds what is not asked for here, and takes the spaces at the ends of tokens out of their offsets.
+        self._model.post_processor = None  # type: ignore[assignment]
         ids = self._model.get_vocab(with_added_tokens=True).values()
         self.vocab_size, self.sha256 = max(ids, default=-1) + 1, hashlib.sha256(content).hexdigest()
         added = self._model.get_added_tokens_decoder()
@@ -198,8 +200,6 @@ class TokenizerJson(Tokenizer):
         self._model.encode_special_tokens = False
         found = self._model.encode(text, add_special_tokens=False)
         starts, stops = np.array(found.offsets, np.int64).reshape(-1, 2).T
-        if len(starts):  # some leave spaces out of a token's own offsets; they are its all the same
-            starts = np.minimum(starts, np.concatenate(([0], np.maximum.accumulate(stops)[:-1])))
         return Encoded(np.array(found.ids, np.int64), starts, stops)
 
     def decode(self, tokens: Sequence[int]) -> str:
