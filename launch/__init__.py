@@ -1,11 +1,13 @@
 """Starts the ranks of a training job, watches them, and ends them. Imports neither torch nor ``megatron_lite``."""
 
-from launch import torchrun
+from launch import deepspeed, mpirun, torchrun
 from launch.job import Job, Launch
 
-# --via=NAME; each entry is a pure function from a Job to the command line that starts its ranks.
+# --via=NAME; each entry is a pure function from a Job to the commands that start its ranks.
 LAUNCHERS = {
     "torchrun": torchrun.command,
+    "deepspeed": deepspeed.command,
+    "mpirun": mpirun.command,
 }
 
 __all__ = ["LAUNCHERS", "Job", "Launch"]

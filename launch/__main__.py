@@ -1,154 +1,259 @@
-"""``python -m launch run CONFIG --nproc=2 [--section.key=value …]``: start a training run on this machine."""
+"""``python -m launch COMMAND``: start a training run on one host or many, or show what would be started."""
 
 from __future__ import annotations
 
-import difflib
 import json
 import os
+import secrets
 import subprocess
 import sys
-from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import fire
-from fire.decorators import SetParseFn
-
-from launch import LAUNCHERS
-from launch.job import Job, rank_defaults
+from launch import LAUNCHERS, cli
+from launch.cli import Flag
+from launch.elastic import Pool
+from launch.hostfile import MAX_SLOTS, Host, UsageError, nearest, read_hostfile, select
+from launch.job import Job, Ssh, forwarded, rank_defaults
+from launch.layout import check_layout, picture
 from launch.supervise import describe, say, supervise
+from launch.verify import verify as check_places
+
+HOSTS = {
+    "nproc": Flag(cli.whole(1, MAX_SLOTS), None, "N", "ranks to start on each host (default: its slots, or 1)"),
+    "hostfile": Flag(cli.path, None, "FILE", "the hosts, 'HOST slots=N' a line (see hostfile.example)"),
+    "include": Flag(str, "", "FILTER", "of them only these, as in host1@host2:0,2"),
+    "exclude": Flag(str, "", "FILTER", "of them not these"),
+    "nodes": Flag(cli.span, None, "N|MIN:MAX", "hosts to use: the first N, or as many of MIN to MAX as answer"),
+    "node_rank": Flag(cli.whole(0, 16383), None, "I", "start the I-th host's ranks alone; each host starts its own"),
+    "rdzv": Flag(cli.endpoint, None, "HOST[:PORT]", "where ranks meet (default: the first host, a free port)"),
+    "mpirun": Flag(cli.path, None, "FILE", "the mpirun of --via=mpirun (default: pip's, or the first on PATH)"),
+    "via": Flag(cli.one_of(LAUNCHERS), "torchrun", "NAME", f"what starts them: {', '.join(LAUNCHERS)}"),
+}
+RUN = HOSTS | {
+    "max_restarts": Flag(
+        cli.whole(0, 1000), 0, "N", "start again from the last checkpoint when a rank is lost, up to N times"
+    ),
+    "look_for_hosts": Flag(
+        cli.whole(1, 86400), 30, "SECONDS", "with --nodes=MIN:MAX, how often to look for hosts that are missing"
+    ),
+    "dry_run": Flag(cli.switch, False, "", "print what would be started, and start nothing"),
+}
 
 
-class UsageError(Exception):
-    """What was typed cannot be meant; one line for each mistake."""
+def run(
+    config: str,
+    *,
+    via: str,
+    max_restarts: int,
+    look_for_hosts: int,
+    dry_run: bool,
+    overrides: dict[str, str],
+    **where: Any,
+) -> int:
+    """Start the training run that CONFIG (a YAML file) describes, and watch it to its end.
 
-
-def run(config: str, *, via: str, nproc: int, max_restarts: int, dry_run: bool, overrides: dict[str, str]) -> int:
-    """Check the config, start the ranks, watch them to their end; returns the exit code for the shell."""
-    flags = [f"--{key}={value}" for key, value in overrides.items()]
-    # The config is megatron_lite's to judge. Its answer comes in well under a second and without torch.
-    check = [sys.executable, "-m", "megatron_lite", "config", config, f"--ranks={nproc}", *flags]
-    checked = subprocess.run(check, stdout=subprocess.PIPE, check=False)
-    if checked.returncode:
-        return checked.returncode if checked.returncode > 0 else 1
-    settings = json.loads(checked.stdout)["run"]
-    job = Job(
-        program=(sys.executable, "-m", "megatron_lite", "train", config, *flags),
-        nproc=nproc,
-        run_dir=Path(settings["dir"]) / settings["name"],
-        env=rank_defaults(nproc, os.environ),
-        resume=() if "checkpoint.resume" in overrides else ("--checkpoint.resume=auto",),
-    )
-    launcher = LAUNCHERS[via]
+    Ctrl-C (or SIGTERM, SIGUSR1) lets the ranks finish their step and save; a second one ends them at once.
+    Exit codes: 0 done, 2 usage or config, 3 data, 4 checkpoint, 5 peer lost or hung, 6 non-finite loss, 7 disk or I/O,
+    75 preempted and saved: start it again. 128+N: ended by a second signal N, not saved."""
+    hosts, pool = choose_hosts(where)
+    settings = check(config, hosts, overrides)
+    job = make_job(config, hosts, settings, overrides, where)
     if dry_run:
-        print(describe(launcher(job)))
+        print(describe(LAUNCHERS[via](_shown(job))))
         return 0
-    say(f"{settings['name']}: {nproc} ranks through {via}, logs in {job.log_dir}")
-    outcome = supervise(job, launcher, max_restarts)
+    if pool is not None:
+        pool = replace(pool, fits=lambda ranks: _fits(config, ranks, overrides), interval=look_for_hosts)
+    on = f" on {len(hosts)} hosts" if len(hosts) > 1 else ""
+    say(f"{settings['run']['name']}: {job.size} ranks{on} through {via}, logs in {job.log_dir}")
+    outcome = supervise(job, LAUNCHERS[via], max_restarts, pool)
     if outcome.line:
         say(outcome.line)
     return outcome.exit_code
 
 
-COMMANDS = {"run": run}
-USAGE_TEXT = """\
-usage: python -m launch run CONFIG [--nproc=N] [--via=NAME] [--max_restarts=N] [--dry_run] [--section.key=value …]
-
-Start the training run that CONFIG (a YAML file) describes on this machine, and watch it to its end.
-
-  --nproc=N           ranks to start (default 1)
-  --via=NAME          what starts them: {launchers} (default torchrun)
-  --max_restarts=N    start again from the last checkpoint when a rank is lost, up to N times (default 0)
-  --dry_run           print what would be started, and start nothing
-  --section.key=value override a key of CONFIG
-
-Ctrl-C (or SIGTERM, SIGUSR1) lets the ranks finish their step and save; a second one ends them at once.
-Exit codes: 0 done, 2 usage or config, 3 data, 4 checkpoint, 5 peer lost or hung, 6 non-finite loss, 7 disk or I/O,
-75 preempted and saved: start it again. 128+N: ended by a second signal N, not saved."""
+def plan(config: str, *, overrides: dict[str, str], **where: Any) -> int:
+    """Show where every rank of CONFIG's run would be, on which host and in which place of the mesh, and the exact
+    commands of every way to start it. Nothing is started."""
+    hosts, _ = choose_hosts(where)
+    settings = check(config, hosts, overrides)
+    job = make_job(config, hosts, settings, overrides, where)
+    print(picture(job, settings["mesh"]))
+    for name in LAUNCHERS if where["via"] is None else [where["via"]]:
+        print(f"\n--via={name}\n{describe(LAUNCHERS[name](_shown(job)))}")
+    return 0
 
 
-def _whole(low: int, high: int) -> Callable[[str], int]:
-    def convert(text: str) -> int:
-        if not (text.isdecimal() and low <= int(text) <= high):
-            raise ValueError(f"expected a whole number from {low} to {high}")
-        return int(text)
-
-    return convert
-
-
-def _one_of(choices: Iterable[str]) -> Callable[[str], str]:
-    def convert(text: str) -> str:
-        if text not in choices:
-            raise ValueError(f"there is {', '.join(choices)}{_nearest(text, choices)}")
-        return text
-
-    return convert
-
-
-def _switch(text: str) -> bool:
-    if text.lower() not in ("true", "false"):
-        raise ValueError("expected true or false")
-    return text.lower() == "true"
+def verify(*, via: str | None, dir: str, **where: Any) -> int:
+    """Start every rank of the hosts for real under every launcher (or --via), without training, and check that each is
+    the rank, on the host, that the plan says. Exit code 0, or that of what failed."""
+    hosts, _ = choose_hosts({**where, "via": via or "torchrun"})
+    folder = Path(dir) / "verify"
+    job = Job(
+        program=(sys.executable, "-m", "megatron_lite", "rank"),
+        hosts=hosts,
+        run_dir=folder,
+        name="verify",
+        rendezvous=where["rdzv"],
+        mpirun=where["mpirun"],
+    )
+    job = replace(job, env=_variables(job, {}, ()))
+    return check_places(job, LAUNCHERS if via is None else {via: LAUNCHERS[via]})
 
 
-_FLAGS: dict[str, tuple[Callable[[str], Any], Any]] = {  # how to read each flag of `run`, and its default
-    "nproc": (_whole(1, 1024), 1),
-    "via": (_one_of(LAUNCHERS), "torchrun"),
-    "max_restarts": (_whole(0, 1000), 0),
-    "dry_run": (_switch, False),
+def choose_hosts(where: Mapping[str, Any]) -> tuple[tuple[Host, ...], Pool | None]:
+    """The hosts that flags name, and, where --nodes gives a choice, all that may be chosen from. Raises UsageError."""
+    nproc, nodes, hostfile = where["nproc"], where["nodes"], where["hostfile"]
+    if hostfile is None:
+        if where["include"] or where["exclude"]:
+            raise UsageError("--include and --exclude choose among the hosts of a --hostfile")
+        if nodes is None or nodes == (1, 1):
+            return (Host("localhost", nproc or 1),), None
+        if where["node_rank"] is None:
+            raise UsageError(
+                f"--nodes={nodes[1]} needs --hostfile=FILE; or, where every node starts its own ranks, "
+                "--node_rank=I and --rdzv=HOST:PORT"
+            )
+        return _alone(where)
+    if where["node_rank"] is not None:
+        raise UsageError("--node_rank is for hosts that start their own ranks, without a --hostfile")
+    hosts = select(read_hostfile(hostfile), where["include"], where["exclude"])
+    if nproc is not None:
+        short = [host for host in hosts if host.slots < nproc]
+        if short:
+            raise UsageError(f"--nproc={nproc}: {short[0].name} has slots={short[0].slots} in {hostfile}")
+        hosts = tuple(
+            replace(host, slots=nproc, devices=None if host.devices is None else host.devices[:nproc]) for host in hosts
+        )
+    if nodes is None:
+        return hosts, None
+    least, most = nodes
+    if most > len(hosts):
+        raise UsageError(f"--nodes={':'.join(map(str, sorted(set(nodes))))}: {hostfile} has {len(hosts)} hosts")
+    pool = None if least == most else Pool(hosts, least, most, lambda _: True)
+    return hosts[:most], pool
+
+
+def _alone(where: Mapping[str, Any]) -> tuple[tuple[Host, ...], None]:
+    """Hosts that are known by their number only, each of which starts its own ranks."""
+    (least, most), node, rendezvous = where["nodes"], where["node_rank"], where["rdzv"]
+    if least != most or node >= most or rendezvous is None or not rendezvous[1] or where["via"] != "torchrun":
+        raise UsageError("--node_rank=I takes --nodes=N (I from 0 to N-1), --rdzv=HOST:PORT and --via=torchrun")
+    return tuple(Host(f"node-{i}", where["nproc"] or 1) for i in range(most)), None
+
+
+def check(config: str, hosts: tuple[Host, ...], overrides: Mapping[str, str]) -> dict[str, Any]:
+    """The config as megatron_lite resolves it for these hosts. It judges it in well under a second, without torch."""
+    checked = _ask(config, sum(host.slots for host in hosts), overrides, stderr=None)
+    if checked.returncode:
+        raise SystemExit(checked.returncode if checked.returncode > 0 else 1)
+    settings: dict[str, Any] = json.loads(checked.stdout)
+    check_layout(hosts, settings["mesh"].get("tp", 1), settings["launch"]["tp_across_hosts"])
+    return settings
+
+
+def _ask(
+    config: str, ranks: int, overrides: Mapping[str, str], stderr: int | None
+) -> subprocess.CompletedProcess[bytes]:
+    argv = [sys.executable, "-m", "megatron_lite", "config", config, f"--ranks={ranks}", *_flags(overrides)]
+    return subprocess.run(argv, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=stderr, check=False)
+
+
+def _fits(config: str, ranks: int, overrides: Mapping[str, str]) -> bool:
+    return _ask(config, ranks, overrides, subprocess.DEVNULL).returncode == 0
+
+
+def _flags(overrides: Mapping[str, str]) -> list[str]:
+    return [f"--{key}={value}" for key, value in overrides.items()]
+
+
+def make_job(
+    config: str,
+    hosts: tuple[Host, ...],
+    settings: Mapping[str, Any],
+    overrides: Mapping[str, str],
+    where: Mapping[str, Any],
+) -> Job:
+    """The run as a job: what every rank is to run, with which variables, and where its files are."""
+    launch, folder = settings["launch"], settings["run"]
+    job = Job(
+        program=(sys.executable, "-m", "megatron_lite", "train", config, *_flags(overrides)),
+        hosts=hosts,
+        run_dir=Path(folder["dir"]) / folder["name"],
+        resume=() if "checkpoint.resume" in overrides else ("--checkpoint.resume=auto",),
+        name=f"{folder['name']}-{secrets.token_hex(4)}",
+        node=where["node_rank"],
+        rendezvous=where["rdzv"],
+        ssh=Ssh(launch["ssh"]["port"], tuple(launch["ssh"]["options"])),
+        mpirun=where["mpirun"],
+    )
+    return replace(job, env=_variables(job, launch["env"], launch["forward"]))
+
+
+def _variables(job: Job, env: Mapping[str, str], forward: Sequence[str]) -> dict[str, str]:
+    """What every rank gets: this machine's variables, where ranks are elsewhere, then defaults, then the config's."""
+    here = forwarded(os.environ, forward) if job.distributed else {}
+    return {**here, **rank_defaults(max(host.slots for host in job.hosts), os.environ), **env}
+
+
+def _shown(job: Job) -> Job:
+    """The job as it is printed: with a port that stands for the free one that is found at the start."""
+    if len(job.hosts) > 1 and (job.rendezvous is None or not job.rendezvous[1]):
+        address = job.rendezvous[0] if job.rendezvous else job.hosts[0].address
+        return replace(job, rendezvous=(address, 29500), name=job.name.rpartition("-")[0])
+    return replace(job, name=job.name.rpartition("-")[0])
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A command: its function, whose docstring is the help, its flags, and what it takes besides."""
+
+    call: Callable[..., int]
+    flags: Mapping[str, Flag]
+    arguments: tuple[str, ...] = ()
+    overrides: bool = False
+
+
+COMMANDS = {
+    "run": Entry(run, RUN, ("config",), overrides=True),
+    "verify": Entry(
+        verify,
+        HOSTS
+        | {
+            "via": replace(HOSTS["via"], default=None),
+            "dir": Flag(str, "runs", "DIR", "a folder that all hosts share (default runs)"),
+        },
+    ),
+    "plan": Entry(plan, HOSTS | {"via": replace(HOSTS["via"], default=None)}, ("config",), overrides=True),
 }
 
 
-def _nearest(word: str, known: Iterable[str]) -> str:
-    close = difflib.get_close_matches(word, list(known), n=1)
-    return f" (did you mean {close[0]!r}?)" if close else ""
-
-
-def parse(argv: list[str]) -> dict[str, Any]:
-    """The arguments of ``run``; a flag with a dot in its name is a config override. UsageError lists all mistakes."""
-    typed: list[tuple[tuple[str, ...], dict[str, str]]] = []
-
-    @SetParseFn(str)
-    def collect(*args: str, **flags: str) -> None:
-        typed.append((args, flags))
-
-    mistakes = [f"unexpected argument {word!r}" for word in argv if word in ("-", "--")]  # fire has uses for these
-    names = Counter(word[2:].partition("=")[0].replace("-", "_") for word in argv if word[:2] == "--" != word)
-    mistakes += [f"--{name} is given twice" for name, count in names.items() if count > 1]
-    fire.Fire(collect, command=[word for word in argv if word not in ("-", "--")], name="launch run")
-    args, flags = typed[0]
-    arguments: dict[str, Any] = {name: default for name, (_, default) in _FLAGS.items()}
-    arguments["overrides"] = {name: value for name, value in flags.items() if "." in name}
-    for name, value in flags.items():
-        if name in _FLAGS:
-            try:
-                arguments[name] = _FLAGS[name][0](value)
-            except ValueError as error:
-                mistakes.append(f"--{name}={value}: {error}")
-        elif "." not in name:
-            mistakes.append(
-                f"unknown flag --{name}{_nearest(name, _FLAGS)}; config keys are written --section.key=value"
-            )
-    if len(args) != 1:
-        mistakes.append(f"unexpected argument {args[1]!r}" if args else "missing CONFIG; see --help")
-    if mistakes:
-        raise UsageError("\n".join(mistakes))
-    return {"config": args[0], **arguments}
+def _help() -> str:
+    lines = [
+        f"  {name:<10}{(entry.call.__doc__ or '').split('.')[0].split(',')[0]}" for name, entry in COMMANDS.items()
+    ]
+    return "\n".join(["usage: python -m launch COMMAND …", "", *lines, "", "COMMAND --help tells more."])
 
 
 def main() -> int:
     """Entry point: 0, or the documented exit code after one ``error:`` line for each mistake."""
-    name, argv = (sys.argv[1], sys.argv[2:]) if len(sys.argv) > 1 else ("--help", [])
+    name, words = (sys.argv[1], sys.argv[2:]) if len(sys.argv) > 1 else ("--help", [])
     try:
-        if name in ("-h", "--help", "help") or {"-h", "--help"}.intersection(argv):
-            print(USAGE_TEXT.format(launchers=", ".join(LAUNCHERS)))
+        if name in ("-h", "--help", "help"):
+            print(_help())
             return 0
         if name not in COMMANDS:
-            raise UsageError(f"unknown command {name!r}{_nearest(name, COMMANDS)}; there is: {', '.join(COMMANDS)}")
+            raise UsageError(f"unknown command {name!r}{nearest(name, COMMANDS)}; there is: {', '.join(COMMANDS)}")
+        entry = COMMANDS[name]
+        if {"-h", "--help"}.intersection(words):
+            text = (entry.call.__doc__ or "").replace("\n    ", "\n")
+            print(cli.usage(name, text, entry.flags, entry.arguments, overrides=entry.overrides))
+            return 0
         if not sys.platform.startswith("linux"):
             raise UsageError("launch needs Linux; start the ranks yourself: torchrun -m megatron_lite train …")
-        return COMMANDS[name](**parse(argv))
+        return entry.call(**cli.parse(words, entry.flags, entry.arguments, overrides=entry.overrides))
     except UsageError as error:
         for line in str(error).splitlines():
             say(f"error: {line}")

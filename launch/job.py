@@ -1,30 +1,94 @@
-"""What is to be run: a ``Job``, described without saying which launcher starts it."""
+"""What is to be run, and where: a ``Job``, described without saying which launcher starts it."""
 
 from __future__ import annotations
 
+import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from urllib.parse import quote
+
+from launch.hostfile import Host
+
+# Variables that ranks on other hosts need as much as those here; a name, or a prefix and a star.
+FORWARDED = (
+    *("PATH", "LD_LIBRARY_PATH", "VIRTUAL_ENV", "PYTHON*", "TMPDIR", "LANG", "LC_*"),
+    *("CUDA_*", "NCCL_*", "GLOO_*", "UCX_*", "FI_*", "OMP_*", "MKL_*", "TORCH*", "PYTORCH_*", "TRITON_*", "DS_*"),
+    *("HF_*", "HUGGINGFACE_*", "TOKENIZERS_*", "MLITE_*"),
+)
+
+
+@dataclass(frozen=True)
+class Ssh:
+    """How other hosts are reached, beyond what the user's ssh config says."""
+
+    port: int | None = None
+    options: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a rank runs: ``node`` counts hosts, ``local_rank`` the ranks of one host."""
+
+    rank: int
+    host: Host
+    node: int
+    local_rank: int
 
 
 @dataclass(frozen=True)
 class Job:
-    """``nproc`` copies of ``program`` (an argv) that form one distributed run with its files in ``run_dir``.
+    """Copies of ``program`` (an argv), one for each slot of ``hosts``: one distributed run, its files in ``run_dir``.
 
-    ``attempt`` counts automatic restarts from 0; from the first restart on, ``resume`` is appended to the program.
+    Ranks count through the slots of the first host, then of the second, and so on, under every launcher.
+    ``node``: start the ranks of this host alone, because somebody else starts the others'. ``rendezvous``: the address
+    and port at which ranks meet, where that is decided beforehand. ``attempt`` counts automatic restarts from 0; from
+    the first restart on, ``resume`` is appended to the program. ``name`` tells this job from every other one.
+    ``mpirun``: the one to use, where it is not the one that ``launch/mpirun.py`` finds.
     """
 
     program: tuple[str, ...]
-    nproc: int
+    hosts: tuple[Host, ...]
     run_dir: Path
     env: Mapping[str, str] = field(default_factory=dict)
     resume: tuple[str, ...] = ()
     attempt: int = 0
+    name: str = ""
+    node: int | None = None
+    rendezvous: tuple[str, int] | None = None
+    ssh: Ssh = Ssh()
+    mpirun: Path | None = None
+
+    @property
+    def size(self) -> int:
+        """Ranks of the whole run."""
+        return sum(host.slots for host in self.hosts)
+
+    @property
+    def places(self) -> list[Place]:
+        """Where every rank of the run is, in order."""
+        slots = [(node, host, slot) for node, host in enumerate(self.hosts) for slot in range(host.slots)]
+        return [Place(rank, host, node, slot) for rank, (node, host, slot) in enumerate(slots)]
+
+    @property
+    def watched(self) -> list[Place]:
+        """The ranks that this launcher starts and answers for."""
+        return [place for place in self.places if self.node in (None, place.node)]
+
+    @property
+    def distributed(self) -> bool:
+        """Whether some of the ranks it starts are on other machines, out of reach of a signal."""
+        return any(not place.host.local for place in self.watched) if self.node is None else False
 
     @property
     def log_dir(self) -> Path:
         return self.run_dir / "logs"
+
+    @property
+    def wish(self) -> Path:
+        """The file that tells ranks on other machines what their launcher wants of them (``launch/rank.py``)."""
+        return self.log_dir / "wish"
 
     def next_attempt(self) -> Job:
         return replace(self, attempt=self.attempt + 1)
@@ -32,28 +96,70 @@ class Job:
     @property
     def rank_env(self) -> dict[str, str]:
         """Variables to add to the environment of every rank."""
-        return {**self.env, "MLITE_ATTEMPT": str(self.attempt)}
+        return {**self.env, "MLITE_ATTEMPT": str(self.attempt), "MLITE_JOB": f"{self.name}.{self.attempt}"}
 
     def rank_argv(self, *options: str) -> list[str]:
         """The argv, after the Python executable, of one rank: the program inside its shim (``launch/rank.py``)."""
         program = self.program + (self.resume if self.attempt else ())
-        return ["-m", "launch.rank", f"--log-dir={self.log_dir}", *options, "--", *program]
+        wish = [f"--wish={self.wish}"] if self.distributed else []
+        return ["-m", "launch.rank", f"--log-dir={self.log_dir}", *wish, *options, "--", *program]
 
 
-def rank_defaults(nproc: int, given: Mapping[str, str]) -> dict[str, str]:
+def ordered(job: Job, env: Mapping[str, str], *options: str, lease: bool = False) -> tuple[list[str], dict[Path, str]]:
+    """For launchers that carry arguments and variables badly: a short argv of the shim, and the file that it reads the
+    rest from. The file is the user's alone: variables may be secret.
+
+    ``lease``: ranks end themselves when the launcher gives no sign of life, because nothing else would end them.
+    """
+    path = job.log_dir / "order.json"
+    argv = job.rank_argv(*options, *(["--lease"] if lease and job.distributed else []))
+    order = {"argv": argv[2:], "env": {**job.rank_env, **env}, "cwd": str(Path.cwd())}
+    plain = quote(str(path.absolute()), safe="/").replace("%", "=")
+    return [*argv[:2], f"--file={plain}"], {path: json.dumps(order, indent=1) + "\n"}
+
+
+def rank_defaults(slots: int, given: Mapping[str, str]) -> dict[str, str]:
     """Variables that ranks should have; what the user has set in ``given`` is left alone."""
     defaults = {
-        "OMP_NUM_THREADS": str(max(1, len(os.sched_getaffinity(0)) // nproc)),
+        "OMP_NUM_THREADS": str(max(1, len(os.sched_getaffinity(0)) // slots)),
         "PYTHONUNBUFFERED": "1",  # a killed rank's last lines are in its log
     }
     return {name: value for name, value in defaults.items() if name not in given}
 
 
-@dataclass(frozen=True)
-class Launch:
-    """What a launcher is started with: its argv, variables added to the environment, and files to write first."""
+def forwarded(given: Mapping[str, str], more: Sequence[str] = ()) -> dict[str, str]:
+    """The part of ``given`` that ranks on other hosts get, too: ``FORWARDED`` and ``more``."""
+    wanted = (*FORWARDED, *more)
+    exact, prefixes = set(wanted), tuple(name[:-1] for name in wanted if name.endswith("*"))
+    return {name: value for name, value in given.items() if name in exact or name.startswith(prefixes)}
 
-    name: str
+
+def device_env(host: Host) -> dict[str, str]:
+    """What lets the ranks of ``host`` see the devices that a filter chose, and no other."""
+    return {} if host.devices is None else {"CUDA_VISIBLE_DEVICES": ",".join(map(str, host.devices))}
+
+
+@dataclass(frozen=True)
+class Command:
+    """One process that a launcher starts on this machine, which starts ranks on ``host`` (or, without one, on all).
+
+    ``env`` is added to the environment, and what starts with ``without`` taken out of it. ``stdin``, if there is any,
+    is written to it, and the pipe then held open: a host that hears no more from this machine ends what runs there
+    (``launch/host.py``).
+    """
+
     argv: list[str]
     env: dict[str, str] = field(default_factory=dict)
+    host: Host | None = None
+    stdin: str | None = None
+    without: tuple[str, ...] = ()
+    console: bool = False  # descriptor 0 is the console's stderr (launch/torchrun.py)
+
+
+@dataclass(frozen=True)
+class Launch:
+    """What a launcher is started with: commands to run side by side, and files to write first."""
+
+    name: str
+    commands: list[Command]
     files: dict[Path, str] = field(default_factory=dict)

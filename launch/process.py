@@ -7,6 +7,7 @@ import ctypes
 import os
 import signal
 import subprocess
+import time
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -56,12 +57,31 @@ def descendants() -> list[int]:
     return found[1:]
 
 
-def reap(except_pid: int) -> None:
-    """Collect dead children other than ``except_pid`` (whose Popen does that itself): adopted orphans, mostly."""
+def reap(children: Iterable[subprocess.Popen[bytes]]) -> None:
+    """Collect dead children: those of a Popen through it, the others, adopted orphans mostly, from the kernel."""
+    known = set()
+    for child in children:
+        child.poll()
+        known.add(child.pid)
     for entry in Path("/proc").iterdir():
-        if entry.name.isdigit() and int(entry.name) != except_pid and _stat(int(entry.name)) == ("Z", os.getpid()):
+        if entry.name.isdigit() and int(entry.name) not in known and _stat(int(entry.name)) == ("Z", os.getpid()):
             with contextlib.suppress(ChildProcessError):
                 os.waitpid(int(entry.name), os.WNOHANG)
+
+
+def kill_all(children: Iterable[subprocess.Popen[bytes]], limit_s: float) -> list[int]:
+    """Kill everything below this process, again until nothing is left: orphans are adopted, and come up next.
+
+    ``children`` are collected through their Popen. Returns what the kernel has not ended after ``limit_s``.
+    """
+    children, deadline = list(children), time.monotonic() + limit_s
+    while (pids := descendants()) and time.monotonic() < deadline:
+        for pid in pids:
+            send(pid, signal.SIGKILL)
+        time.sleep(0.01)
+        reap(children)
+    reap(children)
+    return pids
 
 
 def send(pid: int, signum: int) -> None:

@@ -1,13 +1,16 @@
-"""The shim around each rank: ``python -m launch.rank --log-dir=DIR [--stderr-fd=N] -- PROGRAM …``.
+"""The shim around each rank: ``python -m launch.rank --log-dir=DIR [OPTIONS] -- PROGRAM …``.
 
 It keeps the rank's output in ``DIR/rank_N.log``, passes signals on, and reports how the rank ended (``report.py``),
-since launchers hand back neither exit codes nor signals.
+since launchers hand back neither exit codes nor signals. Options: ``--rank=VARIABLE`` that holds the rank (RANK),
+``--stderr-fd=N`` for rank 0's errors, ``--wish=FILE`` in which a launcher on another machine says what it wants, and
+``--lease`` to end with it. ``--file=FILE`` stands for all of this: there the arguments are, and variables to set.
 """
 
 from __future__ import annotations
 
 import contextlib
 import io
+import json
 import os
 import signal
 import socket
@@ -18,13 +21,16 @@ import time
 from dataclasses import replace
 from pathlib import Path
 from typing import NoReturn
+from urllib.parse import unquote
 
 from launch import process
 from launch.report import PREEMPTED, Report, last_words
 
 _STOP = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP, signal.SIGQUIT)  # what torchrun passes on
 _STOPPED_LIMIT_S = 2.0  # how long a rank that should save may stay stopped (SIGSTOP) before it is killed
-_POLL_S = 0.2
+_POLL_S, _WISH_S = 0.2, 1.0
+_LEASE_S = 30.0  # a rank with a lease ends when its launcher has been silent for this long
+SAVE, END = "save", "end"  # wishes, each followed by the attempt that is meant
 _TAIL_BYTES = 8192
 
 
@@ -63,8 +69,16 @@ class Copier(threading.Thread):
             self.console = None
 
 
-def run(log_dir: Path, program: list[str], rank: int, attempt: int, console: tuple[int, int] | None) -> int:
-    """Run ``program`` to its end; ``console`` holds the descriptors for its stdout and stderr, if it is shown.
+def run(
+    log_dir: Path,
+    program: list[str],
+    rank: int,
+    attempt: int,
+    console: tuple[int, int] | None,
+    wish: Wish | None = None,
+) -> int:
+    """Run ``program`` to its end; ``console`` holds the descriptors for its stdout and stderr, if it is shown, and
+    ``wish`` tells what a launcher wants that cannot send signals.
 
     Returns the exit code for the launcher: the program's own, 128 + N after signal N, but 0 when the program was
     preempted, so that the launcher does not tear down the peers that are still saving.
@@ -72,7 +86,8 @@ def run(log_dir: Path, program: list[str], rank: int, attempt: int, console: tup
     watched = {*_STOP, signal.SIGUSR2, signal.SIGCHLD}
     signal.pthread_sigmask(signal.SIG_BLOCK, watched)
     log = (log_dir / f"rank_{rank}.log").open("ab", buffering=0)
-    on_terminal = console is not None and os.isatty(console[0])
+    # mpirun gives ranks a terminal, which is not the user's: there, both streams come as one.
+    on_terminal = console is not None and console[0] != console[1] and os.isatty(console[0])
     child = process.start(
         program,
         unblock=watched,
@@ -92,7 +107,7 @@ def run(log_dir: Path, program: list[str], rank: int, attempt: int, console: tup
     for copier in copiers:
         copier.start()
 
-    asked, stopped = _wait(child, watched)
+    asked, stopped = _wait(child, watched, wish)
 
     with contextlib.suppress(ProcessLookupError):
         os.killpg(child.pid, signal.SIGKILL)  # what the program started and left behind
@@ -112,14 +127,17 @@ def run(log_dir: Path, program: list[str], rank: int, attempt: int, console: tup
     return 128 + signum if signum else code if code != PREEMPTED else 0
 
 
-def _wait(child: subprocess.Popen[bytes], watched: set[signal.Signals]) -> tuple[bool, bool]:
-    """Pass signals on until ``child`` ends: was it asked to stop, and had it to be killed while stopped?"""
+def _wait(child: subprocess.Popen[bytes], watched: set[signal.Signals], wish: Wish | None) -> tuple[bool, bool]:
+    """Pass signals and wishes on until ``child`` ends: was it asked to stop, and had it to be killed while stopped?"""
     asked, stopped, stopped_since = False, False, 0.0
     while child.poll() is None:
-        received = signal.sigtimedwait(watched, _POLL_S if asked else 60)
+        received = signal.sigtimedwait(watched, _POLL_S if asked else _WISH_S if wish else 60)
+        wanted = wish.read() if wish else ""
+        if wanted == END:
+            process.send(child.pid, signal.SIGKILL)
         if received and received.si_signo == signal.SIGUSR2:
             process.send(child.pid, signal.SIGUSR2)
-        elif received and received.si_signo in _STOP and not asked:
+        elif (wanted == SAVE or (received and received.si_signo in _STOP)) and not asked:
             asked = True  # the supervisor and torchrun may both ask; a second signal would cut the save short
             process.send(child.pid, signal.SIGTERM)
         if not asked or process.state(child.pid) != "T":
@@ -132,18 +150,53 @@ def _wait(child: subprocess.Popen[bytes], watched: set[signal.Signals]) -> tuple
     return asked, stopped
 
 
+class Wish:
+    """A file in which a launcher on another machine says what it wants, and, by changing it, that it is there.
+
+    Its text is ``WISH ATTEMPT NUMBER``. It is opened at each look: network file systems refresh a file then.
+    """
+
+    def __init__(self, path: Path, attempt: int, *, lease: bool) -> None:
+        self.path, self.attempt, self.lease = path, str(attempt), lease
+        self.text, self.since = "", time.monotonic()
+
+    def read(self) -> str:
+        """SAVE, END or nothing; END also when a lease has run out."""
+        with contextlib.suppress(OSError):
+            text = self.path.read_text()
+            if text != self.text:
+                self.text, self.since = text, time.monotonic()
+        if self.lease and time.monotonic() - self.since > _LEASE_S:
+            return END
+        wish, _, rest = self.text.partition(" ")
+        return wish if rest.partition(" ")[0] == self.attempt else ""
+
+
+def _arguments() -> list[str]:
+    """The command line, or what the file holds that it names; in the directory and with the variables of that file."""
+    argv = sys.argv[1:]
+    if not argv[0].startswith("--file="):
+        return argv
+    order = json.loads(Path(unquote(argv[0].removeprefix("--file=").replace("=", "%"))).read_text())
+    os.environ.update(order["env"])
+    os.chdir(order["cwd"])
+    return list(order["argv"])
+
+
 def main() -> NoReturn:
     """Read the command line and the launcher's variables; everything unexpected is an error of the launcher."""
     process.die_with_parent()
     if os.getppid() == 1:
         raise SystemExit("launch.rank: the launcher has gone")
-    split = sys.argv.index("--")
-    options = dict(option.removeprefix("--").split("=", 1) for option in sys.argv[1:split])
-    program, log_dir = sys.argv[split + 1 :], Path(options["log-dir"])
-    rank, attempt = int(os.environ["RANK"]), int(os.environ.get("MLITE_ATTEMPT", "0"))
+    argv = _arguments()
+    split = argv.index("--")
+    options = dict(option.removeprefix("--").partition("=")[::2] for option in argv[:split])
+    program, log_dir = argv[split + 1 :], Path(options["log-dir"])
+    rank, attempt = int(os.environ[options.get("rank", "RANK")]), int(os.environ.get("MLITE_ATTEMPT", "0"))
     console = (1, int(options.get("stderr-fd", "2"))) if rank == 0 else None
+    wish = Wish(Path(options["wish"]), attempt, lease="lease" in options) if "wish" in options else None
     try:
-        raise SystemExit(run(log_dir, program, rank, attempt, console))
+        raise SystemExit(run(log_dir, program, rank, attempt, console, wish))
     except OSError as error:
         print(f"error: rank {rank} could not be started: {error}", file=sys.stderr)
         raise SystemExit(7 if error.filename != program[0] else 2) from None

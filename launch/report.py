@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import signal
+from collections.abc import Collection
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
@@ -89,10 +90,10 @@ class Report:
 
 
 class Reports:
-    """All reports of one attempt by rank, as they are at this moment."""
+    """The reports of some ranks in one attempt, as they are at this moment."""
 
-    def __init__(self, log_dir: Path, attempt: int) -> None:
-        self._log_dir, self._attempt = log_dir, attempt
+    def __init__(self, log_dir: Path, attempt: int, ranks: Collection[int]) -> None:
+        self._log_dir, self.attempt, self._ranks = log_dir, attempt, ranks
         self.ended = self._read("exit")
 
     @cached_property
@@ -115,7 +116,7 @@ class Reports:
                 report = Report(**json.loads(path.read_text()))
             except (FileNotFoundError, ValueError):  # being renamed or rewritten at this moment
                 continue
-            if report.attempt == self._attempt:
+            if report.attempt == self.attempt and report.rank in self._ranks:
                 found[report.rank] = report
         return found
 

@@ -9,97 +9,192 @@ import os
 import shlex
 import signal
 import socket
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from launch import process
-from launch.job import Job, Launch
-from launch.outcome import Outcome, judge
+from launch.elastic import Pool, Probe
+from launch.host import BEAT_S
+from launch.hostfile import Host, UsageError
+from launch.job import Command, Job, Launch
+from launch.meeting import meet
+from launch.outcome import Outcome, judge, launcher_log
+from launch.rank import END, SAVE
 from launch.report import PEER_LOST, PREEMPTED, Reports
 
 _USAGE, _STORAGE = 2, 7
 _POLL_S = 0.1
 _ASK_AFTER_S = 1.0  # after the first failure, ranks that have not noticed are asked to stop …
 _KILL_AFTER_S = 8.0  # … and at last killed
-_AGENT_LIMIT_S = 3.0  # for torchrun's own end, once every rank has ended
+_AGENT_LIMIT_S = 3.0  # for a launcher's own end, once every rank has ended
 _DEATH_LIMIT_S = 10.0  # for the kernel to end what was killed
+_QUICK_S, _LONGEST_WAIT_S = 60.0, 60.0  # attempts that end sooner than this are followed by ever longer waits
+_HOSTS_WAIT_S, _HOSTS_RETRY_S = 600.0, 5.0  # for enough hosts to be reachable
 _SECOND_SIGNAL_S = 0.5  # `timeout` and some schedulers deliver one signal twice: only a later one is a second wish
 
 
-def supervise(job: Job, command: Callable[[Job], Launch], max_restarts: int = 0) -> Outcome:
+def supervise(job: Job, launcher: Callable[[Job], Launch], max_restarts: int = 0, pool: Pool | None = None) -> Outcome:
     """Run ``job`` to its end, again after a lost peer up to ``max_restarts`` times; write ``RUN/outcome.json``.
 
-    The first SIGINT, SIGTERM, SIGHUP or SIGUSR1 asks every rank to finish its step and save; a second one kills them.
+    With a ``pool`` of hosts each start takes those that can be reached, and a run that lost some takes them back. The
+    first SIGINT, SIGTERM, SIGHUP or SIGUSR1 asks every rank to finish its step and save; a second one kills them.
     However it ends, no process that was started here is left.
     """
+    own = "" if job.node is None else f"_{job.node}"
     try:
         job.log_dir.mkdir(parents=True, exist_ok=True)
-        with _exclusive(job.log_dir / "launcher.lock") as holder, _cursor_shown(), _signals() as signals:
+        with _exclusive(job.log_dir / f"launcher{own}.lock") as holder, _cursor_shown(), _signals() as signals:
             if holder:
                 return Outcome(_USAGE, f"{job.run_dir} is in use by {holder}; choose another --run.name")
             process.adopt_orphans()
-            outcome = _run_attempts(job, command, max_restarts, signals)
+            outcome = _Supervisor(launcher, max_restarts, pool, signals).run(job)
     except OSError as error:
         return Outcome(_STORAGE, f"{error.filename or job.log_dir}: {error.strerror}")
     try:
-        partial = job.run_dir / "outcome.json.tmp"
+        partial = job.run_dir / f"outcome{own}.json.tmp"
         partial.write_text(json.dumps(outcome.as_dict(), indent=2) + "\n")
-        partial.replace(job.run_dir / "outcome.json")
+        partial.replace(job.run_dir / f"outcome{own}.json")
     except OSError as error:
-        say(f"warning: {job.run_dir}/outcome.json could not be written: {error.strerror}")
+        say(f"warning: {job.run_dir}/outcome{own}.json could not be written: {error.strerror}")
     return outcome
 
 
-def _run_attempts(
-    job: Job, command: Callable[[Job], Launch], max_restarts: int, signals: set[signal.Signals]
-) -> Outcome:
-    while True:
-        attempt = _Attempt(job, command(job), signals)
-        outcome = attempt.run()
-        if outcome.exit_code != PEER_LOST or attempt.stop_asked or job.attempt == max_restarts:
-            return outcome
-        job = job.next_attempt()
-        say(outcome.line)
-        say(f"restarting from the last checkpoint, {job.attempt} of {max_restarts}")
+@dataclass(frozen=True)
+class _Supervisor:
+    """Attempt after attempt, until one ends that is not to be followed by another."""
+
+    launcher: Callable[[Job], Launch]
+    max_restarts: int
+    pool: Pool | None
+    signals: set[signal.Signals]
+
+    def run(self, job: Job) -> Outcome:
+        """Every attempt but the last ended with a lost peer, or was asked to make room for more hosts."""
+        restarts = quick = 0
+        while True:
+            if self.pool is not None:
+                hosts = self._choose(job, self.pool)
+                if isinstance(hosts, Outcome):
+                    return hosts
+                job = replace(job, hosts=hosts)
+            if job.attempt:
+                on = f" on {', '.join(host.name for host in job.hosts)}" if self.pool is not None else ""
+                say(f"restarting from the last checkpoint{on}, attempt {job.attempt + 1}")
+            began = time.monotonic()
+            try:
+                attempt = _Attempt(job, self.launcher(meet(job)), self.signals, self.pool)
+                outcome = attempt.run()
+                over, growing = bool(attempt.stop_asked), attempt.growing and outcome.exit_code == PREEMPTED
+            except UsageError as error:
+                if not job.attempt:
+                    raise
+                outcome, over, growing = Outcome(PEER_LOST, str(error)), False, False
+            if over or not (growing or (outcome.exit_code == PEER_LOST and restarts < self.max_restarts)):
+                return outcome
+            if not growing:
+                restarts += 1
+                say(f"{outcome.line}; restart {restarts} of {self.max_restarts}")
+                quick = quick + 1 if time.monotonic() - began < _QUICK_S else 0
+                if stopped := self._sleep(min(_LONGEST_WAIT_S, 2.0 ** (quick - 1) - 1) if quick else 0.0):
+                    return stopped
+            job = job.next_attempt()
+
+    def _choose(self, job: Job, pool: Pool) -> tuple[Host, ...] | Outcome:
+        """The hosts for the next start, waiting for enough of them to answer."""
+        deadline, told = time.monotonic() + _HOSTS_WAIT_S, False
+        while True:
+            reachable = Probe(pool.hosts, job.ssh).answered()
+            if hosts := pool.choose(reachable):
+                return hosts
+            enough = f"{len(reachable)} of {len(pool.hosts)} hosts can be reached; --nodes wants at least {pool.least}"
+            if time.monotonic() > deadline:
+                return Outcome(PEER_LOST, enough)
+            if not told:
+                say(f"waiting: {enough}, as many as the config can divide its batch by")
+                told = True
+            if stopped := self._sleep(_HOSTS_RETRY_S):
+                return stopped
+
+    def _sleep(self, seconds: float) -> Outcome | None:
+        """Wait; a signal that ends the wait ends the run."""
+        deadline = time.monotonic() + seconds
+        while (left := deadline - time.monotonic()) > 0:
+            received = signal.sigtimedwait(self.signals, left)
+            if received and received.si_signo != signal.SIGCHLD:
+                name = signal.Signals(received.si_signo).name
+                return Outcome(PREEMPTED, f"{name}: stopped between two attempts, after the last checkpoint")
+        return None
 
 
 class _Attempt:
     """One start of all ranks, from nothing to no process left."""
 
-    def __init__(self, job: Job, launch: Launch, signals: set[signal.Signals]) -> None:
-        self.job, self.launch, self.signals = job, launch, signals
+    def __init__(self, job: Job, launch: Launch, signals: set[signal.Signals], pool: Pool | None) -> None:
+        self.job, self.launch, self.signals, self.pool = job, launch, signals, pool
+        self.ranks = frozenset(place.rank for place in job.watched)
         self.stop_asked = 0.0  # when a signal first asked the run to stop
+        self.growing = False  # hosts came back: the ranks are asked to save, to start again with more of them
         self.told: set[int] = set()  # shims that were passed the wish
+        self.agents: list[subprocess.Popen[bytes]] = []  # one for each of the launch's commands
+        self.beaten = self.probed = time.monotonic()
+        self.wished, self.beats = "", 0
+        self.probe: Probe | None = None
 
     def run(self) -> Outcome:
         for stale in self.job.log_dir.glob("rank_*.*.json"):
-            stale.unlink()
+            if int(stale.name.split("_")[1].split(".")[0]) in self.ranks:
+                stale.unlink()
+        if self.job.distributed:
+            self._wish("")
         for path, text in self.launch.files.items():
+            path.touch(mode=0o600)
             path.write_text(text)
-        with (self.job.log_dir / f"{self.launch.name}.log").open("ab" if self.job.attempt else "wb") as log:
-            self.agent = process.start(
-                self.launch.argv,
-                unblock=self.signals,
-                stdin=sys.stderr.fileno(),  # see launch/torchrun.py
-                stderr=log,
-                env={**os.environ, **self.launch.env},
-                start_new_session=True,  # Ctrl-C reaches this process only
-            )
         try:
+            for command in self.launch.commands:
+                self.agents.append(self._start(command))
             outcome = self._watch()
-            returncode = self.agent.poll()
+            endings = [agent.poll() for agent in self.agents]
         finally:
             self._kill_all()
-        return outcome or judge(self.job, self.launch.name, returncode, bool(self.stop_asked))
+        if outcome:
+            return outcome
+        ended = [(command.host, code) for command, code in zip(self.launch.commands, endings, strict=True)]
+        return judge(self.job, self.launch.name, ended, bool(self.stop_asked), self._unreachable())
+
+    def _start(self, command: Command) -> subprocess.Popen[bytes]:
+        remote = command.stdin is not None
+        name = launcher_log(self.job, self.launch.name, command.host if remote else None)
+        kept = {name: value for name, value in os.environ.items() if not name.startswith(command.without)}
+        first = command.host is None or command.host == self.job.hosts[0]  # where rank 0 is
+        with name.open("ab" if self.job.attempt else "wb") as log:
+            agent = process.start(
+                command.argv,
+                unblock=self.signals,
+                stdin=subprocess.PIPE if remote else sys.stderr.fileno() if command.console else subprocess.DEVNULL,
+                stdout=None if first else log,
+                stderr=None if first and remote else log,
+                env={**kept, **command.env},
+                start_new_session=True,  # Ctrl-C reaches this process only
+            )
+        if agent.stdin is not None:
+            assert command.stdin is not None
+            with contextlib.suppress(BrokenPipeError):  # it will be seen to have ended
+                agent.stdin.write(command.stdin.encode())
+                agent.stdin.flush()
+            os.set_blocking(agent.stdin.fileno(), False)
+        return agent
 
     def _watch(self) -> Outcome | None:
-        """Until the launcher's command has ended, or has to be ended; the outcome, if a signal decided it."""
+        """Until the launcher's commands have ended, or have to be ended; the outcome, if a signal decided it."""
         failed_at = ended_at = 0.0
-        while self.agent.poll() is None:
+        while any(agent.poll() is None for agent in self.agents):
             received = signal.sigtimedwait(self.signals, _POLL_S)
-            reports, now = Reports(self.job.log_dir, self.job.attempt), time.monotonic()
+            reports, now = self._reports(), time.monotonic()
+            self._beat(now)
             if received and received.si_signo != signal.SIGCHLD:
                 name = signal.Signals(received.si_signo).name
                 if not reports.started:
@@ -110,33 +205,85 @@ class _Attempt:
                     say(f"{name}: the ranks finish their step, save and exit; {again} ends them at once")
                 elif now - self.stop_asked > _SECOND_SIGNAL_S:
                     return Outcome(128 + received.si_signo, f"{name} again: ended at once, without saving")
-            failed_at = failed_at or (now if reports.failures else 0.0)
-            ended_at = ended_at or (now if len(reports.ended) == self.job.nproc else 0.0)
-            if self.stop_asked or (failed_at and now - failed_at > _ASK_AFTER_S):
+            failed_at = failed_at or (now if reports.failures or self._host_lost(reports) else 0.0)
+            ended_at = ended_at or (now if len(reports.ended) == len(self.ranks) else 0.0)
+            self._look_for_hosts(reports, now)
+            if self.stop_asked or self.growing or (failed_at and now - failed_at > _ASK_AFTER_S):
                 self._tell({report.shim for report in reports.running})
             if (failed_at and now - failed_at > _KILL_AFTER_S) or (ended_at and now - ended_at > _AGENT_LIMIT_S):
                 break
         return None
 
+    def _unreachable(self) -> set[Host]:
+        """Hosts that ssh does not get through to, where ranks were lost and those of another host may be the reason."""
+        lost = self.job.distributed and any(report.secondary for report in self._reports().failures)
+        return set(self.job.hosts) - set(Probe(self.job.hosts, self.job.ssh).answered()) if lost else set()
+
+    def _reports(self) -> Reports:
+        return Reports(self.job.log_dir, self.job.attempt, self.ranks)
+
+    def _beat(self, now: float) -> None:
+        """A sign of life for other hosts, each second; without one they end what runs there."""
+        if now - self.beaten < BEAT_S:
+            return
+        self.beaten, self.beats = now, self.beats + 1
+        if self.job.distributed:
+            with contextlib.suppress(OSError):
+                self._wish(self.wished)
+        for agent in self.agents:
+            if agent.stdin is not None:
+                with contextlib.suppress(OSError):  # it has ended, or the link does not take any more
+                    os.write(agent.stdin.fileno(), b"\n")
+
+    def _host_lost(self, reports: Reports) -> bool:
+        """Whether a host's command ended although ranks of that host have not."""
+        gone = {c.host for c, agent in zip(self.launch.commands, self.agents, strict=True) if agent.poll() is not None}
+        return any(place.host in gone and place.rank not in reports.ended for place in self.job.watched)
+
+    def _look_for_hosts(self, reports: Reports, now: float) -> None:
+        """While hosts of the pool are missing: ask for them now and then, and have the run make room for them."""
+        if self.pool is None or self.growing or len(self.job.hosts) == self.pool.most:
+            return
+        if self.probe is None:
+            if now - self.probed > self.pool.interval and len(reports.running) == len(self.ranks):
+                self.probe = Probe([host for host in self.pool.hosts if host not in self.job.hosts], self.job.ssh)
+        elif self.probe.done:
+            more = self.pool.choose([*self.job.hosts, *self.probe.answered()])
+            self.probe, self.probed = None, now
+            if sum(host.slots for host in more) > self.job.size:
+                back = ", ".join(host.name for host in more if host not in self.job.hosts)
+                say(f"{back} can be reached again: saving, to go on with more ranks")
+                self.growing = True
+
     def _tell(self, shims: set[int]) -> None:
+        """Ask ranks to stop: by signal where they are below this process, by the wish everywhere else."""
         if new := shims - self.told:
+            if self.job.distributed:
+                self._wish(SAVE)
             for pid in new.intersection(process.descendants()):  # a pid from a dead shim's report may be a stranger's
                 process.send(pid, signal.SIGTERM)
             self.told |= new
 
+    def _wish(self, wish: str) -> None:
+        # In place and always of one size: it works on a full disk, and other hosts see it as soon as they open it.
+        self.wished = wish
+        with self.job.wish.open("r+" if self.job.wish.exists() else "w") as file:
+            file.write(f"{wish} {self.job.attempt} {self.beats}".ljust(63) + "\n")
+
     def _kill_all(self) -> None:
-        """Kill everything below this process, again until nothing is left: orphans are adopted, and come up next."""
-        deadline = time.monotonic() + _DEATH_LIMIT_S
-        while (pids := process.descendants()) and time.monotonic() < deadline:
-            for pid in pids:
-                process.send(pid, signal.SIGKILL)
+        """Kill everything below this process; other hosts do the same when their lifeline ends."""
+        if self.job.distributed:
+            with contextlib.suppress(OSError):
+                self._wish(END)
+        for agent in self.agents:
+            if agent.stdin is not None:
+                with contextlib.suppress(BrokenPipeError):
+                    agent.stdin.close()
+        deadline = time.monotonic() + (_AGENT_LIMIT_S if self.job.distributed else 0)
+        while any(agent.poll() is None for agent in self.agents) and time.monotonic() < deadline:
             signal.sigtimedwait({signal.SIGCHLD}, _POLL_S)
-            self.agent.poll()
-            process.reap(except_pid=self.agent.pid)
-        self.agent.poll()
-        process.reap(except_pid=self.agent.pid)
-        if pids:
-            say(f"warning: the kernel does not end {pids} (waiting for a device or a file server?)")
+        if left := process.kill_all(self.agents, _DEATH_LIMIT_S):
+            say(f"warning: the kernel does not end {left} (waiting for a device or a file server?)")
 
 
 def say(line: str) -> None:
@@ -147,8 +294,14 @@ def say(line: str) -> None:
 
 def describe(launch: Launch) -> str:
     """The launch as shell text, for reading: variables, command, files. Nothing is ever run through a shell."""
-    lines = [f"{name}={shlex.quote(value)} \\" for name, value in sorted(launch.env.items())]
-    lines.append(" ".join(map(shlex.quote, launch.argv)))
+    lines = []
+    for command in launch.commands:
+        if len(launch.commands) > 1 and command.host is not None:
+            lines.append(f"# {command.host.name}")
+        lines += [f"{name}={shlex.quote(value)} \\" for name, value in sorted(command.env.items())]
+        lines.append(" ".join(map(shlex.quote, command.argv)))
+        if command.stdin is not None:
+            lines.append(f"# on its stdin: {command.stdin.rstrip()}")
     for path, text in launch.files.items():
         lines += [f"# file {shlex.quote(str(path))}:", text.rstrip()]
     return "\n".join(lines)

@@ -1,30 +1,48 @@
-"""Ranks on this machine through ``torchrun``, the launcher that comes with torch."""
+"""Ranks through ``torchrun``, the launcher that comes with torch: one agent a host, over the system's ssh."""
 
 from __future__ import annotations
 
 import sys
 
-from launch.job import Job, Launch
+from launch.job import Command, Job, Launch, device_env
+from launch.remote import over_ssh
 
 # torchrun kills its workers this long after a signal to itself; a save may take longer than its own 30 seconds.
 _SAVE_SECONDS = 86400
 
 
 def command(job: Job) -> Launch:
-    """``torchrun`` on a free port of this machine. Restarts are ours (``launch/supervise.py``), so it gets none.
+    """One ``torchrun`` for each host, told its node rank and where to meet; on a free port for a single host.
+
+    Restarts are ours (``launch/supervise.py``), so it gets none, and its static rendezvous is used: ranks follow the
+    order of the hosts, not that of arrival.
 
     torchrun closes every descriptor except 0-2 on the way to its workers. So that its own reports can go to a file
     while rank 0 still reaches both streams of the console, the console's stderr travels as descriptor 0.
     """
-    argv = [
-        *(sys.executable, "-m", "torch.distributed.run"),
-        "--standalone",
-        "--nnodes=1",  # whatever PET_NNODES says
-        "--local-addr=127.0.0.1",  # never depends on how this machine's name resolves
-        f"--nproc-per-node={job.nproc}",
-        "--max-restarts=0",
-        f"--shutdown-timeout={_SAVE_SECONDS}",
-        "--signals-to-handle=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1",  # by default USR1 kills it and orphans the ranks
-        *job.rank_argv("--stderr-fd=0"),
-    ]
-    return Launch("torchrun", argv, job.rank_env)
+    commands = []
+    for node, host in enumerate(job.hosts):
+        if job.node not in (None, node):
+            continue
+        argv = [
+            *(sys.executable, "-m", "torch.distributed.run"),
+            *_meeting(job, node),
+            f"--nproc-per-node={host.slots}",
+            "--max-restarts=0",
+            f"--shutdown-timeout={_SAVE_SECONDS}",
+            "--signals-to-handle=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1",  # by default USR1 kills it, orphans the ranks
+            *job.rank_argv("--stderr-fd=0"),
+        ]
+        env = job.rank_env | device_env(host)
+        local = host.local or job.node is not None
+        commands.append(Command(argv, env, host, console=True) if local else over_ssh(job, host, argv, env))
+    return Launch("torchrun", commands)
+
+
+def _meeting(job: Job, node: int) -> list[str]:
+    if len(job.hosts) == 1 and job.rendezvous is None:
+        # Whatever PET_NNODES says, and however this machine's name resolves.
+        return ["--standalone", "--nnodes=1", "--local-addr=127.0.0.1"]
+    assert job.rendezvous is not None, "several hosts have to be told where to meet"
+    address, port = job.rendezvous
+    return [f"--nnodes={len(job.hosts)}", f"--node-rank={node}", f"--master-addr={address}", f"--master-port={port}"]

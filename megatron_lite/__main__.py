@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 
 from megatron_lite import cli
@@ -15,14 +16,17 @@ from megatron_lite.parallel.plan import make_plan, parse_side
 def config(config: str, ranks: int | None = None, **overrides: str) -> None:
     """Check a config, and whether it can run on --ranks; print it, resolved, as JSON.
 
+    With --ranks the degrees of its mesh come as "mesh".
+
     CONFIG is a path or the name of a shipped config; any --section.key=value overrides it.
     """
     checked = load_config(config, overrides)
     if ranks is not None and ranks < 1:
         raise ConfigError(f"--ranks={ranks}: expected at least 1")
+    shown = checked.model_dump(mode="json")
     if ranks is not None:
-        make_plan(checked, ranks)
-    print(json.dumps(checked.model_dump(mode="json")))
+        shown["mesh"] = make_plan(checked, ranks).degrees
+    print(json.dumps(shown))
 
 
 def train(config: str, **overrides: str) -> None:
@@ -35,6 +39,11 @@ def train(config: str, **overrides: str) -> None:
     from megatron_lite.train import train as run
 
     run(checked, plan, rank)
+
+
+def rank() -> None:
+    """Print what this process's launcher says it is, as JSON: rank, size, host and where ranks meet."""
+    print(json.dumps(asdict(read_rank())), flush=True)
 
 
 def generate(
@@ -111,7 +120,7 @@ def reshard(source: str, destination: str, files: int = 1, max_ram: str = "256M"
 
     It appears as DESTINATION/step_N. Training needs no such step: every checkpoint loads at every layout.
     """
-    cap = cli.parse_bytes(max_ram, "max_ram")
+    cap = cli.parse_bytes(max_ram, "max_ram", least=64 << 20)
     from megatron_lite import convert
 
     convert.reshard(Path(source), Path(destination), files, cap, trust=trust)
@@ -177,6 +186,7 @@ COMMANDS: cli.Commands = {
     "generate": generate,
     "prove": prove,
     "config": config,
+    "rank": rank,
     "ckpt": {
         "inspect": inspect,
         "verify": verify,

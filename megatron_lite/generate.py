@@ -13,12 +13,12 @@ from torch import Tensor
 
 from megatron_lite import checkpoint
 from megatron_lite.data.template import ChatTemplate, find_template
-from megatron_lite.data.tokenizer import JSON, MODEL, Tokenizer, parse_object, read_tokenizer
+from megatron_lite.data.tokenizer import Tokenizer, carried_tokenizer, parse_object
 from megatron_lite.dist import random
 from megatron_lite.dist.env import read_rank
 from megatron_lite.dist.mesh import build_mesh, pick_device, process_group
 from megatron_lite.dist.shard import materialize, pieces_of
-from megatron_lite.errors import CheckpointError, ConfigError
+from megatron_lite.errors import ConfigError
 from megatron_lite.layers.attention import KeyValueCache
 from megatron_lite.models.decoder import Decoder
 from megatron_lite.parallel.plan import check_tp
@@ -123,9 +123,7 @@ def generate_text(
         with contextlib.closing(checkpoint.open_source(path, mesh.world)) as source:
             check_tp(source.model, rank.size)
             extras = source.extras()
-            if MODEL not in extras and JSON not in extras:
-                raise CheckpointError(f"{path} has no {MODEL} and no {JSON}, to read a prompt with")
-            tokenizer = read_tokenizer(extras, f"{path}'s tokenizer")
+            tokenizer = carried_tokenizer(extras, path)
             tokens = tokenizer.encode(prompt)
             if chat:
                 template = ChatTemplate(find_template(extras, str(path)), tokenizer, f"{path}'s chat template")

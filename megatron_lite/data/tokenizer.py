@@ -17,12 +17,13 @@ from typing import Any, NamedTuple
 import numpy as np
 from sentencepiece import SentencePieceProcessor
 
-from megatron_lite.errors import ConfigError, DataError
+from megatron_lite.errors import CheckpointError, ConfigError, DataError
 
 MODEL, JSON, SETTINGS, TEMPLATE = "tokenizer.model", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"
+GENERATION = "generation_config.json"
 TOKENIZER_FILES = (  # what belongs to a model beside its weights
     *(MODEL, JSON, SETTINGS, "special_tokens_map.json", "added_tokens.json"),
-    *("vocab.json", "merges.txt", "generation_config.json", TEMPLATE, "chat_template.json"),
+    *("vocab.json", "merges.txt", GENERATION, TEMPLATE, "chat_template.json"),
 )
 _MAX_FILE_BYTES = 256 << 20
 _ENDS = ("<|endoftext|>", "</s>", "<|end_of_text|>", "<eos>")  # where nothing beside a tokenizer.json names its own
@@ -51,7 +52,7 @@ class Tokenizer(ABC):
 
     Attributes:
         vocab_size: the largest token id and one.
-        bos_id, eos_id: begin and end of a sequence, -1 where there is none.
+        bos_id, eos_id, pad_id: begin and end of a sequence, and what fills it up; -1 where there is none.
         special: the control tokens, text to id. Text that spells one is that token only where it is asked for
             (``special=True``), as of what a chat template has written.
         sha256: of the file it was loaded from.
@@ -60,6 +61,7 @@ class Tokenizer(ABC):
     vocab_size: int
     bos_id: int
     eos_id: int
+    pad_id: int
     special: Mapping[str, int]
     sha256: str
 
@@ -108,7 +110,7 @@ class SentencePiece(Tokenizer):
         except (RuntimeError, OSError, ValueError, TypeError) as error:
             raise DataError(f"{name} is not a sentencepiece model: {' '.join(str(error).split())}") from None
         self.vocab_size, self.sha256 = self._model.vocab_size(), hashlib.sha256(content).hexdigest()
-        self.bos_id, self.eos_id = self._model.bos_id(), self._model.eos_id()
+        self.bos_id, self.eos_id, self.pad_id = self._model.bos_id(), self._model.eos_id(), self._model.pad_id()
 
     @cached_property
     def special(self) -> Mapping[str, int]:  # type: ignore[override]
@@ -178,6 +180,7 @@ class TokenizerJson(Tokenizer):
         guess = [text for text in _ENDS if text in self.special]
         self.bos_id = self._named(settings.get("bos_token"), name)
         self.eos_id = self._named(settings.get("eos_token", guess[0] if len(guess) == 1 else None), name)
+        self.pad_id = self._named(settings.get("pad_token"), name)
 
     def _named(self, token: Any, name: str) -> int:
         text = token.get("content") if isinstance(token, dict) else token
@@ -259,3 +262,13 @@ def read_tokenizer(files: Mapping[str, bytes], name: str) -> Tokenizer:
     if MODEL in files:
         return SentencePiece(files[MODEL], name)
     raise ConfigError(f"{name} has no {MODEL} and no {JSON}")
+
+
+def carried_tokenizer(files: Mapping[str, bytes], where: Path) -> Tokenizer:
+    """The tokenizer that a model at ``where`` has among its small files. Raises CheckpointError."""
+    if not files.keys() & {MODEL, JSON}:
+        raise CheckpointError(f"{where} has no {MODEL} and no {JSON}, to read a prompt with")
+    try:
+        return read_tokenizer(files, f"{where}'s tokenizer")
+    except DataError as error:
+        raise CheckpointError(str(error)) from None

@@ -42,7 +42,9 @@ def test_a_model_learns_the_answers_and_gives_them(tmp_path):
     }
     (tmp_path / "run.yaml").write_text(yaml.safe_dump(tree))
     run = run_job([PYTHON, "-m", "launch", "run", f"{tmp_path}/run.yaml", "--nproc=2"], timeout=100)
-    run.expect(0, stdout=r"conversations in \d+ windows of 128, \d\d\.\d% filled; 0 truncated, 0 tokens lost, 0 without")
+    run.expect(
+        0, stdout=r"conversations in \d+ windows of 128, \d\d\.\d% filled; 0 truncated, 0 tokens lost, 0 without"
+    )
     assert losses(tmp_path / "run")[80] < 0.2  # far below what is in the questions: 1.8 nats a letter
     for colour, fruit in list(NAMES.items())[:2]:
         asked = ["generate", f"{tmp_path}/run", f"--prompt=fedcba {colour}?", "--chat=true"]

@@ -7,19 +7,21 @@ import sys
 from pathlib import Path
 
 from launch import Job, Launch, supervise, torchrun
-from launch.job import rank_defaults
+from launch.hostfile import Host
+from launch.job import Command, rank_defaults
 
 FAKE_AGENT = Path(__file__).with_name("fake_agent.py")
 
 
 def fake(job: Job) -> Launch:
-    argv = [sys.executable, str(FAKE_AGENT), str(job.nproc), *job.rank_argv("--stderr-fd=0")]
-    return Launch("torchrun", argv, job.rank_env)
+    argv = [sys.executable, str(FAKE_AGENT), str(job.size), *job.rank_argv("--stderr-fd=0")]
+    return Launch("torchrun", [Command(argv, job.rank_env, console=True)])
 
 
 def main() -> int:
     run_dir, nproc, agent, restarts, _, *program = sys.argv[1:]
-    job = Job(tuple(program), int(nproc), Path(run_dir), rank_defaults(int(nproc), {}), resume=("resumed",))
+    hosts = (Host("localhost", int(nproc)),)
+    job = Job(tuple(program), hosts, Path(run_dir), rank_defaults(int(nproc), {}), resume=("resumed",))
     supervise._KILL_AFTER_S = 2.5  # the real 8 s would only make the tests longer
     outcome = supervise.supervise(job, torchrun.command if agent == "torchrun" else fake, int(restarts))
     if outcome.line:

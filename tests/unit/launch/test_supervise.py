@@ -116,7 +116,7 @@ def test_a_lost_rank_is_started_again_with_resume(tmp_path: Path) -> None:
     code += "time.sleep(2 - attempt)"
     result = supervised(tmp_path, code, restarts=2, args=("x",)).expect(exit_code=0)
     assert result.stdout == "attempt 0 ['x']\nattempt 1 ['x', 'resumed']\nattempt 2 ['x', 'resumed']\n"
-    assert re.findall(r"restarting from the last checkpoint, (\d) of 2", result.stderr) == ["1", "2"]
+    assert re.findall(r"; restart (\d) of 2\nrestarting from the last checkpoint", result.stderr) == ["1", "2"]
 
 
 def test_restarts_are_bounded_and_only_for_lost_ranks(tmp_path: Path) -> None:

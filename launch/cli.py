@@ -1,0 +1,127 @@
+"""Command lines of the launcher: flags read and checked before anything happens, every mistake in a line of its own."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from launch.hostfile import UsageError, check_name, nearest
+
+
+@dataclass(frozen=True)
+class Flag:
+    """``--name=PLACEHOLDER``: how its text is read, what it is where it is not given, and a line of help."""
+
+    read: Callable[[str], Any]
+    default: Any
+    placeholder: str
+    help: str
+
+
+def whole(low: int, high: int) -> Callable[[str], int]:
+    """A whole number between two others."""
+
+    def convert(text: str) -> int:
+        if not (text.isascii() and text.isdecimal() and len(text) < 19 and low <= int(text) <= high):
+            raise ValueError(f"expected a whole number from {low} to {high}")
+        return int(text)
+
+    return convert
+
+
+def one_of(choices: Iterable[str]) -> Callable[[str], str]:
+    """One of a few words."""
+
+    def convert(text: str) -> str:
+        if text not in choices:
+            raise ValueError(f"there is {', '.join(choices)}{nearest(text, choices)}")
+        return text
+
+    return convert
+
+
+def switch(text: str) -> bool:
+    """true or false; a flag without a value is true."""
+    if text.lower() not in ("true", "false"):
+        raise ValueError("expected true or false")
+    return text.lower() == "true"
+
+
+def span(text: str) -> tuple[int, int]:
+    """A number of nodes, ``4``, or the least and the most, ``2:4``."""
+    least, colon, most = text.partition(":")
+    read = whole(1, 16384)
+    pair = read(least), read(most if colon else least)
+    if pair[0] > pair[1]:
+        raise ValueError("expected MIN:MAX, the smaller number first")
+    return pair
+
+
+def endpoint(text: str) -> tuple[str, int]:
+    """``HOST`` or ``HOST:PORT``; without a port a free one is found."""
+    match = re.fullmatch(r"(\[[^\]]*\]|[^:]*)(?::(\d{1,5}))?", text)
+    if match is None or not check_name(match[1].strip("[]")) or not 0 <= int(match[2] or 0) < 65536:
+        raise ValueError("expected HOST or HOST:PORT")
+    return match[1].strip("[]"), int(match[2] or 0)
+
+
+def parse(
+    words: Sequence[str], flags: Mapping[str, Flag], arguments: Sequence[str], *, overrides: bool = False
+) -> dict[str, Any]:
+    """Arguments and flags by name; with ``overrides`` a flag with a dot in its name is one. UsageError lists all
+    mistakes."""
+    import fire
+    from fire.decorators import SetParseFn
+
+    typed: list[tuple[tuple[str, ...], dict[str, str]]] = []
+
+    @SetParseFn(str)
+    def collect(*args: str, **flags: str) -> None:
+        typed.append((args, flags))
+
+    mistakes = [f"unexpected argument {word!r}" for word in words if word in ("-", "--")]  # fire has uses for these
+    names = Counter(word[2:].partition("=")[0].replace("-", "_") for word in words if word[:2] == "--" != word)
+    mistakes += [f"--{name} is given twice" for name, count in names.items() if count > 1]
+    fire.Fire(collect, command=[word for word in words if word not in ("-", "--")], name="launch")
+    args, given = typed[0]
+    found: dict[str, Any] = {name: flag.default for name, flag in flags.items()}
+    if overrides:
+        found["overrides"] = {name: value for name, value in given.items() if "." in name}
+    for name, value in given.items():
+        if name in flags:
+            try:
+                found[name] = flags[name].read(value)
+            except ValueError as error:
+                mistakes.append(f"--{name}={value}: {error}")
+        elif not (overrides and "." in name):
+            dotted = "; config keys are written --section.key=value" if overrides else ""
+            mistakes.append(f"unknown flag --{name}{nearest(name, flags)}{dotted}")
+    mistakes += [f"unexpected argument {word!r}" for word in args[len(arguments) :]]
+    mistakes += [f"missing {name.upper()}; see --help" for name in arguments[len(args) :]]
+    if mistakes:
+        raise UsageError("\n".join(mistakes))
+    return found | dict(zip(arguments, args, strict=False))
+
+
+def usage(name: str, text: str, flags: Mapping[str, Flag], arguments: Sequence[str], *, overrides: bool) -> str:
+    """What ``--help`` prints of one command; ``text`` is its docstring."""
+    line = " ".join([f"usage: python -m launch {name}", *(word.upper() for word in arguments), "[FLAGS]"])
+    shown = [
+        (f"--{key}" + (f"={flag.placeholder}" if flag.placeholder else ""), flag.help) for key, flag in flags.items()
+    ]
+    if overrides:
+        line += " [--section.key=value …]"
+        shown.append(("--section.key=value", "override a key of CONFIG"))
+    wide = max((len(left) for left, _ in shown), default=0) + 2
+    return "\n".join([line, "", text.strip(), "", *(f"  {left.ljust(wide)}{right}" for left, right in shown)])
+
+
+def path(text: str) -> Path:
+    """A file that exists."""
+    if not Path(text).is_file():
+        raise ValueError("no such file")
+    return Path(text)
