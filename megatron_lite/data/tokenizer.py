@@ -269,6 +269,6 @@ def carried_tokenizer(files: Mapping[str, bytes], where: Path) -> Tokenizer:
     if not files.keys() & {MODEL, JSON}:
         raise CheckpointError(f"{where} has no {MODEL} and no {JSON}, to read a prompt with")
     try:
-        return read_tokenizer(files, f"{where}'s tokenizer")
+        return read_tokenizer(files, f"{where}: its tokenizer")
     except DataError as error:
         raise CheckpointError(str(error)) from None

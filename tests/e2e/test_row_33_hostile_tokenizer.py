@@ -72,7 +72,10 @@ def test_one_that_travels_with_a_checkpoint(tmp_path):
     content = copy.read_bytes()
     copy.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
     (folder / "tokenizer.model").write_bytes(content[: len(content) // 2] + b"\xff" * 100)
-    for path, told in ((tmp_path / "ours", "tokenizer.model is damaged"), (folder, "is not a sentencepiece model: .+")):
+    for path, told in (
+        (tmp_path / "ours", "tokenizer.model is damaged"),
+        (folder, "its tokenizer is not a sentencepiece model: .+"),
+    ):
         result = run_job([PYTHON, "-m", "megatron_lite", "generate", str(path), "--prompt=x"], timeout=60)
         result.expect(exit_code=4, stderr=rf"\Aerror: {tmp_path}\S+: .*{told}")
         assert result.stderr.count("\n") == 1
