@@ -62,8 +62,10 @@ Check = Callable[[Case], Iterator[Finding]]
 
 def ssh(case: Case) -> Iterator[Finding]:
     """Every host answers, without a prompt."""
-    for host, said in case.silent.items():
-        yield Finding("error", said + next((f"; {fix}" for sign, fix in SSH_FIXES.items() if sign in said), ""), host)
+    for host in case.hosts:
+        if said := case.silent.get(host.name):
+            fix = next((f"; {fix}" for sign, fix in SSH_FIXES.items() if sign in said), "")
+            yield Finding("error", said + fix, host.name)
 
 
 SSH_FIXES = {  # what ssh, or the shell behind it, says; and what helps
