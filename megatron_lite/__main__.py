@@ -119,7 +119,7 @@ def reshard(source: str, destination: str, files: int = 1, max_ram: str = "256M"
 
     It appears as DESTINATION/step_N. Training needs no such step: every checkpoint loads at every layout.
     """
-    cap = cli.parse_bytes(max_ram, "max_ram")
+    cap = cli.parse_bytes(max_ram, "max_ram", least=64 << 20)
     from megatron_lite import convert
 
     convert.reshard(Path(source), Path(destination), files, cap, trust=trust)

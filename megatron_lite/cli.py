@@ -53,12 +53,14 @@ def convert(name: str, text: str, annotation: Any) -> Any:
     raise ConfigError(f"--{name}={text}: expected {'true or false' if wanted == 'bool' else wanted}")
 
 
-def parse_bytes(text: str, flag: str) -> int:
-    """A size as people write it: ``256M``, ``5GB``, ``1.5G``, in powers of 1024. Raises ConfigError."""
+def parse_bytes(text: str, flag: str, least: int = 1) -> int:
+    """A size as people write it: ``256M``, ``5GB``, ``1.5G``, in powers of 1024; ``least``: whole MiB, if any. Raises
+    ConfigError."""
     match = re.fullmatch(r"(\d+(?:\.\d+)?)([KMGT]?)I?B?", text.strip().upper())
     size = int(float(match[1]) * 1024 ** " KMGT".index(match[2] or " ")) if match else 0
-    if size <= 0:
-        raise ConfigError(f"--{flag}={text}: expected a size such as 256M or 5G")
+    if size < least:
+        above = f", and at least {least >> 20}M" if least > 1 else ""
+        raise ConfigError(f"--{flag}={text}: expected a size such as 256M or 5G{above}")
     return size
 
 

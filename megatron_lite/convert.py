@@ -18,7 +18,7 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeR
 
 from megatron_lite import checkpoint
 from megatron_lite.checkpoint import inspect as look
-from megatron_lite.checkpoint.deepspeed import DeepSpeedSource
+from megatron_lite.checkpoint.deepspeed import DeepSpeedSource, is_deepspeed
 from megatron_lite.checkpoint.formats import open_source
 from megatron_lite.checkpoint.hf import HuggingFaceSource, export, is_hugging_face, read_model
 from megatron_lite.checkpoint.megatron import open_megatron
@@ -44,21 +44,31 @@ class CheckpointsDifferError(MegatronLiteError):
 
 def inspect(path: Path) -> None:
     """Print what a checkpoint holds."""
-    source_type = open_source(path, trust=True)
-    if isinstance(source_type, CheckpointSource):
-        look.inspect(source_type.path)
-    else:
-        look.inspect_source(source_type)
+    with _opened(path, trust=True) as source:
+        if isinstance(source, CheckpointSource):
+            look.inspect(source.path)
+        else:
+            look.inspect_source(source)
 
 
 def verify(path: Path) -> None:
-    """Check every byte."""
+    """Check every byte; of a Hugging Face folder, which has no digests, that everything is there in its shape."""
+    if is_hugging_face(path):
+        with _opened(path, trust=False) as source:
+            print(f"{path}: {len(source.tensors)} tensors, {amount(_size(source))}: all there; no digests to check by")
+        return
     print(look.verify(checkpoint.find(path)))
 
 
 def diff(a: Path, b: Path, tolerance: float, *, trust: bool) -> None:
     """Compare two checkpoints. Raises CheckpointsDifferError."""
-    with _opened(a, trust=trust) as left, _opened(b, trust=trust, like=left) as right:
+    with contextlib.ExitStack() as stack:
+        if is_deepspeed(a):  # which does not say of what model it is
+            right = stack.enter_context(_opened(b, trust=trust))
+            left = stack.enter_context(_opened(a, trust=trust, like=right))
+        else:
+            left = stack.enter_context(_opened(a, trust=trust))
+            right = stack.enter_context(_opened(b, trust=trust, like=left))
         if not all(any(n.startswith("optimizer.") for n in source.tensors) for source in (left, right)):
             for source in (left, right):
                 source.tensors = {n: info for n, info in source.tensors.items() if n.startswith("model.")}
@@ -84,7 +94,7 @@ def reshard(source: Path, destination: Path, files: int, max_ram: int, *, trust:
     _positive(files)
     with _opened(source, trust=trust) as opened:
         if not isinstance(opened, CheckpointSource):
-            raise CheckpointError(f"{source} is not a checkpoint of ours; ckpt import_hf makes one of it")
+            raise CheckpointError(f"{source} is not a checkpoint of ours; ckpt import_… makes one of it")
         _write(opened, destination, opened.step, opened.checkpoint.state(), opened.extras(), files, max_ram // 8)
 
 
@@ -180,6 +190,7 @@ def weights_only(source: Source) -> tuple[dict[str, Any], dict[str, bytes]]:
     state = {
         "from": str(source.path),
         "vocab_size": source.model.vocab_size,
+        "padded_vocab_size": source.model.padded_vocab_size,
         "tokenizer_sha256": hashlib.sha256(tokenizer).hexdigest() if tokenizer is not None else None,
     }
     return state, {**extras, "config.yaml": OmegaConf.to_yaml(OmegaConf.create(config)).encode()}
@@ -203,9 +214,8 @@ def _write(
 
 @contextlib.contextmanager
 def _opened(path: Path, *, trust: bool, like: Source | None = None) -> Iterator[Source]:
-    """A source; a Hugging Face one padded as ``like`` is."""
-    multiple = like.model.vocab_multiple if like is not None else None
-    with contextlib.closing(open_source(path, trust=trust, vocab_multiple=multiple)) as source:
+    """A source, of the model that ``like`` is of where it does not say so itself."""
+    with contextlib.closing(open_source(path, trust=trust, like=like.model if like is not None else None)) as source:
         yield source
 
 

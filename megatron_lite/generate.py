@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from sentencepiece import SentencePieceProcessor
 from torch import Tensor
 
 from megatron_lite import checkpoint
+from megatron_lite.data.tokenizer import parse_tokenizer
 from megatron_lite.dist import random
 from megatron_lite.dist.env import read_rank
 from megatron_lite.dist.mesh import build_mesh, pick_device, process_group
@@ -110,7 +110,7 @@ def generate_text(path: Path, prompt: str, sampling: Sampling, dtype: torch.dtyp
             extras = source.extras()
             if "tokenizer.model" not in extras:
                 raise CheckpointError(f"{path} has no tokenizer.model, to read a prompt with")
-            tokenizer = SentencePieceProcessor(model_proto=extras["tokenizer.model"])
+            tokenizer = parse_tokenizer(extras["tokenizer.model"], path)
             compute = dtype or DTYPES[source.precision]
             with torch.device("meta"):
                 model = Decoder(source.model, mesh.tp, sp=False).to(torch.promote_types(compute, torch.float32))

@@ -70,6 +70,7 @@ class Run:
         if self.found is None and config.init.source is not None:
             self.source = checkpoint.open_source(Path(config.init.source), mesh.world, trust=config.checkpoint.trust)
             self._check_same_model(self.source.model, self.source.path)
+        self.extras = self._extras()
         self.trainer = Trainer(config, mesh, plan, self.faults)
         limit_waits(config.train.hang_timeout + _GRACE_S)
         self.saver = checkpoint.BackgroundSaver(mesh.world) if config.checkpoint.background else None
@@ -89,18 +90,26 @@ class Run:
             "seed": config.run.seed,
             "dataset": self.train_data.fingerprint,
             "vocab_size": config.model.vocab_size,
+            "padded_vocab_size": config.model.padded_vocab_size,
             "tokenizer_sha256": self.tokenizer_digest,
             "layout": f"{config.parallel.engine} {self.plan.describe(config).partition(';')[0]}",
             "versions": {"megatron_lite": __version__, "torch": torch.__version__},
         }
-        extras = {"config.yaml": to_yaml(config).encode()}
-        if config.data.tokenizer:
-            extras["tokenizer.model"] = Path(config.data.tokenizer).read_bytes()
+        extras = {**self.extras, "config.yaml": to_yaml(config).encode()}
         pieces, world = self.trainer.engine.pieces(), self.mesh.world
         if self.saver is not None:
             self.saver.save(self.checkpoints, state.step, pieces, content, extras, self.faults, self._saved)
         else:
             self._saved(checkpoint.save(self.checkpoints, state.step, pieces, content, extras, world, self.faults))
+
+    def _extras(self) -> dict[str, bytes]:
+        """The tokenizer, and what came with it in the checkpoint or folder that this run goes on from, such as a chat
+        template; that of another tokenizer stays behind."""
+        name = self.config.data.tokenizer
+        own = {"tokenizer.model": Path(name).read_bytes()} if name else {}
+        source = checkpoint.CheckpointSource(self.found) if self.found is not None else self.source
+        found = source.extras() if source is not None else {}
+        return found if own.items() <= found.items() else own
 
     def _saved(self, path: Path) -> None:
         """A checkpoint is committed; with ``checkpoint.async`` this runs beside training."""

@@ -60,6 +60,11 @@ class FlatFile:
         """Nothing to close."""
 
 
+def is_deepspeed(path: Path) -> bool:
+    """Whether this looks like a ZeRO checkpoint, or the folder above it."""
+    return any(any(path.glob(f"{above}*_optim_states.pt")) for above in ("", "*/"))
+
+
 class DeepSpeedSource(PartsSource):
     """A ``global_stepN`` folder (or the one above it, with ``latest``), of a model with this config."""
 

@@ -4,21 +4,33 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from megatron_lite.checkpoint.deepspeed import DeepSpeedSource, is_deepspeed
 from megatron_lite.checkpoint.hf import HuggingFaceSource, is_hugging_face
+from megatron_lite.checkpoint.megatron import is_megatron, open_megatron
 from megatron_lite.checkpoint.reading import open_checkpoint
 from megatron_lite.checkpoint.retention import find
 from megatron_lite.checkpoint.source import CheckpointSource, Source
+from megatron_lite.config import ModelConfig
 from megatron_lite.dist.mesh import Axis
+from megatron_lite.errors import CheckpointError
 
 
 def open_source(
-    path: Path, world: Axis | None = None, *, trust: bool = False, vocab_multiple: int | None = None
+    path: Path, world: Axis | None = None, *, trust: bool = False, like: ModelConfig | None = None
 ) -> Source:
-    """A checkpoint of ours (or a run, or its ``checkpoints``: the latest) or a Hugging Face folder, checked.
+    """A checkpoint of ours (or a run, or its ``checkpoints``: the latest), a Hugging Face folder, or what DeepSpeed or
+    Megatron-LM wrote, checked.
 
-    Collective over ``world``, which shares the hashing. ``trust``: nothing is hashed. ``vocab_multiple``: what a
-    vocabulary that was never padded is padded to. Raises CheckpointError.
+    Collective over ``world``, which shares the hashing. ``trust``: nothing is hashed. ``like`` says what a format does
+    not: to what a vocabulary is padded (Hugging Face), its true size (Megatron), the whole model (DeepSpeed). Raises
+    CheckpointError.
     """
     if is_hugging_face(path):
-        return HuggingFaceSource(path, vocab_multiple)
+        return HuggingFaceSource(path, like.vocab_multiple if like else None)
+    if is_megatron(path):
+        return open_megatron(path, like.vocab_size if like else None)
+    if is_deepspeed(path):
+        if like is None:
+            raise CheckpointError(f"{path}: DeepSpeed does not say of what model; ckpt import_deepspeed takes a config")
+        return DeepSpeedSource(path, like)
     return CheckpointSource(open_checkpoint(find(path), world, trust=trust))

@@ -21,15 +21,17 @@ from megatron_lite.checkpoint.source import Info, Source
 from megatron_lite.checkpoint.storage import new_folder, open_regular, write_file
 from megatron_lite.checkpoint.tensor_file import TensorFile, header, row_blocks
 from megatron_lite.config import ModelConfig, parse_model
+from megatron_lite.data.tokenizer import parse_tokenizer
 from megatron_lite.dist.shard import Tile
 from megatron_lite.errors import CheckpointError, ConfigError
 from megatron_lite.faults import Faults
-from megatron_lite.models.huggingface import Part, config_json, model_section, tensor_parts
+from megatron_lite.models.huggingface import TOKEN_IDS, Part, config_json, model_section, tensor_parts
 
 INDEX, SINGLE, CONFIG = "model.safetensors.index.json", "model.safetensors", "config.json"
+GENERATION = "generation_config.json"
 TOKENIZER_FILES = (  # what belongs to a model beside its weights
     *("tokenizer.model", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
-    *("vocab.json", "merges.txt", "generation_config.json", "chat_template.jinja", "chat_template.json"),
+    *("vocab.json", "merges.txt", GENERATION, "chat_template.jinja", "chat_template.json"),
 )
 _UNUSED = (".rotary_emb.inv_freq", ".attn.bias", ".attn.masked_bias")  # buffers that older versions saved
 _MAX_JSON_BYTES = 64 << 20
@@ -202,7 +204,24 @@ class HuggingFaceSource(PartsSource):
             raise CheckpointError(f"{folder}: the model has no use for {', '.join(sorted(unused)[:3])}{more}")
 
     def extras(self) -> dict[str, bytes]:
-        return {name: own_file(self.path, name).read_bytes() for name in TOKENIZER_FILES if (self.path / name).exists()}
+        found = {n: own_file(self.path, n).read_bytes() for n in TOKENIZER_FILES if (self.path / n).exists()}
+        tree = read_json(self.path, CONFIG)
+        ids = {name: tree[name] for name in TOKEN_IDS if tree.get(name) is not None}
+        if GENERATION not in found and ids:  # older folders have them in config.json alone
+            found[GENERATION] = json.dumps(ids, indent=2).encode()
+        return found
+
+
+def _token_ids(extras: Mapping[str, bytes], where: Path) -> dict[str, Any]:
+    """The tokens that begin, end and fill a text, as far as anything says so."""
+    if GENERATION in extras:
+        tree = parse_json(extras[GENERATION], where / GENERATION)
+        return tree if isinstance(tree, dict) else {}
+    if "tokenizer.model" in extras:
+        tokenizer = parse_tokenizer(extras["tokenizer.model"], where)
+        ids = zip(TOKEN_IDS, (tokenizer.bos_id(), tokenizer.eos_id(), tokenizer.pad_id()), strict=True)
+        return {name: number for name, number in ids if number >= 0}
+    return {}
 
 
 def export(
@@ -224,7 +243,8 @@ def export(
     kinds = {theirs: _kind(source, dtype, *place) for theirs, place in placed.items()}
     stored = str(next(iter(kinds.values())).dtype).removeprefix("torch.")
     small = {name: content for name, content in source.extras().items() if name in TOKENIZER_FILES}
-    small[CONFIG] = json.dumps(config_json(source.model, stored), indent=2).encode()
+    ids = _token_ids(small, source.path)
+    small[CONFIG] = json.dumps(config_json(source.model, stored, ids), indent=2).encode()
 
     groups: list[list[str]] = [[]]
     size = 0

@@ -293,9 +293,17 @@ def _args(tree: Any, where: Path) -> dict[str, Any]:
     return args if isinstance(args, dict) else dict(vars(args))
 
 
+_TRACKER = "latest_checkpointed_iteration.txt"
+
+
+def is_megatron(path: Path) -> bool:
+    """Whether this looks like an iteration's folder, or the one above it."""
+    return any((path / name).is_file() for name in (_TRACKER, ".metadata")) or any(path.glob("mp_rank_*/*.pt"))
+
+
 def open_megatron(path: Path, vocab_size: int | None = None) -> MegatronSource:
     """The checkpoint at ``path``: an iteration's folder, or the one above it, whose latest is meant."""
-    tracker = path / "latest_checkpointed_iteration.txt"
+    tracker = path / _TRACKER
     if tracker.is_file():
         text = tracker.read_text(errors="replace").strip()
         if not text.isdecimal() and text != "release":

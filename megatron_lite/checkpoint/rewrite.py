@@ -74,19 +74,21 @@ class Difference(NamedTuple):
 
 
 def diff(a: Source, b: Source, block_bytes: int, advance: Advance) -> tuple[list[str], list[Difference]]:
-    """Names that only one of them has or that have another shape there, and the tensors whose values differ."""
+    """Names that only one of them has or that have another shape there, and the tensors whose values differ. What a
+    vocabulary is padded with is nobody's value."""
     odd = [f"only in {a.path}: {name}" for name in sorted(a.tensors.keys() - b.tensors.keys())]
     odd += [f"only in {b.path}: {name}" for name in sorted(b.tensors.keys() - a.tensors.keys())]
     differences = []
     for name in (name for name in a.tensors if name in b.tensors):
         ours, theirs = a.tensors[name], b.tensors[name]
-        if ours.shape != theirs.shape:
-            odd.append(f"{name}: shape {ours.shape} in {a.path}, {theirs.shape} in {b.path}")
+        shape = a.true_shape(name)
+        if shape != b.true_shape(name):
+            odd.append(f"{name}: shape {shape} in {a.path}, {b.true_shape(name)} in {b.path}")
             continue
         absolute = peak = 0.0
         count = 0
         dtype = torch.promote_types(ours.dtype, theirs.dtype)
-        for place in row_blocks(ours.shape, dtype.itemsize, block_bytes):
+        for place in row_blocks(shape, dtype.itemsize, block_bytes):
             sizes, offset = [s.stop - s.start for s in place], tuple(s.start for s in place)
             left, right = torch.empty(sizes, dtype=dtype), torch.empty(sizes, dtype=dtype)
             a.read(name, Tile(left, offset))

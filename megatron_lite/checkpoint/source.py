@@ -49,6 +49,14 @@ class Source(ABC):
         """Small files that travel along: the tokenizer and the like."""
         return {}
 
+    def true_shape(self, name: str) -> tuple[int, ...]:
+        """The shape of a tensor without the padding of the vocabulary."""
+        shape = self.tensors[name].shape
+        owner = name.partition(".")[2]
+        if owner.startswith(("embedding.weight", "head.weight")) and len(shape) == 2:
+            return (min(shape[0], self.model.vocab_size or shape[0]), shape[1])
+        return shape
+
     def close(self) -> None:  # noqa: B027 (most have nothing to close)
         """Close its files."""
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from sentencepiece import SentencePieceProcessor
 
-from megatron_lite.errors import ConfigError, DataError
+from megatron_lite.errors import CheckpointError, ConfigError, DataError
 
 
 def load_tokenizer(path: str | Path) -> SentencePieceProcessor:
@@ -17,3 +17,12 @@ def load_tokenizer(path: str | Path) -> SentencePieceProcessor:
         return SentencePieceProcessor(model_file=str(path))
     except (RuntimeError, OSError, ValueError) as error:
         raise DataError(f"{path} is not a sentencepiece model: {' '.join(str(error).split())}") from None
+
+
+def parse_tokenizer(content: bytes, where: Path) -> SentencePieceProcessor:
+    """The sentencepiece model that travels in ``where``. Raises CheckpointError."""
+    try:
+        return SentencePieceProcessor(model_proto=content)
+    except (RuntimeError, ValueError) as error:
+        message = " ".join(str(error).split())
+        raise CheckpointError(f"{where}: its tokenizer.model is not a sentencepiece model: {message}") from None

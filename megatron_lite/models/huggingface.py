@@ -21,6 +21,7 @@ _HARMLESS = {
     *("rope_parameters", "n_ctx", "tokenizer_class", "summary_type", "summary_use_proj", "summary_activation"),
     *("summary_proj_to_labels", "summary_first_dropout", "embd_pdrop", "layer_types", "is_llama_config"),
     *("rope_interleaved", "transformers.js_config", "sliding_window", "use_sliding_window", "attention_bias"),
+    *("_num_labels", "num_labels", "gradient_checkpointing", "output_past", "torchscript", "tf_legacy_loss"),
 }
 # What has to have one of these values, because the model knows nothing else.
 _FIXED: dict[str, tuple[Any, ...]] = {
@@ -64,6 +65,7 @@ _GPT2 = {
     "attn_pdrop": "attention_dropout",
 }
 _FIELDS = {"llama": _LLAMA, "mistral": _LLAMA, "qwen2": _LLAMA, "qwen3": _LLAMA, "gpt2": _GPT2}
+TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")  # not the model's: they go with its tokenizer
 ARCHITECTURES = {
     "llama": "LlamaForCausalLM",
     "mistral": "MistralForCausalLM",
@@ -170,11 +172,12 @@ def model_type(config: ModelConfig) -> str:
     return "llama"
 
 
-def config_json(config: ModelConfig, dtype: str) -> dict[str, Any]:
+def config_json(config: ModelConfig, dtype: str, token_ids: Mapping[str, Any]) -> dict[str, Any]:
     """The ``config.json`` of a model, as ``model_section`` reads it. Raises CheckpointError where there is none."""
     kind = model_type(config)
     section = config.model_dump()
     tree: dict[str, Any] = {"architectures": [ARCHITECTURES[kind]], "model_type": kind, "torch_dtype": dtype}
+    tree |= {name: token_ids.get(name) for name in TOKEN_IDS}  # what is left out would be some other model's
     tree |= {theirs: section[ours] for theirs, ours in _FIELDS[kind].items()}
     if kind == "gpt2":
         return tree | {"activation_function": "gelu_new", "embd_pdrop": config.dropout}

@@ -17,6 +17,7 @@ def test_start_from_a_folder_and_go_back(tmp_path: Path) -> None:
     sizes = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
     config = transformers.LlamaConfig(**sizes, intermediate_size=96, max_position_embeddings=32, rms_norm_eps=1e-5)
     transformers.LlamaForCausalLM(config).save_pretrained(tmp_path / "theirs", max_shard_size="20kB")
+    (tmp_path / "theirs" / "chat_template.jinja").write_text("{{ messages }}")
 
     flags = ["--optim.lr=1e-2", "--train.steps=3", "--optim.warmup_steps=0"]
     legs = {}
@@ -38,6 +39,8 @@ def test_start_from_a_folder_and_go_back(tmp_path: Path) -> None:
     run_job([*CKPT, "diff", str(tmp_path / "theirs"), str(tmp_path / "back")], timeout=60).expect(
         1, stdout=r"model\.embedding\.weight: [\d,]+ elements differ", stderr=r"\Aerror: \S+ and \S+ differ in \d+ of"
     )
+    for name in ("chat_template.jinja", "generation_config.json"):
+        assert (tmp_path / "back" / name).read_bytes() == (tmp_path / "theirs" / name).read_bytes()
     model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "back")
     assert model.config.num_hidden_layers == 2
 

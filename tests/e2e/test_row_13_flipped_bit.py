@@ -38,6 +38,18 @@ def test_it_is_found_and_never_loaded(folder: Path, data: st.DataObject) -> None
         file.write_bytes(intact)
 
 
+def test_unless_it_is_trusted(tmp_path: Path) -> None:
+    """``trust`` saves the reading: what is there in its size is taken for what was written."""
+    checkpoint = ready(tmp_path / "checkpoints", 2) / "step_00000002"
+    shard = next(checkpoint.glob("*.safetensors"))
+    content = shard.read_bytes()
+    shard.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    assert open_checkpoint(checkpoint, trust=True).step == 2
+    shard.write_bytes(content[:-1])
+    with pytest.raises(CheckpointError, match=f"{shard.name}: size"):
+        open_checkpoint(checkpoint, trust=True)
+
+
 def test_the_intact_one_loads(folder: Path) -> None:
     found, warnings = resume(folder)
     assert found is not None

@@ -1,13 +1,19 @@
 """Row 33: a damaged or hostile tokenizer.model is one line and an exit code, never a crash of the process."""
 
+import json
 import random
 import subprocess
 import sys
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
+from megatron_lite import convert
+from megatron_lite.config import parse_model
+from megatron_lite.models.huggingface import config_json, tensor_parts
 from tests.kit.corpora import data_tools, documents, write_jsonl, write_tokenizer
-from tests.kit.jobs import REPOSITORY
+from tests.kit.jobs import PYTHON, REPOSITORY, run_job
 
 LOAD_ALL = """
 import sys
@@ -47,6 +53,27 @@ def test_500_mutations_load_or_are_refused(tmp_path):
     done = subprocess.run(argv, capture_output=True, text=True, timeout=60, cwd=REPOSITORY)
     assert done.returncode == 0, (done.returncode, done.stderr[-2000:])
     assert 300 < int(done.stdout) < 480  # neither everything nor nothing: the other models were put to use
+
+
+def test_one_that_travels_with_a_checkpoint(tmp_path):
+    """Changed in place, its digest tells; in a folder that has none, it is one line all the same."""
+    sizes = {"vocab_size": 64, "hidden_size": 16, "ffn_size": 32, "num_layers": 1, "num_heads": 2}
+    model = parse_model(sizes, "here")
+    tensors = {p.name: torch.rand(p.stored) for parts in tensor_parts(model).values() for p in parts}
+    folder = tmp_path / "model"
+    folder.mkdir()
+    save_file(tensors, folder / "model.safetensors")
+    (folder / "config.json").write_text(json.dumps(config_json(model, "float32", {})))
+    write_tokenizer(folder / "tokenizer.model")
+    convert.import_hf(folder, tmp_path / "ours", 1, 128)
+    copy = tmp_path / "ours" / "step_00000000" / "tokenizer.model"
+    content = copy.read_bytes()
+    copy.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    (folder / "tokenizer.model").write_bytes(content[: len(content) // 2] + b"\xff" * 100)
+    for path, told in ((tmp_path / "ours", "tokenizer.model is damaged"), (folder, "is not a sentencepiece model: .+")):
+        result = run_job([PYTHON, "-m", "megatron_lite", "generate", str(path), "--prompt=x"], timeout=60)
+        result.expect(exit_code=4, stderr=rf"\Aerror: {tmp_path}\S+: .*{told}")
+        assert result.stderr.count("\n") == 1
 
 
 @pytest.mark.parametrize(

@@ -165,7 +165,8 @@ COMMANDS = {
         "unknown command 'inspct' (did you mean 'inspect'?); there are: "
         "inspect, verify, diff, reshard, import_hf, import_megatron, import_deepspeed, export_hf, average"
     ),
-    "ckpt reshard x y --max_ram=lots": "--max_ram=lots: expected a size such as 256M or 5G",
+    "ckpt reshard x y --max_ram=lots": "--max_ram=lots: expected a size such as 256M or 5G, and at least 64M",
+    "ckpt reshard x y --max_ram=63M": "--max_ram=63M: expected a size such as 256M or 5G, and at least 64M",
     "train c.yaml --init.from=nowhere": "nowhere: no checkpoint and no Hugging Face folder",
 }
 

@@ -15,7 +15,7 @@ import torch
 import torch.distributed as torch_dist
 from torch import Tensor
 
-from megatron_lite.checkpoint import Checkpoint, Piece, newest, prepare, save
+from megatron_lite.checkpoint import BackgroundSaver, Checkpoint, Piece, newest, prepare, save
 from megatron_lite.dist.mesh import Axis
 from megatron_lite.dist.shard import ShardSpec
 from megatron_lite.faults import Faults
@@ -74,6 +74,17 @@ def commit(folder: Path, step: int, rank: int = 0, size: int = 1, faults: Faults
     pieces = cut(global_tensors(step), rank, size)
     state = {"step": step, "samples": 8 * step, "rng": list(range(20))}
     return save(folder, step, pieces, state, EXTRAS, world_of(rank, size), faults or Faults.none())
+
+
+def commit_beside(folder: Path, step: int, rank: int = 0, size: int = 1, faults: Faults | None = None) -> None:
+    """``commit`` in the background, while the tensors become those of the next step."""
+    pieces, saver = cut(global_tensors(step), rank, size), BackgroundSaver(world_of(rank, size))
+    state = {"step": step, "samples": 8 * step, "rng": list(range(20))}
+    saver.save(folder, step, pieces, state, EXTRAS, faults or Faults.none(), lambda path: None)
+    for name, piece in cut(global_tensors(step + 1), rank, size).items():
+        for tile, later in zip(pieces[name].tiles, piece.tiles, strict=True):
+            tile.data.copy_(later.data)
+    saver.wait()
 
 
 def ready(folder: Path, *steps: int) -> Path:

@@ -26,7 +26,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     M + "peft": (M + "layers", M + "dist"),
     M + "optim": (M + "dist",),
     M + "parallel": (M + "cli", M + "dist", M + "optim"),
-    M + "checkpoint": (M + "dist", M + "faults", M + "models.huggingface"),
+    M + "checkpoint": (M + "data.tokenizer", M + "dist", M + "faults", M + "models.huggingface"),
     M + "metrics": (M + "dist",),
     M + "faults": (M + "dist",),
 }

@@ -8,6 +8,7 @@ import pytest
 
 from launch import Job
 from launch.hang import explain
+from launch.hostfile import Host
 from launch.outcome import judge
 from launch.report import Report, Reports
 
@@ -145,14 +146,14 @@ def test_records_of_another_attempt_and_broken_ones_do_not_count(tmp_path: Path)
 
 
 def test_a_rank_that_was_killed_comes_before_any_record(tmp_path: Path) -> None:
-    job = Job(("train",), 2, tmp_path)
+    job = Job(("train",), (Host("localhost", 2),), tmp_path)
     job.log_dir.mkdir()
     leave(job.log_dir, 0, TP2, call("3", 10))
     for rank, end in enumerate(({"exit_code": 5}, {"signal": 11})):
         report = {"rank": rank, "host": "h", "pid": 10 + rank, "shim": 9, "attempt": 0, "started": 0.0, **end}
         (job.log_dir / f"rank_{rank}.exit.json").write_text(json.dumps(report))
-    assert "rank 1 (h, pid 11) was killed by SIGSEGV" in judge(job, "torchrun", 1, False).cause
+    assert "rank 1 (h, pid 11) was killed by SIGSEGV" in judge(job, "torchrun", [(None, 1)], False).cause
     (job.log_dir / "rank_1.exit.json").unlink()
-    outcome = judge(job, "torchrun", 1, False)
+    outcome = judge(job, "torchrun", [(None, 1)], False)
     assert (outcome.exit_code, outcome.rank) == (5, 1)
     assert outcome.cause.startswith("rank 1 never started: it has not entered all_reduce #10")

@@ -40,6 +40,11 @@ def test_what_deepspeed_wrote(tmp_path, stage, bf16, ranks):
     assert compared == len(source.tensors)
     convert.import_deepspeed(tmp_path / "ds", tmp_path / "ours", tmp_path / "model", files=2)
     assert open_source(tmp_path / "ours").step == 2
+    convert.diff(tmp_path / "ds", tmp_path / "ours", 0.0, trust=False)
+    with pytest.raises(convert.CheckpointsDifferError, match=rf"differ in {len(want) // 3} of"):
+        convert.diff(tmp_path / "model", tmp_path / "ds", 0.0, trust=False)
+    with pytest.raises(CheckpointError, match="DeepSpeed does not say of what model; ckpt import_deepspeed takes a"):
+        convert.inspect(tmp_path / "ds")
 
 
 @pytest.fixture(scope="module", params=[("llama", 2), ("gpt2", 2)], ids=lambda p: f"{p[0]}, tp {p[1]}")
@@ -55,6 +60,7 @@ def megatron(request, tmp_path_factory):
 def test_what_megatron_wrote(megatron, tmp_path, kind):
     """Its model and ours compute the same from it."""
     convert.import_megatron(megatron / kind, tmp_path / "ours", files=1, vocab_size=99)
+    convert.diff(tmp_path / "ours", megatron / kind, 0.0, trust=False)
     source = open_source(tmp_path / "ours")
     assert (source.step, source.model.vocab_size, source.model.padded_vocab_size) == (7, 99, 112)
     tokens = torch.arange(24).unsqueeze(0) * 5 % 99

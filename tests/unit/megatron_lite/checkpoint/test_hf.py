@@ -56,7 +56,8 @@ def family(request, tmp_path_factory):
     """Their model, and the folder that they saved it in, in several files."""
     model, folder = model_of(request.param), tmp_path_factory.mktemp("hf") / "model"
     model.save_pretrained(folder, max_shard_size="20kB")
-    (folder / "tokenizer.json").write_text('{"version": "1.0"}')
+    for name in ("tokenizer.json", "chat_template.jinja"):
+        (folder / name).write_text(f"{name} of {request.param}")
     assert (folder / "model.safetensors.index.json").exists()
     return model, folder
 
@@ -82,7 +83,9 @@ def test_in_and_out_again(family, tmp_path):
     want, got = theirs.state_dict(), again.state_dict()
     assert want.keys() == got.keys()
     assert all(torch.equal(got[name], value) for name, value in want.items())
-    assert (tmp_path / "back" / "tokenizer.json").read_text() == '{"version": "1.0"}'
+    for name in ("tokenizer.json", "chat_template.jinja", "generation_config.json"):
+        assert (tmp_path / "back" / name).read_bytes() == (folder / name).read_bytes()
+    convert.verify(folder)
     assert_same(convert.load_model(open_source(tmp_path / "back")), theirs)
     convert.diff(folder, tmp_path / "back", 0.0, trust=False)
     with torch.no_grad():
@@ -115,6 +118,20 @@ def test_narrower_export(family, tmp_path):
     want = {name: value for name, value in theirs.state_dict().items() if name in stored}
     assert len(want) == len(stored)
     assert all(torch.equal(stored[name], value.bfloat16()) for name, value in want.items())
+
+
+def test_the_ends_of_a_text_are_known_to_an_export(tmp_path):
+    """Also where only config.json says which tokens they are; transformers would take those of another model."""
+    config = transformers.GPT2Config(vocab_size=64, n_embd=16, n_layer=1, n_head=2, bos_token_id=3, eos_token_id=5)
+    transformers.GPT2LMHeadModel(config).save_pretrained(tmp_path / "theirs")
+    (tmp_path / "theirs" / "generation_config.json").unlink()
+    for source, ids in ((tmp_path / "theirs", (3, 5, None)), (tmp_path / "theirs", (None, None, None))):
+        convert.import_hf(source, tmp_path / f"ours{ids[0]}", files=1, vocab_multiple=128)
+        convert.export_hf(tmp_path / f"ours{ids[0]}", tmp_path / f"back{ids[0]}", "stored", 1 << 30, trust=False)
+        written = transformers.AutoConfig.from_pretrained(tmp_path / f"back{ids[0]}")
+        assert (written.bos_token_id, written.eos_token_id, written.pad_token_id) == ids
+        tree = json.loads((source / "config.json").read_text())
+        (source / "config.json").write_text(json.dumps({k: v for k, v in tree.items() if not k.endswith("_token_id")}))
 
 
 CONFIG = {"model_type": "llama", "vocab_size": 64, "hidden_size": 32, "intermediate_size": 48}

@@ -12,9 +12,12 @@ from hypothesis import strategies as st
 from megatron_lite.checkpoint import Piece, open_checkpoint, save
 from megatron_lite.checkpoint.manifest import BoxEntry, tiling_problem
 from megatron_lite.checkpoint.shards import DTYPES, holdings, plan
-from megatron_lite.dist.shard import Tile
+from megatron_lite.config import parse_model
+from megatron_lite.dist.mesh import Axis
+from megatron_lite.dist.shard import Tile, materialize, pieces_of
 from megatron_lite.errors import CheckpointError
 from megatron_lite.faults import Faults
+from megatron_lite.models.decoder import Decoder
 from tests.kit.pieces import SOLO, blank, commit, cut, global_tensors, ready
 
 
@@ -144,6 +147,65 @@ def test_a_tiling_with_one_box_moved_dropped_or_doubled_is_noticed(tiling, data)
         [*entries[:at], changed, *entries[at + 1 :]],
     ):
         assert tiling_problem(shape, wrong)
+
+
+@st.composite
+def decoders(draw):
+    """A small decoder of odd sizes, and two degrees of tensor parallelism that it can be split by."""
+    degrees = draw(st.tuples(st.sampled_from((1, 2, 3, 4)), st.sampled_from((1, 2, 3, 4))))
+    unit = math.lcm(*degrees)
+    kv_heads = draw(st.sampled_from((1, unit)))
+    sizes = {"family": draw(st.sampled_from(("llama", "gpt2"))), "num_layers": 1, "num_heads": unit}
+    sizes |= {
+        "num_kv_heads": kv_heads,
+        "head_dim": 2 * unit // kv_heads,
+        "hidden_size": draw(st.integers(3, 11)),
+        "max_seq_len": 4,
+    }
+    sizes |= {"ffn_size": unit * draw(st.integers(1, 3)), "vocab_size": draw(st.integers(2, 40))}
+    sizes |= {"vocab_multiple": unit * draw(st.integers(1, 3)), "tie_embeddings": draw(st.booleans())}
+    return parse_model(sizes, "here"), degrees
+
+
+def decoder_pieces(config, size, fill):
+    """The pieces of every tensor-parallel rank, by rank."""
+    found = []
+    for rank in range(size):
+        axis = Axis("tp", rank, size)
+        with torch.device("meta"):
+            model = Decoder(config, axis, sp=False)
+        materialize(model, torch.device("cpu"))
+        found.append(pieces_of(model, axis))
+        for name, piece in found[-1].items():
+            for tile in piece.tiles:
+                tile.data.detach().copy_(fill(name, piece)[tile.place])
+    return found
+
+
+@settings(deadline=None, max_examples=25)
+@given(decoders(), st.data())
+def test_a_decoder_of_any_size_goes_from_any_split_to_any_other(tmp_path_factory, drawn, data):
+    """Padded vocabularies, tied weights, heads shared by ranks; and each rank's rows divided once more, unevenly."""
+    config, (before, after) = drawn
+    whole = {}
+
+    def fill(name, piece):
+        return whole.setdefault(name, torch.randn(piece.shape))
+
+    held = decoder_pieces(config, before, fill)
+    merged = {}
+    for name, piece in held[0].items():
+        tiles = []
+        for tile in (tile for rank in held for tile in rank[name].tiles):
+            at = data.draw(st.integers(0, tile.shape[0])) if before == 1 else 0
+            for start, part in ((0, tile.data[:at]), (at, tile.data[at:])):
+                tiles.append(Tile(part.detach(), (tile.offset[0] + start, *tile.offset[1:])))
+        merged[name] = Piece(piece.shape, piece.dtype, tiles)
+    path = save(ready(tmp_path_factory.mktemp("decoder")), 1, merged, {}, {}, SOLO, Faults.none())
+    for rank in decoder_pieces(config, after, lambda name, piece: torch.full(piece.shape, float("nan"))):
+        open_checkpoint(path).load(rank, SOLO)
+        for name, piece in rank.items():
+            assert all(torch.equal(tile.data, whole[name][tile.place]) for tile in piece.tiles), name
 
 
 def test_float_dtypes_are_converted_and_others_refused(tmp_path):
