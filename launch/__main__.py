@@ -111,7 +111,7 @@ def doctor(
     line each, with what to do, on stderr; a table of all checks on stdout. Exit code 0: ready, perhaps with warnings;
     otherwise that of the first check that fails: 2 versions, devices, clock, /dev/shm, limits or port, 5 a host cannot
     be reached or reach others, 7 the run's folder or disk."""
-    where |= {"node_rank": None, "via": "torchrun"}
+    where |= {"node_rank": None, "mpirun": None, "via": "torchrun"}
     hosts, _ = choose_hosts(where)
     if config is None and overrides:
         raise UsageError(f"--{next(iter(overrides))} overrides a key of CONFIG, and none is given")
