@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any, Literal
+from collections.abc import Callable, Iterator, Sequence
+from typing import Literal
 
 from launch import network
-from launch.facts import PACKAGES, Facts
-from launch.hostfile import Host
+from launch.case import Case, Finding, amount, count
+from launch.facts import PACKAGES, Facts, Peer
 from launch.report import PEER_LOST
 
 USAGE, STORAGE = 2, 7
@@ -23,38 +22,6 @@ _THREADS = 64  # of a rank, beside those that compute
 _SHARE = 0.2  # of a link's speed is the least that an all-reduce should reach
 _GLOO_MBITS = 10_000  # which gloo cannot fill beyond about this
 _LOOPBACK = 0.2e9  # bytes a second, within a machine
-
-
-@dataclass(frozen=True)
-class Finding:
-    """One line. ``level``: an error ends a run or makes it wrong; a note only informs. No host: all of them."""
-
-    level: Literal["error", "warning", "note"]
-    text: str
-    host: str = ""
-
-
-@dataclass(frozen=True)
-class Case:
-    """Everything that was found out. ``silent``: hosts that did not answer, and why. ``skew``: seconds that a clock is
-    surely ahead of ours. ``seen``: hosts whose file has come into the run's folder. ``links``: from, to, what failed.
-    ``port``: what is wrong with the rendezvous port. ``reduced``: what ``megatron_lite/dist/bandwidth.py`` wrote, or
-    why there is nothing, an error if ``failed``."""
-
-    hosts: tuple[Host, ...]
-    facts: Mapping[str, Facts]
-    silent: Mapping[str, str] = field(default_factory=dict)
-    skew: Mapping[str, float] = field(default_factory=dict)
-    seen: frozenset[str] = frozenset()
-    folder: str = "."
-    unusable: str = ""  # why the folder cannot be written to from here
-    free: int = 0
-    checkpoint: int = 0  # bytes; 0: unknown
-    keep: int = 1
-    links: Mapping[tuple[str, str], str] = field(default_factory=dict)
-    port: str = ""
-    reduced: Mapping[str, Any] | str = "not run"
-    failed: bool = False
 
 
 Check = Callable[[Case], Iterator[Finding]]
@@ -92,7 +59,7 @@ def names(case: Case) -> Iterator[Finding]:
             first = peer.addresses[:1]
             if not first:
                 yield Finding("error", f"does not know the name {other}; add it to DNS or to /etc/hosts there", host)
-            elif other != address_of(case, host) and network.is_loopback(first[0]):
+            elif other != host.rpartition("@")[2] and network.is_loopback(first[0]):
                 fix = f"give {other} its network address in /etc/hosts there"
                 yield Finding("error", f"takes {other} for itself: the name resolves to {first[0]}; {fix}", host)
             elif not peer.name and not network.is_loopback(first[0]):
@@ -103,25 +70,36 @@ def names(case: Case) -> Iterator[Finding]:
 
 
 def interface(case: Case) -> Iterator[Finding]:
-    """gloo listens where a host's own name leads: not at loopback, and not at IPv6 only unless that works."""
+    """Ranks listen where the user says, or else gloo where the host's own name leads: not at loopback."""
     if len(case.hosts) == 1:
         yield Finding("note", "one host")
         return
     for host, known in case.facts.items():
         way = next((peer.interface for peer in known.peers.values() if peer.interface), "")
         hint = " and ".join(f"{name}={way}" for name in network.VARIABLES)
-        if network.is_loopback(known.own_address):
-            trap = f"its own name {known.hostname} leads to {known.own_address}, where no other host can connect"
-            if way:
-                fix = f"launch run sets {hint} there; other starters need the same, or another line in /etc/hosts"
-                yield Finding("warning", f"{trap}; {fix}", host)
-            else:
-                yield Finding("error", f"{trap}, and no interface leads to the others; correct /etc/hosts", host)
-        elif ":" in known.own_address:
-            fix = f"where ranks do not connect, set {hint}, or give the host an IPv4 address"
-            yield Finding("warning", f"its name leads to IPv6 only ({known.own_address}); {fix}", host)
-        else:
+        trap = f"its own name {known.hostname} leads to {known.own_address}, where no other host can connect"
+        if wrong := [f"{name}={value}" for name, value in case.chosen.items() if not _leads_out(value, known)]:
+            fix = f"set {hint}, or unset it" if way else "unset it"
+            yield Finding("error", f"{' and '.join(wrong)}, but it has {', '.join(known.speeds)}; {fix}", host)
+        elif gloo := case.chosen.get(network.VARIABLES[0]):
+            yield Finding("note", f"{gloo}, as you have chosen", host)
+        elif not network.is_loopback(known.own_address):
+            if ":" in known.own_address:
+                fix = f"where ranks do not connect, set {hint}, or give the host an IPv4 address"
+                yield Finding("warning", f"its name leads to IPv6 only ({known.own_address}); {fix}", host)
             yield Finding("note", f"{known.own_address} ({way or 'no interface'})", host)
+        elif way:
+            fix = f"launch run sets {hint} there; other starters need the same, or another line in /etc/hosts"
+            yield Finding("warning", f"{trap}; {fix}", host)
+        else:
+            yield Finding("error", f"{trap}, and no interface leads to the others; correct /etc/hosts", host)
+
+
+def _leads_out(chosen: str, known: Facts) -> bool:
+    """Whether one of the interfaces that a variable names exists and is no loopback; NCCL takes prefixes, too."""
+    outward = [name for name in known.speeds if name != "lo"]
+    words = [word.removeprefix("=") for word in chosen.split(",")]
+    return chosen.startswith("^") or any(name.startswith(word) for word in words for name in outward)
 
 
 def versions(case: Case) -> Iterator[Finding]:
@@ -245,7 +223,10 @@ def links(case: Case) -> Iterator[Finding]:
 def bandwidth(case: Case) -> Iterator[Finding]:
     """An all-reduce among the hosts is as fast as their links let expect."""
     if isinstance(case.reduced, str):
-        yield Finding("error" if case.failed else "note", case.reduced)
+        fix = "; is it the interface ({} and {}), or torch itself? NCCL_DEBUG=INFO tells more".format(
+            *network.VARIABLES
+        )
+        yield Finding("error", case.reduced + fix) if case.failed else Finding("note", case.reduced)
         return
     for a, b, speed in case.reduced["pairs"]:
         least, because = expected(case, a, b)
@@ -255,7 +236,9 @@ def bandwidth(case: Case) -> Iterator[Finding]:
             text += f", expected {least / 1e9:.2f}: {because}"
             yield Finding("warning", f"{text}; look at the interface, its cable, and who else uses the link")
         else:
-            yield Finding("note", f"{text} ({f'at least {least / 1e9:.2f}' if least else 'no'} expected: {because})")
+            yield Finding(
+                "note", f"{text} ({f'at least {least / 1e9:.2f} expected' if least else 'no expectation'}: {because})"
+            )
     together = f"{case.reduced['all'] / 1e9:.2f} GB/s, 4 bytes in {case.reduced['latency'] * 1e3:.2f} ms"
     yield Finding("note", f"all: {together}, {case.reduced['backend']}")
 
@@ -265,32 +248,13 @@ def expected(case: Case, a: int, b: int) -> tuple[float, str]:
     if len(case.hosts) == 1:
         return _LOOPBACK, "through this machine's memory"
     ends = [(case.hosts[a], case.hosts[b]), (case.hosts[b], case.hosts[a])]
-    through = [(case.facts[x.name], case.facts[x.name].peers[y.address].interface) for x, y in ends]
+    through = [(case.facts[x.name], case.facts[x.name].peers.get(y.address, Peer()).interface) for x, y in ends]
     speeds = [known.speeds.get(name, 0) for known, name in through]
     if not all(speeds):
         return 0.0, f"the driver of {through[speeds.index(0)][1] or 'the interface'} tells no speed"
-    gloo = case.reduced["backend"] == "gloo" if not isinstance(case.reduced, str) else False
-    link = min(speeds)
+    gloo, link = not isinstance(case.reduced, str) and case.reduced["backend"] == "gloo", min(speeds)
     used, cap = (_GLOO_MBITS, " of what gloo can use") if gloo and link > _GLOO_MBITS else (link, "")
     return _SHARE * used * 1e6 / 8, f"a fifth{cap} of a link of {link / 1000:g} Gbit/s"
-
-
-def address_of(case: Case, name: str) -> str:
-    """The name without the user that ssh logs in as."""
-    return next(host.address for host in case.hosts if host.name == name)
-
-
-def amount(size: float) -> str:
-    """Bytes for people."""
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if size < 1000:
-            return f"{size:.3g} {unit}"
-        size /= 1024
-    return f"{size:,.1f} TiB"
-
-
-def count(number: int, what: str) -> str:
-    return f"{number} {what}{'s'[: number != 1]}"
 
 
 # Name, exit code where it fails, function.

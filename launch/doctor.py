@@ -19,16 +19,18 @@ from pathlib import Path
 from typing import Any
 
 from launch import process, torchrun
-from launch.checks import CHECKS, Case, Finding, examine
+from launch.case import Case, Finding
+from launch.checks import CHECKS, examine
 from launch.facts import MARKER, Facts, Peer, new_secret
 from launch.hostfile import UsageError
 from launch.job import Job
+from launch.network import VARIABLES
 from launch.report import last_words
 from launch.supervise import say, supervise
 from launch.ward import Ward, progress
 
 _CALL_S = 5.0  # for a TCP connection between hosts
-_MESH = 16  # hosts of which each calls every other one; of more, each calls the first and the next
+_MESH = 16  # hosts of which each calls every other one; of more, each calls the first and its neighbours
 _GRACE_S = 10.0
 
 
@@ -46,7 +48,10 @@ def diagnose(job: Job, wanted: Wanted) -> tuple[Case, dict[str, list[Finding]]]:
     """Everything about the hosts of ``job``, of which nothing is started, and the findings of every check."""
     folder = _existing(job.run_dir.absolute())
     free = shutil.disk_usage(folder).free
-    case = Case(job.hosts, {}, folder=str(folder), free=free, checkpoint=wanted.checkpoint, keep=wanted.keep)
+    chosen = {name: job.env[name] for name in VARIABLES if job.env.get(name)}
+    case = Case(
+        job.hosts, {}, folder=str(folder), free=free, checkpoint=wanted.checkpoint, keep=wanted.keep, chosen=chosen
+    )
     try:
         probe = Path(tempfile.mkdtemp(prefix=".doctor-", dir=folder))
     except OSError as error:
@@ -83,7 +88,7 @@ def _ask(case: Case, job: Job, probe: Path, wanted: Wanted) -> Case:
     try:
         asked = time.time()
         answers = ward.ask(
-            lambda host: {**about, "names": _near(addresses, host.address), "own": numbers[host]},
+            lambda host: {**about, "names": near(addresses, host.address), "own": numbers[host]},
             f"{len(hosts)} hosts about themselves" if len(hosts) > 1 else "this host about itself",
         )
         skew = {
@@ -115,7 +120,7 @@ def _calls(ward: Ward, job: Job, secret: str) -> dict[str, Any]:
     called = ward.ask(
         lambda host: {
             "ask": "connect",
-            "to": {name: places[name] for name in _near(list(places), host.address) if name != host.address},
+            "to": {name: places[name] for name in near(list(places), host.address) if name != host.address},
             "secret": secret,
             "timeout": _CALL_S,
         },
@@ -125,11 +130,12 @@ def _calls(ward: Ward, job: Job, secret: str) -> dict[str, Any]:
     return {"links": links, "port": served.get(first.name, {}).get("error", "")}
 
 
-def _near(names: list[str], own: str) -> list[str]:
-    """The hosts that a host is asked about: all of a few; of many the first, the next and itself."""
+def near(names: list[str], own: str) -> list[str]:
+    """The hosts that a host is asked about: all of a few; of many the first, itself and its neighbours."""
     if len(names) <= _MESH or own not in names:
         return names
-    return list(dict.fromkeys([names[0], own, names[(names.index(own) + 1) % len(names)]]))
+    place = names.index(own)
+    return list(dict.fromkeys([names[0], names[place - 1], own, names[(place + 1) % len(names)]]))
 
 
 def _facts(answer: Mapping[str, Any]) -> Facts:
@@ -172,6 +178,9 @@ def _all_reduce(case: Case, job: Job, probe: Path, seconds: int) -> Case:
         return replace(case, reduced=json.loads(out.read_text()))
     except (OSError, ValueError):
         said = last_words(_content(console).encode()) if ended else f"timed out after {seconds} s"
+        said = said.partition("; log: ")[0]  # the log is about to be removed: here is what it says
+        logs = [last_words(_content(log).encode()) for log in sorted((probe / "logs").glob("rank_*.log"))]
+        said += next((f": {words}" for words in logs if words and not words.startswith("#")), "")
         return replace(case, reduced=f"all-reduce: {said}", failed=True)
 
 
@@ -206,6 +215,8 @@ def report(case: Case, findings: Mapping[str, list[Finding]]) -> str:
     for name, found in findings.items():
         levels = [finding.level for finding in found]
         state = "ERROR" if "error" in levels else "warning" if "warning" in levels else "ok"
+        if name == "bandwidth" and isinstance(case.reduced, str) and not case.failed:
+            state = "skipped"
         rows.append(f"{name:<10} {state:<8} {'; '.join(_lines(case, found, 'note'))}".rstrip())
     return "\n".join(rows)
 

@@ -89,12 +89,14 @@ class Ward:
         """The answers of all hosts to a question, by host; it waits for them side by side."""
         deadline, answers = time.monotonic() + self.seconds, dict[str, dict[str, Any]]()
         waiting = {contact.stdout.fileno(): contact for contact in self.contacts}
-        for contact in self.contacts:
+        outputs = select.poll()
+        for number, contact in waiting.items():
+            outputs.register(number, select.POLLIN)
             contact.ask(request(contact.host))
         with progress(f"asking {what}") as show:
             while waiting and (left := deadline - time.monotonic()) > 0:
                 show(f"waiting for {', '.join(contact.host.name for contact in waiting.values())[:60]}")
-                for number in select.select(list(waiting), [], [], min(left, 0.5))[0]:
+                for number, _ in outputs.poll(1000 * min(left, 0.5)):
                     contact = waiting[number]
                     try:
                         if (answer := contact.hear()) is None:
@@ -103,6 +105,7 @@ class Ward:
                     except EOFError:
                         self._lose(contact, contact.last_words())
                     del waiting[number]
+                    outputs.unregister(number)
         for contact in waiting.values():
             self._lose(contact, f"timed out: no answer within {self.seconds:g} s to {what}")
         return answers

@@ -12,7 +12,7 @@ import psutil
 import pytest
 
 from tests.kit.cluster import Cluster
-from tests.kit.jobs import PYTHON, REPOSITORY, Result
+from tests.kit.jobs import PYTHON, REPOSITORY, Result, run_job
 from tests.kit.tiny import tiny_config
 
 
@@ -253,3 +253,12 @@ def test_a_checkpoint_that_does_not_fit_is_told_before_the_run(hosts: Cluster, t
     result = doctor(hosts, tmp_path, str(config), "--bandwidth=false")
     result.expect(exit_code=7, stderr=r"error: .* free; a checkpoint takes [\d.,]+ TiB, 10 kept and one being written ")
     assert not (tmp_path / "run").exists()
+
+
+def test_an_all_reduce_that_fails_is_told_in_its_own_words(tmp_path: Path) -> None:
+    argv = [PYTHON, "-m", "launch", "doctor", "--nproc=2"]
+    env = {"PYTHONPATH": str(REPOSITORY), "GLOO_SOCKET_IFNAME": "nope0"}
+    result = run_job(argv, timeout=60, env=env, cwd=tmp_path).expect(exit_code=5, stdout="bandwidth +ERROR\n$")
+    (error,) = errors(result)
+    assert re.match(r"error: all-reduce: rank \d \(.*\) ended with exit code 1 .*nope0.*; is it the interface", error)
+    assert not list(tmp_path.iterdir())
