@@ -20,22 +20,22 @@ from megatron_lite.dist.env import read_rank
 from megatron_lite.dist.mesh import pick_device, process_group
 
 _FIRST, _LARGEST = 1 << 20, 1 << 28  # bytes of a message
-_MEASURE_S = 0.2
+_LONG_S = 0.02  # an all-reduce that takes this long is measured well enough
 
 
 def measure(group: torch_dist.ProcessGroup | None, device: torch.device, size: int) -> float:
-    """Seconds that an all-reduce of ``size`` bytes takes, the slowest rank's, best of three. Collective."""
-    message, best = torch.ones(size // 4, device=device), torch.tensor(float("inf"))
-    for _ in range(4):  # the first one connects
+    """Seconds that an all-reduce of ``size`` bytes takes, the slowest rank's, the best of two. Collective."""
+    message, best = torch.ones(size // 4, device=device), float("inf")
+    for _ in range(3):  # the first one connects
         torch_dist.barrier(group)
         began = time.perf_counter()
         torch_dist.all_reduce(message, group=group)
         message[0].item()  # a GPU's all-reduce has ended
-        best = torch.minimum(best, torch.tensor(time.perf_counter() - began))
+        best = min(best, time.perf_counter() - began)
         message.fill_(1.0)
-    best = best.to(device)
-    torch_dist.all_reduce(best, torch_dist.ReduceOp.MAX, group=group)
-    return float(best.item())
+    slowest = torch.tensor(best, device=device)
+    torch_dist.all_reduce(slowest, torch_dist.ReduceOp.MAX, group=group)
+    return float(slowest.item())
 
 
 def bandwidth(group: torch_dist.ProcessGroup | None, ranks: int, device: torch.device) -> float:
@@ -43,7 +43,7 @@ def bandwidth(group: torch_dist.ProcessGroup | None, ranks: int, device: torch.d
     is made large enough to take a while. Collective."""
     size = _FIRST
     seconds = measure(group, device, size)
-    while seconds < _MEASURE_S / 4 and size < _LARGEST:
+    while seconds < _LONG_S and size < _LARGEST:
         size = min(_LARGEST, 4 * size)
         seconds = measure(group, device, size)
     return size * 2 * (ranks - 1) / ranks / seconds
@@ -55,7 +55,7 @@ def main(out: str, seconds: str) -> None:
     device = pick_device(rank)
     with process_group(rank, device, int(seconds)):
         found = {
-            "backend": torch_dist.get_backend_config() if device.type == "cuda" else "gloo",
+            "backend": "nccl" if device.type == "cuda" else "gloo",
             "latency": measure(None, device, 4),
             "all": bandwidth(None, rank.size, device),
         }

@@ -122,13 +122,16 @@ def link_cut(hosts: Cluster, folder: Path) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def one_way_missing(hosts: Cluster, folder: Path) -> Iterator[None]:
-    route = ("unreachable", f"{hosts.addresses[2]}/32")
-    inside(hosts, 1, "ip", "route", "add", *route)
+def no_route(hosts: Cluster, folder: Path) -> Iterator[None]:
+    """Between node1 and node2."""
+    routes = {1: f"{hosts.addresses[2]}/32", 2: f"{hosts.addresses[1]}/32"}
+    for index, to in routes.items():
+        inside(hosts, index, "ip", "route", "add", "unreachable", to)
     try:
         yield
     finally:
-        inside(hosts, 1, "ip", "route", "del", *route)
+        for index, to in routes.items():
+            inside(hosts, index, "ip", "route", "del", "unreachable", to)
 
 
 @contextlib.contextmanager
@@ -199,11 +202,11 @@ FAULTS = {  # what is done to the hosts; the exit code, and all errors and warni
     "password": ([password_wanted], 5, [rf"error: node{n}: .*Permission denied \(.*; it would ask" for n in (1, 2)]),
     "link": ([link_cut], 5, [f"error: node1: {SSH}(No route to host|Connection timed out); is it up"]),
     "route": (
-        [one_way_missing],
+        [no_route],
         5,
         [
             "error: node1: cannot connect to node2: no route to host; look at cable",
-            "error: node2: cannot connect to node1: timed out; look at cable",
+            "error: node2: cannot connect to node1: no route to host; look at cable",
         ],
     ),
     "loopback": (
@@ -236,10 +239,12 @@ FAULTS = {  # what is done to the hosts; the exit code, and all errors and warni
 @pytest.mark.parametrize("name", FAULTS)
 def test_each_fault_is_one_line(hosts: Cluster, tmp_path: Path, name: str) -> None:
     faults, code, wanted = FAULTS[name]
+    ssh = {"options": ["ConnectTimeout=3"]}
+    config = tiny_config(tmp_path, tmp_path / "data", train__global_batch_size=12, launch__ssh=ssh)
     with contextlib.ExitStack() as stack:
         for fault in faults:
             stack.enter_context(fault(hosts, tmp_path))
-        result = doctor(hosts, tmp_path, "--bandwidth=false", "--rdzv=node0:29777", count=3)
+        result = doctor(hosts, tmp_path, str(config), "--bandwidth=false", "--rdzv=node0:29777", count=3)
     result.expect(exit_code=code)
     lines = [line for line in result.stderr.splitlines() if not line.startswith("doctor: ")]
     assert len(lines) == len(wanted), result.stderr
