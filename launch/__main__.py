@@ -13,11 +13,13 @@ from pathlib import Path
 from typing import Any
 
 from launch import LAUNCHERS, cli
+from launch import doctor as examination
 from launch.cli import Flag
 from launch.elastic import Pool
 from launch.hostfile import MAX_SLOTS, Host, UsageError, nearest, read_hostfile, select
 from launch.job import Job, Ssh, forwarded, rank_defaults
 from launch.layout import check_layout, picture
+from launch.report import PEER_LOST
 from launch.supervise import describe, say, supervise
 from launch.verify import verify as check_places
 
@@ -40,6 +42,18 @@ RUN = HOSTS | {
         cli.whole(1, 86400), 30, "SECONDS", "with --nodes=MIN:MAX, how often to look for hosts that are missing"
     ),
     "dry_run": Flag(cli.switch, False, "", "print what would be started, and start nothing"),
+}
+
+DOCTOR = {name: HOSTS[name] for name in ("nproc", "hostfile", "include", "exclude", "nodes", "rdzv")} | {
+    "bandwidth": Flag(cli.switch, True, "", "measure a real all-reduce, where nothing else is wrong"),
+    "timeout": Flag(cli.whole(1, 3600), 60, "SECONDS", "that the answers to one question may take"),
+    "json": Flag(cli.switch, False, "", "everything that was found out, as JSON on stdout"),
+}
+_NO_CONFIG: dict[str, Any] = {
+    "run": {"dir": "runs", "name": "doctor"},
+    "launch": {"env": {}, "forward": [], "ssh": {"port": None, "options": []}},
+    "checkpoint": {"keep": 1},
+    "checkpoint_bytes": 0,
 }
 
 
@@ -71,6 +85,8 @@ def run(
     outcome = supervise(job, LAUNCHERS[via], max_restarts, pool)
     if outcome.line:
         say(outcome.line)
+    if len(hosts) > 1 and outcome.exit_code == PEER_LOST and outcome.step is None:
+        say("python -m launch doctor, with the same flags, examines the hosts")
     return outcome.exit_code
 
 
@@ -84,6 +100,28 @@ def plan(config: str, *, overrides: dict[str, str], **where: Any) -> int:
     for name in LAUNCHERS if where["via"] is None else [where["via"]]:
         print(f"\n--via={name}\n{describe(LAUNCHERS[name](_shown(job)))}")
     return 0
+
+
+def doctor(
+    config: str | None = None, *, json: bool, timeout: int, bandwidth: bool, overrides: dict[str, str], **where: Any
+) -> int:
+    """Examine the hosts before a run is started on them: ssh, names, versions, network, folders, limits, clocks.
+
+    With CONFIG also what its run would need: its folder, disk space, ssh options, variables. Errors and warnings come a
+    line each, with what to do, on stderr; a table of all checks on stdout. Exit code 0: ready, perhaps with warnings;
+    otherwise that of the first check that fails: 2 versions, devices, clock, /dev/shm, limits or port, 5 a host cannot
+    be reached or reach others, 7 the run's folder or disk."""
+    where |= {"node_rank": None, "mpirun": None, "via": "torchrun"}
+    hosts, _ = choose_hosts(where)
+    if config is None and overrides:
+        raise UsageError(f"--{next(iter(overrides))} overrides a key of CONFIG, and none is given")
+    settings = _NO_CONFIG if config is None else check(config, hosts, overrides)
+    job = make_job(config or "", hosts, settings, overrides, where)
+    wanted = examination.Wanted(settings["checkpoint_bytes"], settings["checkpoint"]["keep"], bandwidth, timeout)
+    case, findings = examination.diagnose(job, wanted)
+    table = examination.report(case, findings)
+    print(examination.as_json(case, findings) if json else table)
+    return examination.exit_code(findings)
 
 
 def verify(*, via: str | None, dir: str, **where: Any) -> int:
@@ -227,6 +265,7 @@ COMMANDS = {
         },
     ),
     "plan": Entry(plan, HOSTS | {"via": replace(HOSTS["via"], default=None)}, ("config",), overrides=True),
+    "doctor": Entry(doctor, DOCTOR, ("[config]",), overrides=True),
 }
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from urllib.parse import quote
 
 from launch.hostfile import Host
+from launch.network import HOSTS
 
 # Variables that ranks on other hosts need as much as those here; a name, or a prefix and a star.
 FORWARDED = (
@@ -96,7 +97,11 @@ class Job:
     @property
     def rank_env(self) -> dict[str, str]:
         """Variables to add to the environment of every rank."""
-        return {**self.env, "MLITE_ATTEMPT": str(self.attempt), "MLITE_JOB": f"{self.name}.{self.attempt}"}
+        env = {**self.env, "MLITE_ATTEMPT": str(self.attempt), "MLITE_JOB": f"{self.name}.{self.attempt}"}
+        if len(self.hosts) > 1:
+            known = [host.address for host in self.hosts[:2]] if self.node is None else []
+            env[HOSTS] = ",".join(dict.fromkeys([*(self.rendezvous or ())[:1], *known]))
+        return env
 
     def rank_argv(self, *options: str) -> list[str]:
         """The argv, after the Python executable, of one rank: the program inside its shim (``launch/rank.py``)."""

@@ -10,13 +10,13 @@ from megatron_lite import cli
 from megatron_lite.config import load_config
 from megatron_lite.dist.env import read_rank
 from megatron_lite.errors import ConfigError
-from megatron_lite.parallel.plan import make_plan, parse_side
+from megatron_lite.parallel.plan import checkpoint_bytes, make_plan, parse_side
 
 
 def config(config: str, ranks: int | None = None, **overrides: str) -> None:
     """Check a config, and whether it can run on --ranks; print it, resolved, as JSON.
 
-    With --ranks the degrees of its mesh come as "mesh".
+    With --ranks the degrees of its mesh come as "mesh", and the size of a checkpoint as "checkpoint_bytes".
 
     CONFIG is a path or the name of a shipped config; any --section.key=value overrides it.
     """
@@ -26,6 +26,7 @@ def config(config: str, ranks: int | None = None, **overrides: str) -> None:
     shown = checked.model_dump(mode="json")
     if ranks is not None:
         shown["mesh"] = make_plan(checked, ranks).degrees
+        shown["checkpoint_bytes"] = checkpoint_bytes(checked)
     print(json.dumps(shown))
 
 

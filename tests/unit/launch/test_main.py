@@ -181,3 +181,9 @@ def test_start_up_takes_no_time(folder: Path) -> None:
     began = time.monotonic()
     launch(folder, "run", "good.yaml", "--dry_run").expect(exit_code=0)
     assert time.monotonic() - began < 1
+
+
+def test_the_doctor_overrides_only_a_config_that_is_given(folder: Path) -> None:
+    result = launch(folder, "doctor", "--run.dir=x").expect(exit_code=2, stdout="^$")
+    assert result.stderr == "error: --run.dir overrides a key of CONFIG, and none is given\n"
+    launch(folder, "doctor", "bad.yaml").expect(exit_code=2, stderr="^error: optim.lr=-1: must be greater than 0\n$")
