@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from launch import LAUNCHERS, cli
+from launch import LAUNCHERS, cli, slurm, submitted
 from launch.cli import Flag
 from launch.elastic import Pool
 from launch.hostfile import MAX_SLOTS, Host, UsageError, nearest, read_hostfile, select
@@ -44,9 +44,15 @@ def run(config: str, *, via: str, max_restarts: int, dry_run: bool, overrides: d
     Ctrl-C (or SIGTERM, SIGUSR1) lets the ranks finish their step and save; a second one ends them at once.
     Exit codes: 0 done, 2 usage or config, 3 data, 4 checkpoint, 5 peer lost or hung, 6 non-finite loss, 7 disk or I/O,
     75 preempted and saved: start it again. 128+N: ended by a second signal N, not saved."""
+    where["via"] = via
     hosts, pool = choose_hosts(where)
     settings = check(config, hosts, overrides)
     job = make_job(config, hosts, settings, overrides, where)
+    if via == "slurm" and not slurm.allocated(os.environ):
+        words = [config, "--via=slurm", f"--nodes={len(hosts)}", f"--nproc={hosts[0].slots}"]
+        words += [f"--rdzv={cli.shown(where['rdzv'])}"] if where["rdzv"] else []
+        words += [f"--max_restarts={max_restarts}"] if max_restarts else []
+        return slurm.submit(job, words, overrides, settings["launch"]["slurm"], dry_run=dry_run)
     if dry_run:
         print(describe(LAUNCHERS[via](_shown(job))))
         return 0
@@ -65,15 +71,17 @@ def plan(config: str, *, overrides: dict[str, str], **where: Any) -> int:
     commands of every way to start it. Nothing is started."""
     hosts, _ = choose_hosts(where)
     settings = check(config, hosts, overrides)
-    job = make_job(config, hosts, settings, overrides, where)
-    print(picture(job, settings["mesh"]))
+    print(picture(make_job(config, hosts, settings, overrides, where), settings["mesh"]))
     for name in LAUNCHERS if where["via"] is None else [where["via"]]:
+        job = make_job(config, hosts, settings, overrides, where | {"via": name})
         print(f"\n--via={name}\n{describe(LAUNCHERS[name](_shown(job)))}")
     return 0
 
 
 def choose_hosts(where: Mapping[str, Any]) -> tuple[tuple[Host, ...], Pool | None]:
     """The hosts that flags name, and, where --nodes gives a choice, all that may be chosen from. Raises UsageError."""
+    if where["via"] == "slurm":
+        return slurm.choose_hosts(where, os.environ), None
     nproc, nodes, hostfile = where["nproc"], where["nodes"], where["hostfile"]
     if hostfile is None:
         if where["include"] or where["exclude"]:
@@ -156,6 +164,7 @@ def make_job(
         node=where["node_rank"],
         rendezvous=where["rdzv"],
         ssh=Ssh(launch["ssh"]["port"], tuple(launch["ssh"]["options"])),
+        slurm=slurm.describe(launch["slurm"], os.environ) if where["via"] == "slurm" else None,
     )
     env = rank_defaults(max(host.slots for host in hosts), os.environ) | launch["env"]
     if job.distributed:
@@ -165,7 +174,7 @@ def make_job(
 
 def _shown(job: Job) -> Job:
     """The job as it is printed: with a port that stands for the free one that is found at the start."""
-    if len(job.hosts) > 1 and (job.rendezvous is None or not job.rendezvous[1]):
+    if (len(job.hosts) > 1 or job.slurm) and (job.rendezvous is None or not job.rendezvous[1]):
         address = job.rendezvous[0] if job.rendezvous else job.hosts[0].address
         return replace(job, rendezvous=(address, 29500), name=job.name.rpartition("-")[0])
     return replace(job, name=job.name.rpartition("-")[0])
@@ -183,6 +192,18 @@ class Entry:
 
 COMMANDS = {
     "run": Entry(run, RUN, ("config",), overrides=True),
+    "status": Entry(submitted.status, {}, ("job",)),
+    "logs": Entry(
+        submitted.logs,
+        {
+            "rank": Flag(cli.whole(0, 2**20), None, "N", "this rank's log (default: what the launcher and rank 0 say)"),
+            "follow": Flag(cli.switch, False, "", "go on until the job has ended"),
+        },
+        ("job",),
+    ),
+    "cancel": Entry(
+        submitted.cancel, {"wait": Flag(cli.whole(0, 86400), 120, "SECONDS", "for it to save (120)")}, ("job",)
+    ),
     "plan": Entry(plan, HOSTS | {"via": replace(HOSTS["via"], default=None)}, ("config",), overrides=True),
 }
 

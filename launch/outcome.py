@@ -46,7 +46,7 @@ def judge(job: Job, launcher: str, endings: list[tuple[Host | None, int | None]]
     failures = sorted(reports.failures, key=lambda report: (report.unprepared, not report.signal, report.time))
     primary = [report for report in failures if not report.secondary]
     unborn = sorted(ranks - set(reports.started))
-    step = _last_step(job.run_dir)
+    step = last_step(job.run_dir)
 
     if primary:
         return _of_rank(job, primary[0], reports, step)
@@ -109,7 +109,7 @@ def _log(job: Job, report: Report) -> Path:
     return job.log_dir / f"rank_{report.rank}.log"
 
 
-def _last_step(run_dir: Path) -> int | None:
+def last_step(run_dir: Path) -> int | None:
     """The last step that ``metrics.jsonl`` tells of."""
     try:
         with (run_dir / "metrics.jsonl").open("rb") as file:

@@ -271,11 +271,15 @@ class _Attempt:
         if self.job.distributed:
             with contextlib.suppress(OSError):
                 self._wish(END)
-        remote = [agent for agent in self.agents if agent.stdin is not None]
-        for agent in remote:
-            assert agent.stdin is not None
-            with contextlib.suppress(BrokenPipeError):
-                agent.stdin.close()
+        remote = []
+        for command, agent in zip(self.launch.commands, self.agents, strict=False):
+            if agent.stdin is not None:
+                remote.append(agent)
+                with contextlib.suppress(BrokenPipeError):
+                    agent.stdin.close()
+            elif command.stop is not None:
+                remote.append(agent)
+                agent.send_signal(command.stop)
         deadline = time.monotonic() + _AGENT_LIMIT_S
         while any(agent.poll() is None for agent in remote) and time.monotonic() < deadline:
             signal.sigtimedwait({signal.SIGCHLD}, _POLL_S)
