@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from launch import LAUNCHERS, cli, slurm, submitted
+from launch import LAUNCHERS, cli, k8s, slurm, submitted
 from launch.cli import Flag
 from launch.elastic import Pool
 from launch.hostfile import MAX_SLOTS, Host, UsageError, nearest, read_hostfile, select
@@ -75,6 +75,15 @@ def plan(config: str, *, overrides: dict[str, str], **where: Any) -> int:
     for name in LAUNCHERS if where["via"] is None else [where["via"]]:
         job = make_job(config, hosts, settings, overrides, where | {"via": name})
         print(f"\n--via={name}\n{describe(LAUNCHERS[name](_shown(job)))}")
+    return 0
+
+
+def manifest(config: str, *, nodes: int, nproc: int, max_restarts: int, overrides: dict[str, str]) -> int:
+    """Print a Kubernetes manifest that runs CONFIG on --nodes pods, for `kubectl apply -f -`.
+
+    launch.k8s of the config says with which image, volumes, resources and secrets."""
+    settings = check(config, tuple(Host(f"pod-{node}", nproc) for node in range(nodes)), overrides)
+    print(k8s.documents(k8s.manifest(settings, nodes, nproc, max_restarts)), end="")
     return 0
 
 
@@ -203,6 +212,16 @@ COMMANDS = {
     ),
     "cancel": Entry(
         submitted.cancel, {"wait": Flag(cli.whole(0, 86400), 120, "SECONDS", "for it to save (120)")}, ("job",)
+    ),
+    "k8s": Entry(
+        manifest,
+        {
+            "nodes": Flag(cli.whole(1, 16384), 1, "N", "pods (1)"),
+            "nproc": Flag(cli.whole(1, MAX_SLOTS), 1, "N", "ranks in each pod (1)"),
+            "max_restarts": Flag(cli.whole(0, 1000), 3, "N", "start again up to N times when a rank is lost (3)"),
+        },
+        ("config",),
+        overrides=True,
     ),
     "plan": Entry(plan, HOSTS | {"via": replace(HOSTS["via"], default=None)}, ("config",), overrides=True),
 }

@@ -108,11 +108,11 @@ def test_a_job_whose_node_dies_is_queued_again_and_goes_on(slurm: Slurm, tiny: T
 def test_what_sbatch_refuses_is_one_line(slurm: Slurm, tiny: TinyRuns, tmp_path: Path) -> None:
     config = tiny_config(tmp_path, tiny.data)
     refused = launch(slurm, "run", str(config), "--via=slurm", "--launch.slurm.partition=none")
-    refused.expect(exit_code=2, stderr=r"^error: sbatch: .*invalid partition.*; the script: \S+/run/logs/slurm.sh\n$")
+    refused.expect(exit_code=2, stderr=r"^error: sbatch: .*Invalid partition.*; the script: \S+/run/logs/slurm.sh\n$")
 
 
 def test_slurm_reads_a_hostile_name_as_it_is_written(slurm: Slurm, tiny: TinyRuns, tmp_path: Path) -> None:
-    folder = tmp_path / "a 'b\" #c %j $(touch canary) é"
+    folder = tmp_path / "a 'b\" #c 100% $(touch canary) é"
     folder.mkdir()
     config = tiny_config(folder, tiny.data)
     words = ["run", str(config), "--via=slurm", "--launch.slurm.extra=[--hold]", "--launch.slurm.constraint=cpu"]
