@@ -13,6 +13,9 @@ $(VENV)/.demo: pyproject.toml constraints.txt
 $(VENV)/.dev: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install -q --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@# MPICH has a folder of its own: its mpiexec and Open MPI's would overwrite each other.
+	$(BIN)/pip install -q --disable-pip-version-check -c constraints.txt --no-deps --prefix $(VENV)/mpich mpich || \
+		echo 'no MPICH for this platform: its tests will skip'
 	touch $@ $(VENV)/.demo
 
 # From nothing to a model that writes Python, on this machine's CPU. Everything it makes is in demo/.

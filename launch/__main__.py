@@ -7,7 +7,7 @@ import os
 import secrets
 import subprocess
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -16,9 +16,10 @@ from launch import LAUNCHERS, cli, k8s, slurm, submitted
 from launch.cli import Flag
 from launch.elastic import Pool
 from launch.hostfile import MAX_SLOTS, Host, UsageError, nearest, read_hostfile, select
-from launch.job import Job, Ssh, forwarded, rank_defaults
+from launch.job import Job, Slurm, Ssh, forwarded, rank_defaults
 from launch.layout import check_layout, picture
 from launch.supervise import describe, say, supervise
+from launch.verify import verify as check_places
 
 HOSTS = {
     "nproc": Flag(cli.whole(1, MAX_SLOTS), None, "N", "ranks to start on each host (default: its slots, or 1)"),
@@ -28,17 +29,30 @@ HOSTS = {
     "nodes": Flag(cli.span, None, "N|MIN:MAX", "hosts to use: the first N, or as many of MIN to MAX as answer"),
     "node_rank": Flag(cli.whole(0, 16383), None, "I", "start the I-th host's ranks alone; each host starts its own"),
     "rdzv": Flag(cli.endpoint, None, "HOST[:PORT]", "where ranks meet (default: the first host, a free port)"),
+    "mpirun": Flag(cli.path, None, "FILE", "the mpirun of --via=mpirun (default: pip's, or the first on PATH)"),
     "via": Flag(cli.one_of(LAUNCHERS), "torchrun", "NAME", f"what starts them: {', '.join(LAUNCHERS)}"),
 }
 RUN = HOSTS | {
     "max_restarts": Flag(
         cli.whole(0, 1000), 0, "N", "start again from the last checkpoint when a rank is lost, up to N times"
     ),
+    "look_for_hosts": Flag(
+        cli.whole(1, 86400), 30, "SECONDS", "with --nodes=MIN:MAX, how often to look for hosts that are missing"
+    ),
     "dry_run": Flag(cli.switch, False, "", "print what would be started, and start nothing"),
 }
 
 
-def run(config: str, *, via: str, max_restarts: int, dry_run: bool, overrides: dict[str, str], **where: Any) -> int:
+def run(
+    config: str,
+    *,
+    via: str,
+    max_restarts: int,
+    look_for_hosts: int,
+    dry_run: bool,
+    overrides: dict[str, str],
+    **where: Any,
+) -> int:
     """Start the training run that CONFIG (a YAML file) describes, and watch it to its end.
 
     Ctrl-C (or SIGTERM, SIGUSR1) lets the ranks finish their step and save; a second one ends them at once.
@@ -57,7 +71,7 @@ def run(config: str, *, via: str, max_restarts: int, dry_run: bool, overrides: d
         print(describe(LAUNCHERS[via](_shown(job))))
         return 0
     if pool is not None:
-        pool = replace(pool, fits=lambda ranks: _fits(config, ranks, overrides))
+        pool = replace(pool, fits=lambda ranks: _fits(config, ranks, overrides), interval=look_for_hosts)
     on = f" on {len(hosts)} hosts" if len(hosts) > 1 else ""
     say(f"{settings['run']['name']}: {job.size} ranks{on} through {via}, logs in {job.log_dir}")
     outcome = supervise(job, LAUNCHERS[via], max_restarts, pool)
@@ -85,6 +99,27 @@ def manifest(config: str, *, nodes: int, nproc: int, max_restarts: int, override
     settings = check(config, tuple(Host(f"pod-{node}", nproc) for node in range(nodes)), overrides)
     print(k8s.documents(k8s.manifest(settings, nodes, nproc, max_restarts)), end="")
     return 0
+
+
+def verify(*, via: str | None, dir: str, **where: Any) -> int:
+    """Start every rank of the hosts for real under every launcher (or --via), without training, and check that each is
+    the rank, on the host, that the plan says. Exit code 0, or that of what failed."""
+    hosts, _ = choose_hosts({**where, "via": via or "torchrun"})
+    folder = Path(dir) / "verify"
+    job = Job(
+        program=(sys.executable, "-m", "megatron_lite", "rank"),
+        hosts=hosts,
+        run_dir=folder,
+        name="verify",
+        rendezvous=where["rdzv"],
+        mpirun=where["mpirun"],
+        slurm=Slurm() if via == "slurm" else None,
+    )
+    if via == "slurm" and not slurm.allocated(os.environ):
+        raise UsageError("verify --via=slurm starts ranks where it is called: in a batch script, or after salloc")
+    job = replace(job, env=_variables(job, {}, ()))
+    others = {name: launcher for name, launcher in LAUNCHERS.items() if name != "slurm"}
+    return check_places(job, others if via is None else {via: LAUNCHERS[via]})
 
 
 def choose_hosts(where: Mapping[str, Any]) -> tuple[tuple[Host, ...], Pool | None]:
@@ -174,11 +209,15 @@ def make_job(
         rendezvous=where["rdzv"],
         ssh=Ssh(launch["ssh"]["port"], tuple(launch["ssh"]["options"])),
         slurm=slurm.describe(launch["slurm"], os.environ) if where["via"] == "slurm" else None,
+        mpirun=where["mpirun"],
     )
-    env = rank_defaults(max(host.slots for host in hosts), os.environ) | launch["env"]
-    if job.distributed:
-        env = forwarded(os.environ, launch["forward"]) | env
-    return replace(job, env=env)
+    return replace(job, env=_variables(job, launch["env"], launch["forward"]))
+
+
+def _variables(job: Job, env: Mapping[str, str], forward: Sequence[str]) -> dict[str, str]:
+    """What every rank gets: this machine's variables, where ranks are elsewhere, then defaults, then the config's."""
+    here = forwarded(os.environ, forward) if job.distributed else {}
+    return {**here, **rank_defaults(max(host.slots for host in job.hosts), os.environ), **env}
 
 
 def _shown(job: Job) -> Job:
@@ -222,6 +261,14 @@ COMMANDS = {
         },
         ("config",),
         overrides=True,
+    ),
+    "verify": Entry(
+        verify,
+        HOSTS
+        | {
+            "via": replace(HOSTS["via"], default=None),
+            "dir": Flag(str, "runs", "DIR", "a folder that all hosts share (default runs)"),
+        },
     ),
     "plan": Entry(plan, HOSTS | {"via": replace(HOSTS["via"], default=None)}, ("config",), overrides=True),
 }

@@ -46,12 +46,14 @@ class Probe:
 
 @dataclass(frozen=True)
 class Pool:
-    """Hosts of which ``least`` to ``most`` make a run; ``fits`` says whether the config can use a number of ranks."""
+    """Hosts of which ``least`` to ``most`` make a run; ``fits`` says whether the config can use a number of ranks, and
+    every ``interval`` seconds a run that has lost hosts looks whether they are back."""
 
     hosts: tuple[Host, ...]
     least: int
     most: int
     fits: Callable[[int], bool]
+    interval: float = 30.0
 
     def choose(self, reachable: Sequence[Host]) -> tuple[Host, ...]:
         """The most of the hosts that answered which the config can use, in the pool's order; none if too few."""

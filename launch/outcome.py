@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Collection
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from launch.hang import explain
 from launch.hostfile import Host
 from launch.job import Job
 from launch.report import MEANING, PEER_LOST, PREEMPTED, Report, Reports, last_words, signal_name
@@ -33,13 +35,19 @@ class Outcome:
         return {"status": MEANING.get(self.exit_code, "stopped, not saved"), **asdict(self)}
 
 
-def judge(job: Job, launcher: str, endings: list[tuple[Host | None, int | None]], stop_asked: bool) -> Outcome:
+def judge(
+    job: Job,
+    launcher: str,
+    endings: list[tuple[Host | None, int | None]],
+    stop_asked: bool,
+    unreachable: Collection[Host] = (),
+) -> Outcome:
     """Name the first cause over all ranks that this launcher of ``job`` watched.
 
     ``endings``: how each of the launcher's commands ended by itself, and the host it was for (None: all); the code is
-    ``None`` if it had to be killed because ranks did not end. A rank that was killed or stopped comes before one that
-    gave up with an error of its own, and both before those that merely lost a peer, although these often end first (and
-    are blamed by torchrun).
+    ``None`` if it had to be killed because ranks did not end. ``unreachable``: hosts that give no answer. A rank that
+    was killed or stopped comes before one that gave up with an error of its own, and both before those that merely lost
+    a peer, although these often end first (and are blamed by torchrun).
     """
     ranks = {place.rank for place in job.watched}
     reports = Reports(job.log_dir, job.attempt, ranks)
@@ -48,6 +56,10 @@ def judge(job: Job, launcher: str, endings: list[tuple[Host | None, int | None]]
     unborn = sorted(ranks - set(reports.started))
     step = last_step(job.run_dir)
 
+    # Where ranks were lost without an error of their own, the records they left tell whom the others waited for.
+    only_lost = failures and all(report.secondary or report.stopped for report in failures)
+    if only_lost and not stop_asked and (hang := explain(job.log_dir, reports)):
+        return Outcome(PEER_LOST, hang.line, hang.rank, hang.host, step)
     if primary:
         return _of_rank(job, primary[0], reports, step)
     if not failures and len(reports.ended) == len(ranks):
@@ -56,10 +68,10 @@ def judge(job: Job, launcher: str, endings: list[tuple[Host | None, int | None]]
     if stop_asked and (unborn or any(report.unprepared for report in failures)):
         return Outcome(PREEMPTED, "stopped before training had begun", step=step)
     for host, code in endings:
-        if job.distributed and host is not None and not host.local and code != 0:
+        if host is not None and not host.local:
             theirs = [place.rank for place in job.watched if place.host == host]
-            if code == _SSH_FAILED or any(rank not in reports.ended for rank in theirs):
-                return _of_host(job, host, launcher, theirs, step)
+            if host in unreachable or code == _SSH_FAILED or (code and any(r not in reports.ended for r in theirs)):
+                return _of_host(job, host, launcher, theirs, step, reachable=host not in unreachable)
     if any(code is not None and code < 0 for _, code in endings):
         signum = next(-code for _, code in endings if code is not None and code < 0)
         cause = f"{launcher} was killed by {signal_name(signum)}; its ranks were stopped with it"
@@ -81,13 +93,14 @@ def launcher_log(job: Job, launcher: str, host: Host | None) -> Path:
     return job.log_dir / (f"{launcher}.log" if host is None else f"{launcher}.{host.name}.log")
 
 
-def _of_host(job: Job, host: Host, launcher: str, ranks: list[int], step: int | None) -> Outcome:
-    """A host that ended without its ranks: what ssh, or else the launcher there, said last."""
+def _of_host(job: Job, host: Host, launcher: str, ranks: list[int], step: int | None, *, reachable: bool) -> Outcome:
+    """A host that cannot be reached, or ended without its ranks: what ssh, or else the launcher there, said last."""
     said = ""
     for log in (job.log_dir / f"ssh.{host.name}.log", launcher_log(job, launcher, host)):
         said = said or _end_of(log)
     span = f"rank {ranks[0]}" if len(ranks) == 1 else f"ranks {ranks[0]} to {ranks[-1]}"
-    cause = f"host {host.name} was lost, with {span}" + (f": {said}" if said else "")
+    how = "was lost" if reachable else "cannot be reached any more"
+    cause = f"host {host.name} {how}, with {span}" + (f": {said}" if said else "")
     return Outcome(PEER_LOST, cause, ranks[0], host.name, step)
 
 

@@ -86,7 +86,8 @@ def run(
     watched = {*_STOP, signal.SIGUSR2, signal.SIGCHLD}
     signal.pthread_sigmask(signal.SIG_BLOCK, watched)
     log = (log_dir / f"rank_{rank}.log").open("ab", buffering=0)
-    on_terminal = console is not None and os.isatty(console[0])
+    # mpirun gives ranks a terminal, which is not the user's: there, both streams come as one.
+    on_terminal = console is not None and console[0] != console[1] and os.isatty(console[0])
     child = process.start(
         program,
         unblock=watched,

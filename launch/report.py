@@ -93,7 +93,7 @@ class Reports:
     """The reports of some ranks in one attempt, as they are at this moment."""
 
     def __init__(self, log_dir: Path, attempt: int, ranks: Collection[int]) -> None:
-        self._log_dir, self._attempt, self._ranks = log_dir, attempt, ranks
+        self._log_dir, self.attempt, self._ranks = log_dir, attempt, ranks
         self.ended = self._read("exit")
 
     @cached_property
@@ -116,7 +116,7 @@ class Reports:
                 report = Report(**json.loads(path.read_text()))
             except (FileNotFoundError, ValueError):  # being renamed or rewritten at this moment
                 continue
-            if report.attempt == self._attempt and report.rank in self._ranks:
+            if report.attempt == self.attempt and report.rank in self._ranks:
                 found[report.rank] = report
         return found
 

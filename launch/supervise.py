@@ -30,11 +30,10 @@ _USAGE, _STORAGE = 2, 7
 _POLL_S = 0.1
 _ASK_AFTER_S = 1.0  # after the first failure, ranks that have not noticed are asked to stop …
 _KILL_AFTER_S = 8.0  # … and at last killed
-_AGENT_LIMIT_S = 3.0  # for torchrun's own end, once every rank has ended
+_AGENT_LIMIT_S = 3.0  # for a launcher's own end, once every rank has ended
 _DEATH_LIMIT_S = 10.0  # for the kernel to end what was killed
 _QUICK_S, _LONGEST_WAIT_S = 60.0, 60.0  # attempts that end sooner than this are followed by ever longer waits
 _HOSTS_WAIT_S, _HOSTS_RETRY_S = 600.0, 5.0  # for enough hosts to be reachable
-_LOOK_FOR_HOSTS_S = 30.0  # how often a run that has lost hosts looks whether they are back
 _SECOND_SIGNAL_S = 0.5  # `timeout` and some schedulers deliver one signal twice: only a later one is a second wish
 
 
@@ -164,7 +163,7 @@ class _Attempt:
         if outcome:
             return outcome
         ended = [(command.host, code) for command, code in zip(self.launch.commands, endings, strict=True)]
-        return judge(self.job, self.launch.name, ended, bool(self.stop_asked))
+        return judge(self.job, self.launch.name, ended, bool(self.stop_asked), self._unreachable())
 
     def _start(self, command: Command) -> subprocess.Popen[bytes]:
         remote = command.stdin is not None
@@ -215,6 +214,11 @@ class _Attempt:
                 break
         return None
 
+    def _unreachable(self) -> set[Host]:
+        """Hosts that ssh does not get through to, where ranks were lost and those of another host may be the reason."""
+        lost = self.job.distributed and any(report.secondary for report in self._reports().failures)
+        return set(self.job.hosts) - set(Probe(self.job.hosts, self.job.ssh).answered()) if lost else set()
+
     def _reports(self) -> Reports:
         return Reports(self.job.log_dir, self.job.attempt, self.ranks)
 
@@ -241,7 +245,7 @@ class _Attempt:
         if self.pool is None or self.growing or len(self.job.hosts) == self.pool.most:
             return
         if self.probe is None:
-            if now - self.probed > _LOOK_FOR_HOSTS_S and len(reports.running) == len(self.ranks):
+            if now - self.probed > self.pool.interval and len(reports.running) == len(self.ranks):
                 self.probe = Probe([host for host in self.pool.hosts if host not in self.job.hosts], self.job.ssh)
         elif self.probe.done:
             more = self.pool.choose([*self.job.hosts, *self.probe.answered()])
@@ -271,17 +275,14 @@ class _Attempt:
         if self.job.distributed:
             with contextlib.suppress(OSError):
                 self._wish(END)
-        remote = []
         for command, agent in zip(self.launch.commands, self.agents, strict=False):
             if agent.stdin is not None:
-                remote.append(agent)
                 with contextlib.suppress(BrokenPipeError):
                     agent.stdin.close()
             elif command.stop is not None:
-                remote.append(agent)
                 agent.send_signal(command.stop)
-        deadline = time.monotonic() + _AGENT_LIMIT_S
-        while any(agent.poll() is None for agent in remote) and time.monotonic() < deadline:
+        deadline = time.monotonic() + (_AGENT_LIMIT_S if self.job.distributed else 0)
+        while any(agent.poll() is None for agent in self.agents) and time.monotonic() < deadline:
             signal.sigtimedwait({signal.SIGCHLD}, _POLL_S)
         if left := process.kill_all(self.agents, _DEATH_LIMIT_S):
             say(f"warning: the kernel does not end {left} (waiting for a device or a file server?)")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 
 from megatron_lite import cli
@@ -38,6 +39,11 @@ def train(config: str, **overrides: str) -> None:
     from megatron_lite.train import train as run
 
     run(checked, plan, rank)
+
+
+def rank() -> None:
+    """Print what this process's launcher says it is, as JSON: rank, size, host and where ranks meet."""
+    print(json.dumps(asdict(read_rank())), flush=True)
 
 
 def generate(
@@ -178,6 +184,7 @@ COMMANDS: cli.Commands = {
     "generate": generate,
     "prove": prove,
     "config": config,
+    "rank": rank,
     "ckpt": {
         "inspect": inspect,
         "verify": verify,

@@ -5,15 +5,20 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import fcntl
+import hashlib
 import os
+import platform
 import signal
 import sys
 import traceback
 from collections.abc import Iterator
+from importlib import metadata
 from pathlib import Path
 from types import FrameType
-from typing import NoReturn
+from typing import Any, NoReturn
 
+from megatron_lite import __version__
+from megatron_lite.config import Config
 from megatron_lite.dist.env import Rank
 from megatron_lite.dist.mesh import peer_failure
 from megatron_lite.errors import ConfigError, MegatronLiteError, PeerError, Preempted, StorageError
@@ -40,6 +45,32 @@ def locked(folder: Path, rank: Rank) -> Iterator[None]:
             yield
     except OSError as error:
         raise StorageError(f"cannot use the run folder {folder}: {error.strerror}") from None
+
+
+def identity(config: Config) -> dict[str, str]:
+    """What has to be the same on all ranks of a run: versions, our own code, every key of the config."""
+    versions = {}
+    for package in ("torch", "deepspeed"):
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            versions[package] = metadata.version(package)
+    code = hashlib.sha256()
+    for path in sorted(Path(__file__).parent.rglob("*.py")):
+        code.update(path.read_bytes())
+
+    def flat(tree: Any, key: str) -> Iterator[tuple[str, str]]:
+        if isinstance(tree, dict):
+            for name, value in tree.items():
+                yield from flat(value, f"{key}.{name}" if key else name)
+        else:
+            yield key, str(tree)
+
+    return {
+        "python": platform.python_version(),
+        **versions,
+        "megatron_lite": __version__,
+        "megatron_lite's code": code.hexdigest()[:12],
+        **dict(flat(config.model_dump(mode="json"), "")),
+    }
 
 
 def die_with_parent() -> None:

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-import faulthandler
 import hashlib
 import logging
 import math
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
-from typing import IO
 
 import torch
 
@@ -19,16 +18,18 @@ from megatron_lite.config import Config, ModelConfig, to_yaml
 from megatron_lite.data.loader import Dataset, Loader, build_dataset
 from megatron_lite.data.tokenizer import load_tokenizer
 from megatron_lite.dist.env import Rank
-from megatron_lite.dist.mesh import Mesh, build_mesh, pick_device, process_group
+from megatron_lite.dist.mesh import Mesh, build_mesh, limit_waits, peer_failure, pick_device, process_group
 from megatron_lite.errors import CheckpointError, DataError, Preempted
 from megatron_lite.faults import Faults
 from megatron_lite.generate import Sampling, generate
-from megatron_lite.lifetime import StopRequest, die, die_with_parent, locked
+from megatron_lite.lifetime import StopRequest, die, die_with_parent, identity, locked
 from megatron_lite.metrics import Reporter, flops_per_token, memory_bytes, peak_flops
 from megatron_lite.parallel.plan import Plan, bytes_per_parameter, picture
 from megatron_lite.trainer import StepResult, Trainer, TrainState
+from megatron_lite.watchdog import Stragglers, Watchdog
 
 logger = logging.getLogger("megatron_lite")
+_GRACE_S = 0.5  # how much longer than hang_timeout a collective waits: for the watchdog to leave its record first
 # What of the model's config decides which tensors there are, and their shapes.
 _SHAPES = (
     *("family", "vocab_size", "hidden_size", "num_layers", "num_heads", "num_kv_heads", "head_dim", "ffn_size"),
@@ -44,9 +45,19 @@ def file_digest(path: str) -> str:
 class Run:
     """One rank of a run: the trainer, its data and its checkpoints, and the loop around ``train_step``."""
 
-    def __init__(self, config: Config, plan: Plan, rank: Rank, mesh: Mesh, stop: StopRequest) -> None:
+    def __init__(
+        self,
+        config: Config,
+        plan: Plan,
+        rank: Rank,
+        mesh: Mesh,
+        stop: StopRequest,
+        watchdog: Watchdog,
+        hosts: Sequence[str] = (),
+    ) -> None:
         self.config, self.plan, self.mesh, self.stop = config, plan, mesh, stop
-        self.folder, self.lead = config.folder, rank.rank == 0
+        self.folder, self.lead, self.watchdog = config.folder, rank.rank == 0, watchdog
+        self.stragglers = Stragglers(hosts) if self.lead else None
         self.checkpoints = self.folder / "checkpoints"
         self.faults = Faults.parse(rank.faults, rank.rank, rank.attempt)
         self.tokenizer = load_tokenizer(config.data.tokenizer) if config.data.tokenizer else None
@@ -60,6 +71,7 @@ class Run:
             self.source = checkpoint.open_source(Path(config.init.source), mesh.world, trust=config.checkpoint.trust)
             self._check_same_model(self.source.model, self.source.path)
         self.trainer = Trainer(config, mesh, plan, self.faults)
+        limit_waits(config.train.hang_timeout + _GRACE_S)
         self.saver = checkpoint.BackgroundSaver(mesh.world) if config.checkpoint.background else None
         self.reporter: Reporter | None = None
 
@@ -252,12 +264,15 @@ class Run:
         profiler = self._profiler()
         with contextlib.closing(self._loader(self.train_data, trainer.state.samples)) as loader:
             while trainer.state.step < train.steps:
-                self._watch()
+                step = trainer.state.step + 1
+                self.watchdog.watch(step)
                 began = time.perf_counter()
                 failed = self.saver is not None and self.saver.failed
-                result = trainer.train_step(next(loader), stop=self.stop.asked or failed)
-                step = trainer.state.step
+                busy = self.watchdog.take_busy() if step % train.log_every == 0 else None
+                result = trainer.train_step(next(loader), stop=self.stop.asked or failed, busy=busy)
+                self.watchdog.pause()
                 self.report(result, time.perf_counter() - began)
+                self._warn_of_stragglers(result.busy)
                 if profiler is not None:
                     profiler.step()
                 if self._evaluates and (step % train.eval_every == 0 or step == train.steps):
@@ -266,7 +281,8 @@ class Run:
                     self.sample()
                 every = self.config.checkpoint.every
                 if result.stop or step == train.steps or (every and step % every == 0):
-                    self._watch()
+                    self.watchdog.watch(step)
+                    self.watchdog.pause()
                     self.save()
                     saved = step
                 if result.stop and step < train.steps:
@@ -278,13 +294,9 @@ class Run:
         if self.saver is not None:
             self.saver.wait()
 
-    def _watch(self) -> None:
-        """Dump every thread's stack into the log if the next step makes no progress for ``hang_timeout``."""
-        if self.stacks is None:
-            self.stacks = (self.folder / "logs" / f"rank_{self.mesh.world.rank}.stacks.txt").open("w")
-        faulthandler.dump_traceback_later(self.config.train.hang_timeout, file=self.stacks)
-
-    stacks: IO[str] | None = None
+    def _warn_of_stragglers(self, busy: Sequence[float]) -> None:
+        if self.stragglers is not None and len(busy) > 1 and (warning := self.stragglers.add(busy, time.monotonic())):
+            logger.warning("warning: step %d: %s", self.trainer.state.step, warning)
 
     def _profiler(self) -> torch.profiler.profile | None:
         """A torch profiler over the chosen steps of rank 0; its trace goes to the run folder."""
@@ -317,15 +329,24 @@ def train(config: Config, plan: Plan, rank: Rank) -> None:
             _prepare_folder(config, rank)
             stop = StopRequest()
             device = pick_device(rank)
-            with process_group(rank, device, config.train.hang_timeout):
+            hang_timeout = config.train.hang_timeout
+            with process_group(rank, device, hang_timeout + _GRACE_S, identity(config)) as hosts:
                 mesh = build_mesh(plan.degrees, device)
                 assert mesh is not None
-                run = Run(config, plan, rank, mesh, stop)
+                limit_waits(hang_timeout + _GRACE_S)
+                watchdog = Watchdog(config.folder / "logs", rank, mesh, hang_timeout)
                 try:
-                    run.loop()
+                    run = Run(config, plan, rank, mesh, stop, watchdog, hosts)
+                    try:
+                        run.loop()
+                    finally:
+                        if run.reporter is not None:
+                            run.reporter.close()
+                except Exception as error:
+                    if peer_failure(error):
+                        watchdog.lost(error)
+                    raise
                 finally:
-                    faulthandler.cancel_dump_traceback_later()
-                    if run.reporter is not None:
-                        run.reporter.close()
+                    watchdog.close()
     except BaseException as error:
         die(error)

@@ -7,11 +7,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from megatron_lite.config import Config
 from megatron_lite.dist import comm, random, shard
-from megatron_lite.dist.mesh import Mesh
+from megatron_lite.dist.mesh import Axis, Mesh
 from megatron_lite.errors import NonFiniteError
 from megatron_lite.faults import Faults
 from megatron_lite.layers.loss import IGNORED
@@ -49,6 +49,7 @@ class StepResult:
     tokens: int
     stop: bool
     skipped: bool = False
+    busy: tuple[float, ...] = ()  # what each rank said it was, where it was asked
 
 
 class Trainer:
@@ -61,6 +62,7 @@ class Trainer:
         with torch.device("meta"):
             self.model = Decoder(config.model, mesh.tp, sp=plan.sp).to(master)
         shard.check_model(self.model, mesh.tp.size)
+        _name_axes(self.model)
         apply_recompute(self.model.blocks, config.parallel.recompute)
         if config.parallel.offload_activations:
             apply_offload(self.model.blocks)
@@ -83,10 +85,11 @@ class Trainer:
             dtype=self.compute_dtype,
         )
 
-    def train_step(self, micro_batches: list[Any], *, stop: bool = False) -> StepResult:
+    def train_step(self, micro_batches: list[Any], *, stop: bool = False, busy: float | None = None) -> StepResult:
         """One step over this rank's micro batches: forward, backward, reduce, clip, update.
 
-        ``stop``: this rank was asked to stop; the result says whether any rank was. Raises NonFiniteError on every
+        ``stop``: this rank was asked to stop; the result says whether any rank was. ``busy``: a number that the others
+        shall know, given by all ranks or none. Raises NonFiniteError on every
         rank, before the update, when the global loss or gradient norm is not finite.
         """
         state, mesh, step = self.state, self.mesh, self.state.step + 1
@@ -103,8 +106,12 @@ class Trainer:
 
         norm = self.engine.finish_gradients()
         # Every tp rank holds the same loss: divided by tp, the sum over the world is the sum over dp.
-        agreed = comm.all_reduce(torch.stack((total / mesh.tp.size, total.new_tensor(float(stop)))), mesh.world)
-        loss_value, stops, norm_value = (*agreed.tolist(), norm.item())
+        said = total.new_zeros(2 + (mesh.world.size if busy is not None else 0))
+        said[0], said[1] = total / mesh.tp.size, float(stop)
+        if busy is not None:
+            said[2 + mesh.world.rank] = busy
+        loss_value, stops, *everyone = comm.read(comm.all_reduce(said, mesh.world))
+        norm_value = norm.item()
 
         lr = learning_rate(self.config.optim, state.step, self.config.train.steps)
         finite = math.isfinite(loss_value) and math.isfinite(norm_value)
@@ -118,7 +125,7 @@ class Trainer:
             self._refuse(step, loss_value, norm_value)
         state.step = step
         state.samples += self.config.train.global_batch_size
-        return StepResult(loss_value, norm_value, lr, int(tokens), stops > 0, skipped=not finite)
+        return StepResult(loss_value, norm_value, lr, int(tokens), stops > 0, not finite, tuple(everyone))
 
     def _refuse(self, step: int, loss: float, norm: float) -> None:
         """A step that must not touch the weights: count it as skipped where the config allows, else stop the run."""
@@ -142,3 +149,11 @@ class Trainer:
                 sums[1] += (batch.targets != IGNORED).sum()
         total, count = comm.all_reduce(sums, self.mesh.dp).tolist()
         return total / count
+
+
+def _name_axes(model: nn.Module) -> None:
+    """Give each module a copy of its axes under its own name, so that a collective that hangs tells whose it is."""
+    for name, module in model.named_modules():
+        for attribute, axis in list(vars(module).items()):
+            if isinstance(axis, Axis):
+                setattr(module, attribute, axis.of(name or "loss"))

@@ -29,14 +29,26 @@ from megatron_lite.dist.mesh import Axis
 def all_reduce(tensor: Tensor, axis: Axis, op: Any = torch_dist.ReduceOp.SUM) -> Tensor:
     """Reduce in place over the axis and return the tensor. No gradient."""
     if axis.size > 1:
+        axis.note()
         torch_dist.all_reduce(tensor, op=op, group=axis.group)
     return tensor
+
+
+def wait(work: torch_dist.Work) -> None:
+    """Wait for a collective that was started before."""
+    work.wait()
+
+
+def read(tensor: Tensor) -> Any:
+    """The numbers in a tensor; on a GPU the host waits here for the device, and so for other ranks."""
+    return tensor.tolist()
 
 
 def all_gather(tensor: Tensor, axis: Axis, dim: int = 0) -> Tensor:
     """Concatenate the axis's tensors, all of one shape, along ``dim``. No gradient."""
     if axis.size == 1:
         return tensor
+    axis.note()
     out = tensor.new_empty((axis.size * tensor.shape[0], *tensor.shape[1:]))
     torch_dist.all_gather_single(out, tensor.contiguous(), group=axis.group)
     return out if dim == 0 else torch.cat(out.chunk(axis.size), dim)
@@ -47,6 +59,7 @@ def reduce_scatter(tensor: Tensor, axis: Axis, dim: int = 0) -> Tensor:
     if axis.size == 1:
         return tensor
     whole = tensor.contiguous() if dim == 0 else torch.cat(tensor.chunk(axis.size, dim))
+    axis.note()
     out = whole.new_empty((whole.shape[0] // axis.size, *whole.shape[1:]))
     torch_dist.reduce_scatter_single(out, whole, group=axis.group)
     return out
@@ -57,17 +70,20 @@ def own_slice(tensor: Tensor, axis: Axis, dim: int = 0) -> Tensor:
     return tensor if axis.size == 1 else tensor.chunk(axis.size, dim)[axis.rank].contiguous()
 
 
-def all_to_all(parts: Sequence[Sequence[Tensor]], into: Sequence[Sequence[Tensor]], axis: Axis) -> None:
+def all_to_all(
+    parts: Sequence[Sequence[Tensor]], into: Sequence[Sequence[Tensor]], axis: Axis, device: torch.device
+) -> None:
     """Send ``parts[i]`` to rank i and fill ``into[i]`` with what rank i sent here: as many elements, of one dtype, in
-    any shapes. No gradient."""
+    any shapes, on ``device``. No gradient."""
     flat = [tensor for tensors in (*parts, *into) for tensor in tensors]
-    like = flat[0] if flat else torch.empty(0)
+    like = flat[0] if flat else torch.empty(0, device=device)
     sending = torch.cat([like.new_empty(0), *(tensor.reshape(-1) for tensors in parts for tensor in tensors)])
     counts = [sum(tensor.numel() for tensor in tensors) for tensors in into]
     received = sending
     if axis.size > 1:
         received = sending.new_empty(sum(counts))
         splits = [sum(tensor.numel() for tensor in tensors) for tensors in parts]
+        axis.note()
         torch_dist.all_to_all_single(received, sending, counts, splits, group=axis.group)
     for tensor, part in zip(
         (tensor for tensors in into for tensor in tensors),
@@ -82,6 +98,7 @@ def gather_objects(value: Any, axis: Axis) -> list[Any]:
     if axis.size == 1:
         return [value]
     values: list[Any] = [None] * axis.size
+    axis.note()
     torch_dist.all_gather_object(values, value, group=axis.group)
     return values
 

@@ -47,6 +47,7 @@ _DIALECTS = (
     ),
     _Dialect("the environment", "RANK", "RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"),
 )
+_JOBS = ("MLITE_JOB", "TORCHELASTIC_RUN_ID", "SLURM_JOB_ID", "PMIX_NAMESPACE")  # "none" is torchrun's default
 _MPI_SIZES = ("OMPI_COMM_WORLD_SIZE", "PMIX_SIZE", "PMI_SIZE", "MPI_LOCALNRANKS")
 
 
@@ -55,7 +56,8 @@ class Rank:
     """One process of a job, as its launcher described it. ``attempt`` counts automatic restarts from 0.
 
     ``launcher``: whose variables these are. ``rendezvous``: the address and port at which ranks meet; None where MPI
-    has to find out (``mpi``) or there is nobody to meet.
+    has to find out (``mpi``) or there is nobody to meet. ``job``:
+    what all ranks of one job have been told it is called, if anything.
     """
 
     rank: int = 0
@@ -65,6 +67,7 @@ class Rank:
     host: str = "localhost"
     attempt: int = 0
     faults: str = ""
+    job: str = ""
     launcher: str = "python"
     mpi: bool = False
     rendezvous: tuple[str, int] | None = None
@@ -76,23 +79,26 @@ def read_rank(environ: Mapping[str, str] | None = None) -> Rank:
     Raises ConfigError when a launcher's variables are incomplete, or those of two contradict each other.
     """
     environ = os.environ if environ is None else environ
-    found = [(dialect, _place(dialect, environ)) for dialect in _DIALECTS if dialect.mark in environ]
+    found = [dialect for dialect in _DIALECTS if dialect.mark in environ]
     common = {
         "host": socket.gethostname(),
         "attempt": int(environ.get("MLITE_ATTEMPT", "0") or 0),
         "faults": environ.get("MLITE_FAULT", ""),
+        "job": next((environ[name] for name in _JOBS if environ.get(name, "none") != "none"), ""),
     }
     if not found:
         return Rank(**common)  # type: ignore[arg-type]
-    (inner, place), *others = found
-    for outer, theirs in others:
-        bare = outer.mark == "RANK"  # may be the inner launcher's own, or left over in a shell
-        if (bare and theirs[:2] != place[:2]) or (not bare and theirs[1] == place[1] and theirs[0] != place[0]):
+    inner, *others = found
+    rank, size, local_rank, local_size = _place(inner, environ)
+    for outer in others:
+        theirs = environ.get(outer.rank, ""), environ.get(outer.size, "")
+        # The same number of ranks in another order; or RANK and WORLD_SIZE of nobody, left over in a shell.
+        left_over = outer.rank == "RANK" and theirs != (str(rank), str(size))
+        if left_over or (theirs[1] == str(size) and theirs[0] != str(rank)):
             raise ConfigError(
                 f"two launchers disagree about this process: {inner.name} says {_told(inner, environ)}, "
                 f"{outer.name} {_told(outer, environ)}; unset what is left over"
             )
-    rank, size, local_rank, local_size = place
     return Rank(
         rank,
         size,

@@ -6,16 +6,18 @@
 from __future__ import annotations
 
 import contextlib
-import socket
+from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as torch_dist
 from torch.distributed.device_mesh import DeviceMesh
 
 from megatron_lite.dist.env import Rank
+from megatron_lite.dist.rendezvous import meet
 from megatron_lite.errors import ConfigError
 
 AXES = ("pp", "dp_replicate", "dp_shard", "cp", "tp")
@@ -23,12 +25,30 @@ AXES = ("pp", "dp_replicate", "dp_shard", "cp", "tp")
 
 @dataclass(frozen=True)
 class Axis:
-    """One line of ranks. At size 1 there is no group and every collective along it is the identity."""
+    """One line of ranks. At size 1 there is no group and every collective along it is the identity.
+
+    ``layer``: whose copy of the axis this is. ``calls``: the last collectives that were started along the axis, from
+    any copy: the number that the process group gives each, the layer, whether in backward.
+    """
 
     name: str
     rank: int = 0
     size: int = 1
     group: torch_dist.ProcessGroup | None = field(default=None, repr=False, compare=False)
+    layer: str = field(default="", compare=False)
+    calls: deque[tuple[int, str, bool]] = field(
+        default_factory=lambda: deque(maxlen=256), repr=False, compare=False
+    )
+
+    def of(self, layer: str) -> Axis:
+        """This axis for the use of one layer, by whose name its collectives will be known."""
+        return replace(self, layer=layer)
+
+    def note(self) -> None:
+        """A collective is about to start: should it hang, it is told whose it was. Takes less than a microsecond."""
+        group: Any = self.group
+        backward = torch._C._current_graph_task_id() >= 0  # type: ignore[attr-defined]
+        self.calls.append((group._get_sequence_number_for_group() + 1, self.layer, backward))
 
 
 @dataclass(frozen=True)
@@ -92,34 +112,19 @@ def build_mesh(degrees: Mapping[str, int], device: torch.device, ranks: Sequence
 
 
 def pick_device(rank: Rank) -> torch.device:
-    """The device of this rank: its own GPU where there is one, else the CPU."""
+    """The device of this rank: its own GPU where there is one, else the CPU.
+
+    Raises ConfigError where a host has GPUs, but fewer than ranks.
+    """
     if torch.cuda.is_available():
+        if (gpus := torch.cuda.device_count()) < rank.local_size:
+            raise ConfigError(
+                f"{rank.local_size} ranks were started on {rank.host}, which has {gpus} GPU{'s'[: gpus != 1]}; "
+                f"start at most {gpus} there, or hide the GPUs with CUDA_VISIBLE_DEVICES="
+            )
         torch.cuda.set_device(rank.local_rank)
         return torch.device("cuda", rank.local_rank)
     return torch.device("cpu")
-
-
-def agree_by_mpi(rank: Rank) -> tuple[str, int]:
-    """Rank 0's address and a free port of its host, broadcast over MPI. Raises ConfigError without a fitting mpi4py."""
-    try:
-        from mpi4py import MPI
-    except (ImportError, RuntimeError) as error:
-        raise ConfigError(
-            f"started by {rank.launcher}, and mpi4py does not load ({error}): pip install 'megatron_lite[mpi]', "
-            "or set MASTER_ADDR and MASTER_PORT"
-        ) from None
-    world = MPI.COMM_WORLD
-    if (world.rank, world.size) != (rank.rank, rank.size):
-        raise ConfigError(
-            f"{rank.launcher} says rank {rank.rank} of {rank.size}, mpi4py rank {world.rank} of {world.size}: it loads "
-            f"another MPI ({MPI.Get_library_version().split(',')[0]}); set MPI4PY_LIBMPI to the libmpi of your mpirun"
-        )
-    with socket.socket() as listener:
-        listener.bind(("", 0))
-        mine = (socket.gethostname(), listener.getsockname()[1]) if rank.rank == 0 else None
-        address, port = world.bcast(mine)
-        hosts = world.allgather(rank.host)
-    return ("127.0.0.1" if len(set(hosts)) == 1 else str(address)), int(port)
 
 
 def peer_failure(error: BaseException) -> bool:
@@ -131,28 +136,37 @@ def peer_failure(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and any(sign in str(error) for sign in signs)
 
 
+def limit_waits(seconds: float) -> None:
+    """Let no collective of any group that exists by now wait longer: torch gives every new group its own 30 minutes,
+    whatever the default group was told."""
+    for group in list(torch_dist.distributed_c10d._world.pg_map):
+        group.set_timeout(timedelta(seconds=seconds))
+
+
 @contextlib.contextmanager
-def process_group(rank: Rank, device: torch.device, timeout_seconds: float) -> Iterator[None]:
+def process_group(
+    rank: Rank, device: torch.device, timeout_seconds: float, identity: Mapping[str, str] | None = None
+) -> Iterator[list[str]]:
     """The default process group for the length of a ``with`` block; nothing is made for a single process.
 
-    On CUDA, gloo runs beside NCCL and carries what lives on the CPU (checkpoint plans, flags).
+    Before it is made, the ranks find out whether they belong together (``rendezvous.meet``); yields every rank's host
+    on rank 0. On CUDA, gloo runs beside NCCL and carries what lives on the CPU (checkpoint plans, flags).
     """
     if rank.size == 1:
-        yield
+        yield [rank.host]
         return
+    store, hosts = meet(rank, identity or {}, timeout_seconds)
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-    address, port = rank.rendezvous or agree_by_mpi(rank)
-    host = f"[{address}]" if ":" in address else address
+    # Without a device_id: with one, the mesh's groups are split off, and torch hands NCCL's options to gloo's split.
     torch_dist.init_process_group(
         backend,
-        init_method=None if rank.launcher == "torchrun" else f"tcp://{host}:{port}",  # torchrun holds a store ready
+        store=store,
         rank=rank.rank,
         world_size=rank.size,
         timeout=timedelta(seconds=timeout_seconds),
-        device_id=device if device.type == "cuda" else None,
     )
     try:
-        yield
+        yield hosts
     except BaseException:
         # Peers may be gone: tearing the group down could block, and the process is about to end anyway.
         raise

@@ -36,22 +36,25 @@ class _ColumnLinear(torch.autograd.Function):
         whole_x, gathering = x, None
         if sp and need_weight:
             whole_x = x.new_empty((tp.size * x.shape[0], x.shape[1]))
+            tp.note()
             gathering = torch_dist.all_gather_single(whole_x, x.contiguous(), group=tp.group, async_op=True)
         grad_x = reducing = partial = None
         if need_x:
             partial = grad @ weight
             if sp:
                 grad_x = torch.empty_like(x)
+                tp.note()
                 reducing = torch_dist.reduce_scatter_single(grad_x, partial, group=tp.group, async_op=True)
             else:
                 grad_x = partial
+                tp.note()
                 reducing = torch_dist.all_reduce(grad_x, group=tp.group, async_op=True)
         if gathering is not None:
-            gathering.wait()
+            comm.wait(gathering)
         grad_weight = grad.t() @ whole_x if need_weight else None
         grad_bias = grad.sum(0) if ctx.has_bias and need_bias else None
         if reducing is not None:
-            reducing.wait()
+            comm.wait(reducing)
         return grad_x, grad_weight, grad_bias, None, None
 
 

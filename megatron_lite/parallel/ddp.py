@@ -8,26 +8,31 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 import torch.distributed as torch_dist
 from torch import Tensor, nn
 
 from megatron_lite.config import Config
+from megatron_lite.dist import comm
 from megatron_lite.dist.shard import Piece, materialize
 from megatron_lite.parallel.engine import Engine
 
 
 class _Bucket:
-    """Gradients that are reduced together, views into one flat buffer."""
+    """Gradients that are reduced together, views into one flat buffer, which is there from the first of them in a step
+    until the update: forward has its memory for what it saves."""
 
     def __init__(self, parameters: list[nn.Parameter]) -> None:
-        first = parameters[0]
-        self.flat = torch.zeros(sum(p.numel() for p in parameters), dtype=first.dtype, device=first.device)
-        self.size, self.pending, self.work = len(parameters), 0, None
-        start = 0
-        for parameter in parameters:
-            parameter.grad = self.flat[start : start + parameter.numel()].view_as(parameter)
-            start += parameter.numel()
+        self.parameters, self.pending, self.work = parameters, 0, None
+        self.flat: Tensor | None = None
+
+    def open(self, _: Tensor) -> None:
+        """A gradient is about to be accumulated."""
+        if self.flat is not None:
+            return
+        sizes = [parameter.numel() for parameter in self.parameters]
+        self.flat = self.parameters[0].new_zeros(sum(sizes))
+        for parameter, part in zip(self.parameters, self.flat.split(sizes), strict=True):
+            parameter.grad = part.view_as(parameter)
 
 
 class DataParallel(Engine):
@@ -57,36 +62,38 @@ class DataParallel(Engine):
                 bucket = _Bucket(group)
                 self.buckets.append(bucket)
                 for member in group:
+                    member.register_hook(bucket.open)
                     member.register_post_accumulate_grad_hook(self._hook(bucket))
                 group, size = [], 0
 
     def _hook(self, bucket: _Bucket) -> Any:
+        dp = self.mesh.dp.of(f"gradients, bucket {len(self.buckets) - 1}")
+
         def ready(_: Tensor) -> None:
             if not self._reducing:
                 return
             bucket.pending -= 1
             if bucket.pending == 0:
-                bucket.work = torch_dist.all_reduce(bucket.flat, group=self.mesh.dp.group, async_op=True)
+                dp.note()
+                bucket.work = torch_dist.all_reduce(bucket.flat, group=dp.group, async_op=True)
 
         return ready
 
     def backward(self, loss: Tensor, *, last: bool) -> None:
         self._reducing = last
         for bucket in self.buckets:
-            bucket.pending = bucket.size
+            bucket.pending = len(bucket.parameters)
         loss.backward()
         self._reducing = False
 
     def finish_gradients(self) -> Tensor:
         for bucket in self.buckets:
             assert bucket.work is not None, "a parameter got no gradient, so its bucket was never reduced"
-            bucket.work.wait()
+            comm.wait(bucket.work)
             bucket.work = None
         return self.norm()
 
     def drop_gradients(self) -> None:
-        if self.buckets:
-            for bucket in self.buckets:
-                bucket.flat.zero_()
-        else:
-            super().drop_gradients()
+        super().drop_gradients()
+        for bucket in self.buckets:
+            bucket.flat = None

@@ -147,7 +147,7 @@ class WholeMatrices:
             assert own.leaf is not None
             whole = own.leaf.new_empty(own.shape)
             into = [[own.view(whole, box) for box in own.sent_by(other)] for other in range(self.world.size)]
-        comm.all_to_all(parts, into, self.world)
+        comm.all_to_all(parts, into, self.world, self.device)
         return whole
 
     def _hand_out(self, matrices: list[Matrix | None], whole: Tensor, pieces: Mapping[str, Piece]) -> None:
@@ -160,7 +160,7 @@ class WholeMatrices:
         for matrix in matrices:
             tiles = {} if matrix is None else _tiles(pieces[matrix.name])
             into.append([tiles[box] for box in matrix.boxes[rank]] if matrix else [])
-        comm.all_to_all(parts, into, self.world)
+        comm.all_to_all(parts, into, self.world, self.device)
 
     def state(self) -> dict[str, Piece]:
         """The optimizer's tensors as ``NAME.KIND``; of a fused parameter, those of its chunks one below the other."""

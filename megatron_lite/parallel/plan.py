@@ -30,7 +30,11 @@ class Plan:
         """One line for the log: how the ranks and the global batch are divided."""
         size, micro = config.train.global_batch_size, config.train.micro_batch_size
         sp = " with sequence parallelism" if self.sp else ""
-        sharded = f" (ZeRO {config.parallel.zero} over {self.dp_shard})" if self.dp_shard > 1 else ""
+        sharded = ""
+        if self.dp_shard > 1:
+            sharded = f" (ZeRO {config.parallel.zero} over {self.dp_shard})"
+        elif config.parallel.zero > 0 or (config.parallel.engine == "deepspeed" and self.dp == 1):
+            sharded = " (nothing to divide: trained as engine=fsdp, zero=0)"
         return (
             f"{_ranks(self.tp * self.dp)} = dp {self.dp}{sharded} × tp {self.tp}{sp}; "
             f"global batch {size} = dp {self.dp} × {self.accumulation} × micro {micro} "

@@ -52,12 +52,12 @@ class ModelParallelUnit:
             setattr(self, f"get_{name}_world_size", lambda axis=axis: axis.size)
 
 
-def deepspeed_config(config: Config, accumulation: int, dp: int) -> dict[str, Any]:
+def deepspeed_config(config: Config, accumulation: int, dp: int, gpu: bool) -> dict[str, Any]:
     """DeepSpeed's config for a run of ours; ``parallel.deepspeed`` is laid over it."""
     parallel, stage = config.parallel, config.parallel.zero
     micro, bucket = config.train.micro_batch_size, 2 * int(parallel.bucket_mb * 2**20 / 8)
     moved = {"none": (), "optimizer": ("optimizer",), "all": ("optimizer", "param")}[parallel.offload]
-    offload = {f"offload_{what}": {"device": "cpu", "pin_memory": torch.cuda.is_available()} for what in moved}
+    offload = {f"offload_{what}": {"device": "cpu", "pin_memory": gpu} for what in moved}
     return _merge(
         {
             "train_micro_batch_size_per_gpu": micro,
@@ -73,7 +73,7 @@ def deepspeed_config(config: Config, accumulation: int, dp: int) -> dict[str, An
             "communication_data_type": "fp32",
             "zero_optimization": {
                 "stage": stage,
-                "overlap_comm": torch.cuda.is_available(),
+                "overlap_comm": gpu,
                 "reduce_bucket_size": bucket,
                 "allgather_bucket_size": bucket,
                 "stage3_prefetch_bucket_size": bucket,
@@ -116,7 +116,7 @@ class DeepSpeedZeRO(Engine):
         self.stage, dp = config.parallel.zero, self.mesh.dp
         deepspeed.init_distributed(dist_init_required=False)
         accumulation = config.train.global_batch_size // (config.train.micro_batch_size * dp.size)
-        settings = deepspeed_config(config, accumulation, dp.size)
+        settings = deepspeed_config(config, accumulation, dp.size, self.mesh.device.type == "cuda")
         unit, exact = ModelParallelUnit(self.mesh), config.train.precision == "float64"
         silence = contextlib.redirect_stdout(io.StringIO())  # it prints its memory use
         with silence, _masters_in_float64() if exact else contextlib.nullcontext():
@@ -229,6 +229,11 @@ class DeepSpeedZeRO(Engine):
     def backward(self, loss: Tensor, *, last: bool) -> None:
         self.engine.set_gradient_accumulation_boundary(last)
         self.engine.backward(loss * self.mesh.dp.size if self.stage == 3 else loss, scale_wrt_gas=False)
+
+    def finish_gradients(self) -> Tensor:
+        if self.mesh.device.type == "cuda":
+            torch.cuda.synchronize(self.mesh.device)  # it reduces, and copies to CPU memory, on streams of its own
+        return self.norm()
 
     def update(self) -> None:
         self.engine.step()

@@ -26,6 +26,7 @@ from megatron_lite.dist.spawn import run_ranks
 from megatron_lite.lifetime import StopRequest
 from megatron_lite.parallel.plan import make_plan
 from megatron_lite.train import Run
+from megatron_lite.watchdog import Watchdog
 from tests.benchmarks.train import FFN, HEADS, HIDDEN, LAYERS, LR, SEQ, VOCAB
 
 BATCH = 2
@@ -49,12 +50,14 @@ def contend(rank: int, size: int, folder: str, engine: str, stage: int, rounds: 
     plan = make_plan(config, size)
     mesh = build_mesh(plan.degrees, torch.device("cpu"))
     assert mesh is not None
-    run = Run(config, plan, Rank(rank=rank, size=size, local_rank=rank, local_size=size), mesh, StopRequest())
+    here = Rank(rank=rank, size=size, local_rank=rank, local_size=size)
+    watchdog = Watchdog(config.folder / "logs", here, mesh, 600)
+    run = Run(config, plan, here, mesh, StopRequest(), watchdog)
     run._open_reporter()
     trainer, loader = run.trainer, run._loader(run.train_data, 0)
 
     def loop() -> None:
-        run._watch()
+        run.watchdog.watch(trainer.state.step + 1)
         began = time.perf_counter()
         result = trainer.train_step(next(loader))
         run.report(result, time.perf_counter() - began)

@@ -1,19 +1,32 @@
 """What the end-to-end tests share: one dataset and one run without faults for each engine; hosts, and Slurm on them."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import cache
 
 import pytest
 
-from tests.kit.cluster import Cluster, Unavailable
+from tests.kit.cluster import Cluster
+from tests.kit.hosts import Unavailable
 from tests.kit.slurm import Slurm
 from tests.kit.tiny import ENGINES, TinyRuns, tiny_data
 
 
 @pytest.fixture(scope="session")
-def tiny(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> TinyRuns:
+def tiny_runs(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], TinyRuns]:
+    """The launches under an engine, the same ones for all that ask: a reference run is made once."""
+
+    @cache
+    def under(engine: str) -> TinyRuns:
+        folder = tmp_path_factory.mktemp("tiny")
+        return TinyRuns(tiny_data(folder), folder, ENGINES[engine])
+
+    return under
+
+
+@pytest.fixture(scope="session")
+def tiny(tiny_runs: Callable[[str], TinyRuns], request: pytest.FixtureRequest) -> TinyRuns:
     """Launches of a tiny model on two ranks, and the reference run to compare with."""
-    folder = tmp_path_factory.mktemp("tiny")
-    return TinyRuns(tiny_data(folder), folder, ENGINES[getattr(request, "param", "tp")])
+    return tiny_runs(getattr(request, "param", "tp"))
 
 
 @pytest.fixture(scope="session")

@@ -8,8 +8,10 @@ from pathlib import Path
 import psutil
 import pytest
 
-from tests.kit.cluster import Cluster, Unavailable, eventually
+from tests.kit.cluster import Cluster
+from tests.kit.hosts import Unavailable, eventually
 from tests.kit.jobs import PYTHON, REPOSITORY
+from tests.kit.mpi import mpich
 
 ALL_REDUCE = """
 import socket, torch, torch.distributed as dist
@@ -71,33 +73,31 @@ def test_what_a_job_starts_over_ssh_counts_as_its_own(two):
     assert any("sleep 100" in orphan for orphan in left.orphans)
 
 
-def test_a_cut_link_swallows_what_is_sent(two):
-    if two.kind != "namespaces":
-        pytest.skip("loopback hosts have no link to cut")
-    ping = [PYTHON, "-c", f"import socket; socket.create_connection(({two.addresses[1]!r}, 2222), timeout=1)"]
-    two.cut(1)
-    two.run(0, ping, timeout=20).expect(exit_code=1, stderr="timed out|No route to host", traceback=True)
-    two.heal(1)
-    two.run(0, ping, timeout=20).expect(exit_code=0)
+def test_a_cut_link_swallows_what_is_sent(cluster):
+    connect = f"import socket; socket.create_connection(({cluster.addresses[1]!r}, 2222), timeout=1)"
+    cluster.cut(1)
+    cut = cluster.run(0, [PYTHON, "-c", connect], timeout=20)
+    cut.expect(exit_code=1, stderr="timed out|No route to host", traceback=True)
+    cluster.heal(1)
+    cluster.run(0, [PYTHON, "-c", connect], timeout=20).expect(exit_code=0)
 
 
-def test_a_shaped_link_takes_its_time(two):
-    if two.kind != "namespaces":
-        pytest.skip("loopback hosts have no link to shape")
-    send = ["sh", "-c", f"head -c 1000000 /dev/zero | ssh {two.hosts[1]} 'cat >/dev/null'"]
-    two.shape(0, "8mbit")
-    assert two.run(0, send, timeout=20).expect(exit_code=0).seconds > 0.7  # of 1 s, the first 256 KB pass at once
-    two.shape(0, None)
-    assert "tbf" not in two.run(0, ["tc", "qdisc", "show", "dev", "eth0"], timeout=20).expect(exit_code=0).stdout
+def test_a_shaped_link_takes_its_time(cluster):
+    send = ["sh", "-c", f"head -c 1000000 /dev/zero | ssh {cluster.hosts[1]} 'cat >/dev/null'"]
+    cluster.shape(0, "8mbit")
+    assert cluster.run(0, send, timeout=20).expect(exit_code=0).seconds > 0.7  # of 1 s; the first 256 KB pass at once
+    cluster.shape(0, None)
+    assert "tbf" not in cluster.run(0, ["tc", "qdisc", "show", "dev", "eth0"], timeout=20).expect(exit_code=0).stdout
 
 
-def test_reset_ends_what_runs_and_mends_what_is_broken(two):
-    with two.start(0, ["sleep", "100"], timeout=20) as job:
-        (two.folder_of(0) / "etc/hosts").write_text("nothing\n")
-        two.kill_host(1)
-        two.reset()
+def test_reset_ends_what_runs_and_mends_what_is_broken(cluster):
+    names = cluster.folder_of(0) / "etc/hosts"
+    with cluster.start(0, ["sleep", "100"], timeout=20) as job:
+        cluster.kill_host(1, silently=True)
+        names.write_text("nothing\n")
+        cluster.reset()
         assert job.finish().exit_code == -signal.SIGKILL
-    two.run(0, ["ssh", two.hosts[1], "true"], timeout=20).expect(exit_code=0)
+    cluster.run(0, ["ssh", cluster.hosts[1], "true"], timeout=20).expect(exit_code=0)
 
 
 @pytest.mark.parametrize("kind", ["namespaces", "loopback"])
@@ -145,6 +145,16 @@ def test_slurm_notices_that_a_node_is_gone_and_is_back(slurm):
     assert not slurm.cluster.processes(1)
     slurm.revive_node(1)
     slurm.run(["srun", "-N2", "-w", ",".join(slurm.nodes[:2]), "true"], timeout=30).expect(exit_code=0)
+
+
+def test_mpich_spans_hosts(cluster, tmp_path):
+    mpi, hosts = mpich(), tmp_path / "hosts"
+    hosts.write_text("".join(f"{host}:1\n" for host in cluster.hosts[:2]))
+    program = "from mpi4py import MPI; world = MPI.COMM_WORLD; sent = world.bcast(world.rank)\n"
+    program += "print(f'{world.rank} {world.size} {sent} {MPI.Get_library_version()[:5]}\\n', end='', flush=True)"
+    argv = [mpi.mpiexec, "-f", str(hosts), "-n", "2", PYTHON, "-c", program]
+    told = cluster.run(0, argv, timeout=30, env=mpi.env).expect(exit_code=0).stdout
+    assert sorted(told.split("\n")) == ["", "0 2 0 MPICH", "1 2 0 MPICH"]
 
 
 def test_torchrun_by_hand_reduces_across_two_hosts(cluster, tmp_path):

@@ -24,7 +24,7 @@ def inhabitants(place: str) -> list[int]:
 def _is_in(process: Path, place: str) -> bool:
     try:
         if place.startswith("net:"):
-            return os.readlink(process / "ns/net") == place
+            return str((process / "ns/net").readlink()) == place
         argv = (process / "cmdline").read_bytes()  # sshd writes its title over its environment
         return f"{MARK}={place}".encode() in (process / "environ").read_bytes().split(b"\0") or (
             b"sshd" in argv and f"{place}/sshd_config".encode() in argv

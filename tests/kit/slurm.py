@@ -6,7 +6,7 @@ with Cluster(3) as cluster, Slurm(cluster) as slurm:
     slurm.wait(job, "RUNNING")
     slurm.kill_node(2)
 
-Every node has 4 CPUs, 4 countable ``gpu``, and the feature ``cpu``. On loopback hosts, nodes are named by their address.
+Every node has 4 CPUs, 4 pretended GPUs and the feature ``cpu``. On loopback hosts, nodes are named by their address.
 """
 
 from __future__ import annotations
@@ -19,7 +19,8 @@ import socket
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from tests.kit.cluster import Cluster, Unavailable, eventually, free_port, program
+from tests.kit.cluster import Cluster
+from tests.kit.hosts import SYSTEM_PATH, eventually, free_port, program
 from tests.kit.jobs import MARK, REPOSITORY, Result
 
 _NO_CGROUPS = """CgroupPlugin=cgroup/v1
@@ -40,8 +41,8 @@ class Slurm:
         self.folder = cluster.folder / "slurm"
 
     def __enter__(self) -> Slurm:
-        munged = shutil.which("munged", path=f"{os.environ['PATH']}:/usr/sbin")
-        programs = [program(name, name) for name in ("slurmctld", "slurmd")]
+        munged = shutil.which("munged", path=SYSTEM_PATH)
+        slurmctld, slurmd = program("slurmctld", "slurmctld"), program("slurmd", "slurmd")
         for name in ("srun", "sbatch", "squeue", "scontrol", "scancel", "sinfo"):
             program(name, "slurm-client")
         for name in ("state", *(f"spool/{node}" for node in self.nodes)):
@@ -54,10 +55,10 @@ class Slurm:
         if munged:
             self._start_munge(munged)
         ready = "Running as primary controller"
-        self.cluster.serve(0, "slurmctld", [programs[0], "-D"], ready=ready, env=self.env)
+        self.cluster.serve(0, "slurmctld", [slurmctld, "-D"], ready=ready, env=self.env)
         for index, node in enumerate(self.nodes):
-            name = ["-N", node] if self.cluster.kind == "loopback" else []
-            self.cluster.serve(index, "slurmd", [programs[1], "-D", *name], ready="slurmd started", env=self.env)
+            which = ["-N", node] if self.cluster.kind == "loopback" else []
+            self.cluster.serve(index, "slurmd", [slurmd, "-D", *which], ready="slurmd started", env=self.env)
         self.wait_until_idle()
         return self
 
@@ -149,21 +150,22 @@ class Slurm:
 
     def _config(self, with_munge: bool) -> str:
         user = pwd.getpwuid(os.getuid()).pw_name
-        if self.cluster.kind == "namespaces":
-            controller, ports = self.nodes[0], {}
-        else:
+        controller, ports = self.nodes[0], dict.fromkeys(self.nodes, "")
+        if self.cluster.kind == "loopback":
             controller = f"{socket.gethostname()}(127.0.0.1)\nSlurmctldPort={free_port('127.0.0.1')}"
             ports = {node: f" NodeHostname=localhost NodeAddr={node} Port={free_port(node)}" for node in self.nodes}
         # cred_expire: a requeued job starts no earlier than this; its default is two minutes.
-        auth = f"AuthType=auth/munge\nAuthInfo=socket={self.folder}/munge/socket,cred_expire=10\nCredType=cred/munge"
+        auth, socket_of_munge = ("munge", f"socket={self.folder}/munge/socket,") if with_munge else ("none", "")
         described = "CPUs=4 RealMemory=4000 Gres=gpu:4 Feature=cpu State=UNKNOWN"
-        nodes = "\n".join(f"NodeName={node}{ports.get(node, '')} {described}" for node in self.nodes)
+        nodes = "\n".join(f"NodeName={node}{ports[node]} {described}" for node in self.nodes)
         return f"""
 ClusterName=lab
 SlurmctldHost={controller}
 SlurmUser={user}
 SlurmdUser={user}
-{auth if with_munge else "AuthType=auth/none" + chr(10) + "AuthInfo=cred_expire=10" + chr(10) + "CredType=cred/none"}
+AuthType=auth/{auth}
+AuthInfo={socket_of_munge}cred_expire=10
+CredType=cred/{auth}
 StateSaveLocation={self.folder}/state
 SlurmdSpoolDir={self.folder}/spool/%n
 SlurmctldPidFile={self.folder}/slurmctld.pid
@@ -199,6 +201,3 @@ PartitionName=main Nodes={",".join(self.nodes)} Default=YES MaxTime=INFINITE Sta
                 return client.connect_ex(str(folder / "socket")) == 0
 
         self.cluster.serve(0, "munged", argv, ready=answers)
-
-
-__all__ = ["Slurm", "Unavailable"]

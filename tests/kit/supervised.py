@@ -15,7 +15,7 @@ FAKE_AGENT = Path(__file__).with_name("fake_agent.py")
 
 def fake(job: Job) -> Launch:
     argv = [sys.executable, str(FAKE_AGENT), str(job.size), *job.rank_argv("--stderr-fd=0")]
-    return Launch("torchrun", [Command(argv, job.rank_env)])
+    return Launch("torchrun", [Command(argv, job.rank_env, console=True)])
 
 
 def main() -> int:

@@ -112,11 +112,13 @@ class TinyRuns:
     is ``FOLDER/run``.
 
     ``faults`` is the trainer's fault language (``megatron_lite/faults.py``); ``slow`` makes each phase of a step take
-    that many seconds longer, so that there is time to do something to the run.
+    that many seconds longer, so that there is time to do something to the run. ``thorough``: tests go through every way
+    that the launcher has a part in; under the other engines one of each kind will do.
     """
 
     def __init__(self, data: Path, folder: Path, parallel: Mapping[str, Any] = ENGINES["tp"]) -> None:
         self.data, self.folder, self.parallel = data, folder, parallel
+        self.thorough = parallel == ENGINES["tp"]
 
     @cached_property
     def reference(self) -> Path:

@@ -77,6 +77,7 @@ def loss_not_scaled_up(trainer):
 BUGS = {
     "fsdp, zero 2": fsdp_averages,
     "fsdp, zero 3": fsdp_averages,
+    "fsdp, hybrid": fsdp_averages,
     "deepspeed, zero 0": deepspeed_averages,
     "deepspeed, zero 1": deepspeed_averages,
     "deepspeed, zero 2": deepspeed_averages,
@@ -87,7 +88,8 @@ BUGS = {
 @pytest.fixture(scope="module")
 def rows(tmp_path_factory):
     data = str(tiny_data(tmp_path_factory.mktemp("engines")))
-    planted = {f"bug in {engine}": Case(Layout(dp=4, parallel=ENGINES[engine]), plant=BUGS[engine]) for engine in BUGS}
+    keys = {**ENGINES, "fsdp, hybrid": HYBRID}
+    planted = {f"bug in {engine}": Case(Layout(dp=4, parallel=keys[engine]), plant=BUGS[engine]) for engine in BUGS}
     return run_ranks(run_cases, 4, data, {**CASES, **planted}, timeout=170)[0]
 
 
@@ -104,6 +106,20 @@ def test_equal(rows, case):
 def test_wrong_scaling_of_gradients_is_found(rows, engine):
     first = next(row for row in rows[f"bug in {engine}"] if row.first_beyond is not None)
     assert (first.step, first.kind) == (1, "gradients")
+
+
+@pytest.mark.slow
+def test_hybrid_sharding_with_tensor_parallelism_is_equal(tmp_path):
+    """The one layout of the table that takes eight ranks."""
+    cases = {
+        f"{model}, accumulation {accumulation}": Case(
+            Layout(dp=4, tp=2, accumulation=accumulation, parallel={**HYBRID, "sp": True}), {"model": changes}
+        )
+        for (model, changes), accumulation in product(MODELS.items(), (1, 4))
+    }
+    rows = run_ranks(run_cases, 8, str(tiny_data(tmp_path)), cases, timeout=110)[0]
+    assert all(len(rows[case]) == 5 * STEPS for case in cases)
+    assert max(row.difference for case in cases for row in rows[case]) <= TOLERANCE
 
 
 def curves(rank: int, size: int, data: str, precision: str) -> dict[str, list[float]]:

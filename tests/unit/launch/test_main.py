@@ -2,12 +2,15 @@
 
 import json
 import os
+import re
 import time
 from pathlib import Path
 
 import pytest
 
-from launch.__main__ import UsageError, parse
+from launch.__main__ import COMMANDS
+from launch.cli import parse
+from launch.hostfile import UsageError
 from tests.kit.jobs import PYTHON, REPOSITORY, Result, run_job
 
 STAND_IN = """
@@ -17,7 +20,8 @@ if command == "config":
     if config != "good.yaml":
         print("error: optim.lr=-1: must be greater than 0", file=sys.stderr)
         sys.exit(2)
-    print(json.dumps({"run": {"dir": "runs", "name": "a run"}}))
+    launch = {"env": {}, "forward": [], "tp_across_hosts": False, "ssh": {"port": None, "options": []}}
+    print(json.dumps({"run": {"dir": "runs", "name": "a run"}, "launch": launch, "mesh": {"tp": 1}}))
 else:
     print(json.dumps([os.environ["RANK"], config, flags]))
     sys.exit(6)
@@ -30,6 +34,11 @@ def folder(tmp_path: Path) -> Path:
     (tmp_path / "megatron_lite" / "__init__.py").touch()
     (tmp_path / "megatron_lite" / "__main__.py").write_text(STAND_IN)
     return tmp_path
+
+
+def read(words: list[str]) -> dict:
+    run = COMMANDS["run"]
+    return parse(words, run.flags, run.arguments, overrides=True)
 
 
 def launch(folder: Path, *words: str) -> Result:
@@ -55,6 +64,7 @@ def test_dry_run_starts_and_makes_nothing(folder: Path) -> None:
     assert "MLITE_ATTEMPT=0" in variables
     assert command.split()[1:3] == ["-m", "torch.distributed.run"]
     assert command.endswith(" -m megatron_lite train good.yaml --optim.lr=1e-3\n")
+    assert " --standalone " in command
     assert sorted(folder.iterdir()) == before
 
 
@@ -68,10 +78,12 @@ def test_a_bad_config_is_passed_on_at_once(folder: Path) -> None:
     ("words", "message"),
     [
         (["x.yaml", "--nprocs=2"], "unknown flag --nprocs (did you mean 'nproc'?)"),
-        (["x.yaml", "--nodes=2"], "unknown flag --nodes"),
-        (["x.yaml", "--hostfile=h"], "unknown flag --hostfile"),
-        (["x.yaml", "--via=torchrn"], "--via=torchrn: there is torchrun (did you mean 'torchrun'?)"),
-        (["x.yaml", "--via=slurm"], "--via=slurm: there is torchrun"),
+        (["x.yaml", "--nodes=2:1"], "--nodes=2:1: expected MIN:MAX, the smaller number first"),
+        (["x.yaml", "--nodes=x"], "--nodes=x: expected a whole number from 1 to 16384"),
+        (["x.yaml", "--hostfile=none"], "--hostfile=none: no such file"),
+        (["x.yaml", "--rdzv=-oProxyCommand=x"], "--rdzv=-oProxyCommand=x: expected HOST or HOST:PORT"),
+        (["x.yaml", "--rdzv=h:99999"], "--rdzv=h:99999: expected HOST or HOST:PORT"),
+        (["x.yaml", "--via=torchrn"], "--via=torchrn: there is torchrun, deepspeed, mpirun"),
         (["x.yaml", "--nproc=0"], "--nproc=0: expected a whole number from 1 to 1024"),
         (["x.yaml", "--nproc=1e3"], "--nproc=1e3: expected a whole number"),
         (["x.yaml", "--nproc=999999999999"], "expected a whole number"),
@@ -87,31 +99,68 @@ def test_a_bad_config_is_passed_on_at_once(folder: Path) -> None:
 )
 def test_mistakes(words: list[str], message: str) -> None:
     with pytest.raises(UsageError) as error:
-        parse(words)
+        read(words)
     assert message in str(error.value).splitlines()[0]
 
 
 def test_all_mistakes_are_told_together() -> None:
     with pytest.raises(UsageError) as error:
-        parse(["--nproc=0", "--nodes=2"])
+        read(["--nproc=0", "--node=2"])
     assert len(str(error.value).splitlines()) == 3
 
 
 def test_values_stay_text() -> None:
-    words = parse(["a,b", "--x.y=1e5", "--x.z=None", "--dry-run", "--nproc", "3", "--u.v", "[1, 2]"])
+    words = read(["a,b", "--x.y=1e5", "--x.z=None", "--dry-run", "--nproc", "3", "--u.v", "[1, 2]"])
     assert (words["config"], words["nproc"], words["dry_run"]) == ("a,b", 3, True)
     assert words["overrides"] == {"x.y": "1e5", "x.z": "None", "u.v": "[1, 2]"}
 
 
-@pytest.mark.parametrize("words", [[], ["--help"], ["run", "--help"], ["run", "x.yaml", "-h"]])
-def test_help(folder: Path, words: list[str]) -> None:
-    launch(folder, *words).expect(exit_code=0, stdout="usage: python -m launch run CONFIG", stderr="^$")
+@pytest.mark.parametrize(
+    ("words", "usage"),
+    [
+        ([], "COMMAND …"),
+        (["--help"], "COMMAND …"),
+        (["run", "--help"], "run CONFIG"),
+        (["plan", "x", "-h"], "plan CONFIG"),
+    ],
+)
+def test_help(folder: Path, words: list[str], usage: str) -> None:
+    launch(folder, *words).expect(exit_code=0, stdout=f"^usage: python -m launch {usage}", stderr="^$")
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--nodes=2"], "--nodes=2 needs --hostfile=FILE; or, where every node starts its own ranks"),
+        (["--nodes=2", "--node_rank=0"], "--node_rank=I takes --nodes=N"),
+        (["--nodes=2", "--node_rank=2", "--rdzv=h:1"], "--node_rank=I takes --nodes=N"),
+        (["--include=a"], "--include and --exclude choose among the hosts of a --hostfile"),
+        (["--hostfile=HF", "--nodes=4"], "--nodes=4: HF has 3 hosts"),
+        (["--hostfile=HF", "--nodes=1:4"], "--nodes=1:4: HF has 3 hosts"),
+        (["--hostfile=HF", "--nproc=3"], "--nproc=3: b has slots=2 in HF"),
+        (["--hostfile=HF", "--node_rank=0"], "--node_rank is for hosts that start their own ranks"),
+    ],
+)
+def test_hosts_that_cannot_be_meant(folder: Path, words: list[str], message: str) -> None:
+    (folder / "HF").write_text("a slots=4\nb slots=2\nc slots=4\n")
+    launch(folder, "run", "good.yaml", *words).expect(exit_code=2, stderr=f"^error: {re.escape(message)}")
+    assert not (folder / "runs").exists()
+
+
+def test_nodes_takes_the_first_hosts_and_nproc_fewer_slots(folder: Path) -> None:
+    (folder / "HF").write_text("a slots=4\nb slots=2\nc slots=4\n")
+    shown = launch(folder, "plan", "good.yaml", "--hostfile=HF", "--nodes=2", "--nproc=1", "--via=torchrun")
+    assert shown.expect(exit_code=0).stdout.splitlines()[:3] == [
+        "rank  node  host  local rank  device  mesh",
+        "0     0     a     0           0       –",
+        "1     1     b     0           0       –",
+    ]
 
 
 def test_an_unknown_command_is_one_line(folder: Path) -> None:
     result = launch(folder, "rnu", "x.yaml")
     result.expect(
-        exit_code=2, stderr=r"^error: unknown command 'rnu' \(did you mean 'run'\?\); there is: run\n$", within=1
+        exit_code=2, stderr=r"^error: unknown command 'rnu' \(did you mean 'run'\?\); there is: run, .*\n$", within=1
     )
 
 

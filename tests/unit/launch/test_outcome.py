@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from launch import Job
+from launch.hostfile import Host
 from launch.outcome import judge
 
 RUNNING = {"rank": 0, "host": "h", "pid": 10, "shim": 9, "attempt": 0, "started": 0.0}
@@ -18,14 +19,14 @@ def ended(code: int | None = None, *, signal: int | None = None, time: float = 1
 
 def told(folder: Path, *ranks: dict[str, Any] | None, returncode: int | None = 1, stop: bool = False):
     """``None``: never started; an empty dict: started, and no report of its end."""
-    job = Job(("train",), len(ranks), folder)
+    job = Job(("train",), (Host("localhost", len(ranks)),), folder)
     job.log_dir.mkdir(exist_ok=True)
     (job.log_dir / "torchrun.log").write_text("warning\nerror: no room\nTraceback\n")
     for rank, facts in enumerate(ranks):
         if facts is not None:
             name = f"rank_{rank}.{'exit' if facts else 'start'}.json"
             (job.log_dir / name).write_text(json.dumps({**RUNNING, "rank": rank, "pid": 10 + rank, **facts}))
-    return judge(job, "torchrun", returncode, stop)
+    return judge(job, "torchrun", [(job.hosts[0], returncode)], stop)
 
 
 @pytest.mark.parametrize(

@@ -32,6 +32,21 @@ def test_accumulation_follows_from_the_batch_and_the_ranks():
 
 
 @pytest.mark.parametrize(
+    ("parallel", "world", "told"),
+    [
+        ({"zero": 3}, 2, "2 ranks = dp 2 (ZeRO 3 over 2) × tp 1;"),
+        ({"zero": 3}, 1, "1 rank = dp 1 (nothing to divide: trained as engine=fsdp, zero=0) × tp 1;"),
+        ({"engine": "deepspeed", "zero": 2, "tp": 2}, 2, "2 ranks = dp 1 (nothing to divide: trained as engine=fsdp"),
+        ({"engine": "deepspeed"}, 2, "2 ranks = dp 2 × tp 1;"),
+        ({"zero": 3, "dp_replicate": 2}, 2, "2 ranks = dp 2 (nothing to divide: trained as engine=fsdp"),
+    ],
+)
+def test_what_is_not_divided_is_said(parallel, world, told):
+    asked = config(parallel=parallel)
+    assert make_plan(asked, world).describe(asked).startswith(told)
+
+
+@pytest.mark.parametrize(
     ("changes", "world", "message"),
     [
         (

@@ -1,0 +1,147 @@
+"""How the ranks of a job meet: before any group is made, they compare what they run, over the launcher's store.
+
+Everything crosses as JSON text under ``mlite/…``: each rank leaves what it is, rank 0 judges and leaves its verdict.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import socket
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from datetime import timedelta
+from pathlib import Path
+
+import torch.distributed as torch_dist
+
+from megatron_lite.dist.env import Rank
+from megatron_lite.errors import ConfigError, PeerError
+
+_LINGER_S = 5.0  # how long rank 0, whose process may hold the store, stays for the others to read a bad verdict
+
+
+def meet(rank: Rank, identity: Mapping[str, str], timeout_seconds: float) -> tuple[torch_dist.Store, list[str]]:
+    """The job's store and, on rank 0, every rank's host (elsewhere nothing), once all ranks were found to be alike.
+
+    ``identity``: what has to be the same on all ranks, by names that fit into ``runs NAME VALUE``; a name with a dot is
+    a config key. Raises ConfigError on every rank when one differs, on a rank of another job, and when the store's port
+    is taken; PeerError when a rank does not come in time.
+    """
+    limit = timedelta(seconds=timeout_seconds)
+    address, port = rank.rendezvous or agree_by_mpi(rank)
+    host = f"[{address}]" if ":" in address else address
+    url = "env://" if rank.launcher == "torchrun" else f"tcp://{host}:{port}"  # torchrun holds a store ready
+    try:
+        store, _, _ = next(torch_dist.rendezvous(url, rank.rank, rank.size, timeout=limit))
+    except torch_dist.DistNetworkError as error:
+        if "EADDRINUSE" not in str(error):
+            raise
+        raise ConfigError(
+            f"port {port} of {rank.host} is in use by {port_owner(port)}; "
+            "choose another MASTER_PORT"
+        ) from None
+    store.set_timeout(limit)
+    if rank.rank == 0:
+        theirs = store.compare_set("mlite/job", "", rank.job or "-").decode()
+    else:
+        theirs = store.get("mlite/job").decode()
+    if theirs != (rank.job or "-"):
+        raise ConfigError(
+            f"rank {rank.rank} ({rank.host}) of job {rank.job or '-'} came to the rendezvous of job {theirs}, "
+            f"port {port}; give each job a port of its own (MASTER_PORT)"
+        )
+    store.set(f"mlite/{rank.rank}", json.dumps({"host": rank.host, **identity}))
+    if rank.rank == 0:
+        return store, _judge(store, rank.size, limit)
+    kind, message = json.loads(store.get("mlite/verdict"))
+    if store.add("mlite/read", 1) == rank.size - 1:
+        store.set("mlite/read by all", "")
+    if message:
+        raise (ConfigError if kind == "config" else PeerError)(message)
+    return store, []
+
+
+def agree_by_mpi(rank: Rank) -> tuple[str, int]:
+    """Rank 0's address and a free port of its host, broadcast over MPI. Raises ConfigError without a fitting mpi4py."""
+    try:
+        from mpi4py import MPI
+    except (ImportError, RuntimeError) as error:
+        raise ConfigError(
+            f"started by {rank.launcher}, and mpi4py does not load ({error}): pip install 'megatron_lite[mpi]', "
+            "or set MASTER_ADDR and MASTER_PORT"
+        ) from None
+    world = MPI.COMM_WORLD
+    if (world.rank, world.size) != (rank.rank, rank.size):
+        raise ConfigError(
+            f"{rank.launcher} says rank {rank.rank} of {rank.size}, mpi4py rank {world.rank} of {world.size}: it loads "
+            f"another MPI ({MPI.Get_library_version().split(',')[0]}); set MPI4PY_LIBMPI to the libmpi of your mpirun"
+        )
+    with socket.socket() as listener:
+        listener.bind(("", 0))
+        mine = (socket.gethostname(), listener.getsockname()[1]) if rank.rank == 0 else None
+        address, port = world.bcast(mine)
+        hosts = world.allgather(rank.host)
+    return ("127.0.0.1" if len(set(hosts)) == 1 else str(address)), int(port)
+
+
+def _judge(store: torch_dist.Store, size: int, limit: timedelta) -> list[str]:
+    keys = [f"mlite/{rank}" for rank in range(size)]
+    error: ConfigError | PeerError | None = None
+    identities: list[dict[str, str]] = []
+    try:
+        store.wait(keys, limit)
+        identities = [json.loads(store.get(key)) for key in keys]
+        if message := compare(identities):
+            error = ConfigError(message)
+    except torch_dist.DistStoreError:
+        missing = ", ".join(str(rank) for rank, key in enumerate(keys) if not store.check([key]))
+        error = PeerError(f"rank {missing} did not come to the rendezvous within {limit.total_seconds():g} s")
+    kind = "config" if isinstance(error, ConfigError) else "peer"
+    store.set("mlite/verdict", json.dumps([kind, str(error or "")]))
+    if error is None:
+        return [identity["host"] for identity in identities]
+    with contextlib.suppress(torch_dist.DistStoreError):
+        store.wait(["mlite/read by all"], timedelta(seconds=_LINGER_S))
+    raise error
+
+
+def compare(identities: Sequence[Mapping[str, str]]) -> str:
+    """The first thing in which ranks differ, in one line that names the odd ones; empty when they are alike.
+
+    Most ranks are right; where as many say one thing as another, rank 0 is.
+    """
+    names = list(dict.fromkeys(name for identity in identities for name in identity if name != "host"))
+    for name in names:
+        values = [identity.get(name, "nothing") for identity in identities]
+        if len(set(values)) == 1:
+            continue
+        counts = Counter(values)  # in order of rank, as is most_common among equals
+        usual = counts.most_common(1)[0][0]
+        verbs = ("has", "have") if "." in name else ("runs", "run")
+        told = []
+        for value in counts:
+            ranks = [rank for rank, theirs in enumerate(values) if theirs == value]
+            hosts = ", ".join(dict.fromkeys(identities[rank]["host"] for rank in ranks))
+            who = f"rank{'s' * (len(ranks) > 1)} {', '.join(map(str, ranks))} ({hosts}) {verbs[len(ranks) > 1]}"
+            if value != usual:
+                told.append(f"{who} {name}={value}" if "." in name else f"{who} {name} {value}")
+        others = counts[usual]
+        return f"{'; '.join(told)}, the other {f'{others} ranks' if others > 1 else 'rank'} {usual}"
+    return ""
+
+
+def port_owner(port: int) -> str:
+    """Who listens on a TCP port of this host, as far as this user may see: ``pid N (command)``."""
+    inodes = set()
+    for table in ("/proc/net/tcp", "/proc/net/tcp6"):
+        with contextlib.suppress(OSError):
+            for line in Path(table).read_text().splitlines()[1:]:
+                fields = line.split()
+                if fields[3] == "0A" and int(fields[1].rpartition(":")[2], 16) == port:
+                    inodes.add(f"socket:[{fields[9]}]")
+    for process in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            if any(str(fd.readlink()) in inodes for fd in (process / "fd").iterdir()):
+                return f"pid {process.name} ({(process / 'comm').read_text().strip()})"
+    return "a process of another user"

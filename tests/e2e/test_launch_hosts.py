@@ -1,0 +1,120 @@
+"""One job over real hosts, started in every way there is: ranks where the plan says, and the same losses to the bit."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from tests.kit.cluster import Cluster
+from tests.kit.jobs import PYTHON, Result, run_job
+from tests.kit.mpi import mpich, open_mpi
+from tests.kit.tiny import losses, tiny_config, tiny_data
+
+BIN = Path(PYTHON).parent
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_data(tmp_path_factory.mktemp("data"))
+
+
+@pytest.fixture(scope="module")
+def by_hand(data: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[int, float]:
+    """The losses of the same training under a torchrun of one's own on this machine."""
+    folder = tmp_path_factory.mktemp("by hand")
+    config = short(folder, data)
+    torchrun = [str(BIN / "torchrun"), "--standalone", "--nproc-per-node=2", "-m", "megatron_lite", "train", config]
+    run_job(torchrun, timeout=110, env={"OMP_NUM_THREADS": "1"}).expect(exit_code=0, traceback=True)
+    return losses(folder / "run")
+
+
+def short(folder: Path, data: Path) -> str:
+    return str(tiny_config(folder, data, train__steps=3, checkpoint__every=0, parallel__zero=3))
+
+
+def launch(cluster: Cluster, folder: Path, *words: str, timeout: float = 110) -> Result:
+    hostfile = cluster.hostfile(folder / "hosts", [1, 1])
+    argv = [PYTHON, "-m", "launch", *words, f"--hostfile={hostfile}"]
+    return cluster.run(0, argv, timeout=timeout, env={"OMP_NUM_THREADS": "1"})
+
+
+def no_leftovers(cluster: Cluster) -> bool:
+    return not any(cluster.processes(index) for index in range(cluster.count))
+
+
+def test_torchrun_over_two_hosts_trains_what_one_host_trains(
+    cluster: Cluster, tmp_path: Path, data: Path, by_hand: dict[int, float]
+) -> None:
+    result = launch(cluster, tmp_path, "run", short(tmp_path, data)).expect(exit_code=0)
+    assert "run: 2 ranks on 2 hosts through torchrun" in result.stderr
+    assert "step 3  loss" in result.stdout
+    assert losses(tmp_path / "run") == by_hand
+    hosts = [json.loads((tmp_path / f"run/logs/rank_{rank}.exit.json").read_text())["host"] for rank in (0, 1)]
+    assert cluster.kind == "loopback" or hosts == ["node0", "node1"]
+    assert no_leftovers(cluster)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("via", ["deepspeed", "mpirun"])
+def test_other_launchers_train_the_same(
+    cluster: Cluster, tmp_path: Path, data: Path, by_hand: dict[int, float], via: str
+) -> None:
+    needs(via, cluster)
+    result = launch(cluster, tmp_path, "run", short(tmp_path, data), f"--via={via}").expect(exit_code=0)
+    assert "step 3  loss" in result.stdout
+    assert losses(tmp_path / "run") == by_hand
+    assert no_leftovers(cluster)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["Open MPI", "MPICH", "deepspeed"])
+def test_launchers_of_ones_own_train_the_same(
+    cluster: Cluster, tmp_path: Path, data: Path, by_hand: dict[int, float], name: str
+) -> None:
+    """Where ranks meet is agreed on over MPI, or told by DeepSpeed; the trainer reads the variables of each."""
+    hostfile = cluster.hostfile(tmp_path / "hosts", [1, 1])
+    train = [PYTHON, "-m", "megatron_lite", "train", short(tmp_path, data)]
+    if name == "deepspeed":
+        needs("deepspeed", cluster)
+        options = [f"--hostfile={hostfile}", "--no_ssh_check", "--master_addr=node0", "--no_local_rank", "--module"]
+        argv, env = [str(BIN / "deepspeed"), *options, *train[2:]], {}
+    else:
+        needs("mpirun", cluster)
+        mpi = open_mpi() if name == "Open MPI" else mpich()
+        where = ["--host", "node0:1,node1:1"] if name == "Open MPI" else ["-hosts", "node0,node1"]
+        argv, env = [mpi.mpiexec, "-n", "2", *where, *train], dict(mpi.env)
+    cluster.run(0, argv, timeout=110, env={"OMP_NUM_THREADS": "1", **env}).expect(exit_code=0, traceback=True)
+    assert losses(tmp_path / "run") == by_hand
+
+
+def needs(via: str, cluster: Cluster) -> None:
+    if via == "deepspeed" and shutil.which("pdsh") is None:
+        pytest.skip("there is no pdsh: tests/kit/install_system_packages.sh installs it")
+    if cluster.kind == "loopback":
+        pytest.skip(f"{via} needs hosts with names: run as root on Linux")
+
+
+@pytest.mark.parametrize("via", ["torchrun", pytest.param("deepspeed", marks=pytest.mark.slow), "mpirun", "MPICH"])
+def test_every_rank_is_where_the_plan_has_it(cluster: Cluster, tmp_path: Path, via: str) -> None:
+    """Uneven hosts, the last one first, one of its slots left out."""
+    needs(via, cluster)
+    other = [f"--mpirun={mpich().mpiexec}"] if via == "MPICH" else []
+    via = "mpirun" if via == "MPICH" else via
+    names = cluster.hosts
+    hostfile = tmp_path / "hosts"
+    hostfile.write_text(f"{names[1]} slots=3\n{names[0]} slots=1\n")
+    flags = [f"--hostfile={hostfile}", f"--exclude={names[1]}:1", f"--via={via}", f"--dir={tmp_path}", *other]
+    result = cluster.run(0, [PYTHON, "-m", "launch", "verify", *flags], timeout=100)
+    result.expect(exit_code=0, stdout=f"{via}: 3 ranks on 2 hosts, each where the plan has it")
+    assert no_leftovers(cluster)
+
+
+def test_a_host_that_refuses_is_named(cluster: Cluster, tmp_path: Path, data: Path) -> None:
+    cluster.kill_host(1)
+    launch(cluster, tmp_path, "run", short(tmp_path, data)).expect(
+        exit_code=5,
+        stderr=rf"error: host {cluster.hosts[1]} was lost, with rank 1: ssh: connect to host .* Connection refused",
+        within=60,
+    )
+    assert no_leftovers(cluster)
