@@ -66,7 +66,7 @@ def run(
         words = [config, "--via=slurm", f"--nodes={len(hosts)}", f"--nproc={hosts[0].slots}"]
         words += [f"--rdzv={cli.shown(where['rdzv'])}"] if where["rdzv"] else []
         words += [f"--max_restarts={max_restarts}"] if max_restarts else []
-        return slurm.submit(job, words, overrides, settings["launch"]["slurm"], dry_run=dry_run)
+        return submitted.submit(job, words, overrides, settings["launch"]["slurm"], dry_run=dry_run)
     if dry_run:
         print(describe(LAUNCHERS[via](_shown(job))))
         return 0
@@ -88,7 +88,11 @@ def plan(config: str, *, overrides: dict[str, str], **where: Any) -> int:
     print(picture(make_job(config, hosts, settings, overrides, where), settings["mesh"]))
     for name in LAUNCHERS if where["via"] is None else [where["via"]]:
         job = make_job(config, hosts, settings, overrides, where | {"via": name})
-        print(f"\n--via={name}\n{describe(LAUNCHERS[name](_shown(job)))}")
+        try:
+            shown = describe(LAUNCHERS[name](_shown(job)))
+        except UsageError as error:
+            shown = f"not so: {error}"
+        print(f"\n--via={name}\n{shown}")
     return 0
 
 

@@ -9,9 +9,7 @@ from __future__ import annotations
 import itertools
 import re
 import shlex
-import shutil
 import signal
-import subprocess
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -21,13 +19,11 @@ from typing import Any
 from launch import torchrun
 from launch.hostfile import Host, UsageError, check_name
 from launch.job import Command, Job, Launch, Slurm
-from launch.supervise import say
 
-_STORAGE = 7
 _MAX_NODES = 65536
 _SPECIAL_STEPS = 0xFFFFFFF0  # from here on, SLURM_STEP_ID is that of a batch script or of an interactive shell
 _PLAIN = re.compile(r"[\w.,:/=@%+*&|()\[\]-]*", re.ASCII)
-JOBS = "slurm.jobs"  # in the log folder: the ids of the jobs that were submitted last
+_TASK = "SLURM_ARRAY_TASK_ID"
 RESUME = "--checkpoint.resume=auto"
 
 
@@ -64,7 +60,7 @@ def choose_hosts(where: Mapping[str, Any], env: Mapping[str, str]) -> tuple[Host
 def expand(hostlist: str) -> list[str]:
     """The names that Slurm's short form of a list stands for: ``a[1-2,07],b`` is a1, a2, a07, b. Raises UsageError."""
     words = re.findall(r"(?:[^,\[\]]|\[[^\[\]]*\])+", hostlist)
-    if ",".join(words) != hostlist:
+    if not words or ",".join(words) != hostlist:
         raise UsageError(f"{hostlist!r} is not a list of hosts")
     names = list(itertools.islice(itertools.chain.from_iterable(map(_expand, words)), _MAX_NODES + 1))
     if wrong := [name for name in names if not check_name(name)]:
@@ -161,18 +157,17 @@ def script(job: Job, words: Sequence[str], overrides: Mapping[str, str], options
     """The batch script: ``python -m launch run`` with ``words`` and ``overrides`` on the nodes that ``options``
     (``launch.slurm``) describe. Raises UsageError."""
     name, array, kept = job.run_dir.name, options["array"], dict(overrides)
-    restarted, resume = '"${SLURM_RESTART_COUNT:-0}" = 0', []
-    if array is None or array.endswith("%1"):
-        if array is not None:  # one task after the other: each goes on where the one before has stopped
-            restarted += ' -a "$SLURM_ARRAY_TASK_ID" = "$SLURM_ARRAY_TASK_MIN"'
-        mine = []
-    else:
-        mine = [f'set -- "$@" --run.name={shlex.quote(name)}-"$SLURM_ARRAY_TASK_ID"']
+    if array is not None and options["chain"] > 1:
+        raise UsageError("launch.slurm.array and launch.slurm.chain are two ways to get several jobs: give one of them")
+    first_start, own = '"${SLURM_RESTART_COUNT:-0}" = 0', None
+    if array is not None and array.endswith("%1"):  # one task after the other: each goes on where the last has stopped
+        first_start += f' -a "${_TASK}" = "$SLURM_ARRAY_TASK_MIN"'
+    elif array is not None:
+        own = [f'set -- "$@" --run.name={name}-"${_TASK}"']
         if "run.seed" not in kept:
-            mine.append('set -- "$@" --run.seed="$SLURM_ARRAY_TASK_ID"')
+            own.append(f'set -- "$@" --run.seed="${_TASK}"')
         kept.pop("run.name", None)
-    if "checkpoint.resume" not in kept:
-        resume = [f"[ {restarted} ] || set -- {RESUME}"]
+    resume = [] if "checkpoint.resume" in kept else [f"[ {first_start} ] || set -- {RESUME}"]
     argv = [sys.executable, "-m", "launch", "run", *words, *(f"--{key}={value}" for key, value in kept.items())]
     first, rest = shlex.join(argv[:5]), [shlex.quote(word) for word in argv[5:]]
     wait = options["signal_seconds"]
@@ -184,11 +179,10 @@ def script(job: Job, words: Sequence[str], overrides: Mapping[str, str], options
         "",
         *([*options["setup"], ""] if options["setup"] else []),
         *resume,
-        *mine,
+        *(own or []),
         "# On the first node: it starts the ranks with srun, watches them, and has them save when it is told to stop.",
         " \\\n    ".join([first, *rest, '"$@" &']),
-        "launcher=$!",
-        "expiring=",
+        "launcher=$! expiring= again=",
         f"trap 'expiring=yes; kill -USR1 $launcher' USR1{f'  # {wait} s before the time limit' if wait else ''}",
         "trap 'kill -TERM $launcher' TERM",
         "while kill -0 $launcher 2>/dev/null; do wait $launcher; done  # a signal ends a wait early",
@@ -196,7 +190,16 @@ def script(job: Job, words: Sequence[str], overrides: Mapping[str, str], options
         "code=$?",
     ]
     if options["requeue"]:
-        lines.append('if [ $code = 75 ] && [ $expiring ]; then scontrol requeue "$SLURM_JOB_ID"; fi  # 75: saved')
+        folder = shlex.quote(str(job.run_dir)) + ("" if own is None else f'-"${_TASK}"')
+        lines += [
+            "case $code in",
+            "    # Saved: again, unless it was cancelled.",
+            "    75) again=$expiring ;;",
+            "    # A rank or a node was lost: again, if there is a checkpoint that is younger than this start.",
+            f"    5) [ {folder}/checkpoints/latest -nt {folder}/logs/launcher.lock ] && again=yes ;;",
+            "esac",
+            'if [ "$again" ]; then scontrol requeue "$SLURM_JOB_ID"; fi',
+        ]
     return "\n".join([*lines, "exit $code", ""])
 
 
@@ -229,51 +232,3 @@ def _directives(job: Job, options: Mapping[str, Any]) -> list[str]:
 def _quote(value: str) -> str:
     """``value`` as sbatch reads it in a script: not as a shell would, a backslash counts inside of all quotes."""
     return value if _PLAIN.fullmatch(value) else '"' + re.sub(r'(["\\])', r"\\\1", value) + '"'
-
-
-def submit(
-    job: Job, words: Sequence[str], overrides: Mapping[str, str], options: Mapping[str, Any], *, dry_run: bool
-) -> int:
-    """Write the batch script into the run folder and hand it to sbatch; or print it. Raises UsageError.
-
-    In a chain each job waits for all before it to have ended without success, to go on where they have stopped; as soon
-    as one has succeeded, Slurm cancels those that are left.
-    """
-    text = script(job, words, overrides, options)
-    if dry_run:
-        print(text, end="")
-        return 0
-    path = job.log_dir / "slurm.sh"
-    try:
-        job.log_dir.mkdir(parents=True, exist_ok=True)
-        path.write_text(text)
-    except OSError as error:
-        say(f"error: {error.filename}: {error.strerror}")
-        return _STORAGE
-    if shutil.which("sbatch") is None:
-        raise UsageError(
-            f"there is no sbatch here; where there is one, submit the script: sbatch {shlex.quote(str(path))}"
-        )
-    jobs: list[str] = []
-    for _ in range(options["chain"]):
-        argv = ["sbatch", "--parsable"]
-        if jobs:
-            argv += [f"--dependency={','.join(f'afternotok:{number}' for number in jobs)}", "--kill-on-invalid-dep=yes"]
-        argv += [str(path), *([RESUME] if jobs and "checkpoint.resume" not in overrides else [])]
-        asked = subprocess.run(argv, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False)
-        if asked.returncode:
-            raise UsageError(f"sbatch: {complaint(asked)}; the script: {path}")
-        jobs.append(asked.stdout.strip().partition(";")[0])
-    (job.log_dir / JOBS).write_text("".join(f"{number}\n" for number in jobs))
-    print("\n".join(jobs))
-    after = f", and {', '.join(jobs[1:])} after it" if len(jobs) > 1 else ""
-    say(f"submitted {path} as job {jobs[0]}{after}; go on with")
-    for command in ("status JOB", "logs JOB --follow", "cancel JOB"):
-        say(f"  python -m launch {command.replace('JOB', jobs[0])}")
-    return 0
-
-
-def complaint(asked: subprocess.CompletedProcess[str]) -> str:
-    """What a command of Slurm's said last, without its own name."""
-    said = asked.stderr.strip().splitlines() or [f"exit code {asked.returncode}"]
-    return re.sub(r"^\w+: (error: )?", "", said[-1])

@@ -1,24 +1,72 @@
-"""What became of a run that was handed to Slurm: how it stands, what it said, and its end."""
+"""Runs that are handed to Slurm: submitting them, how they stand, what they have said, and their end."""
 
 from __future__ import annotations
 
 import contextlib
 import json
 import re
+import shlex
+import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from launch.hostfile import UsageError
+from launch.job import Job
 from launch.outcome import last_step
-from launch.slurm import JOBS, complaint
+from launch.slurm import RESUME, script
 from launch.supervise import say
 
 _POLL_S = 1.0
+_STORAGE = 7
+_JOBS = "slurm.jobs"  # in the log folder: the ids of the jobs that were submitted last
 # PREEMPTED and NODE_FAIL may be followed by another start; these are not.
 _ENDED = {"COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "OUT_OF_MEMORY", "DEADLINE", "BOOT_FAIL", "NODE_FAIL"}
+
+
+def submit(
+    job: Job, words: Sequence[str], overrides: Mapping[str, str], options: Mapping[str, Any], *, dry_run: bool
+) -> int:
+    """Write the batch script into the run folder and hand it to sbatch; or print it. Raises UsageError.
+
+    In a chain each job waits for all before it to have ended without success, to go on where they have stopped; as soon
+    as one has succeeded, Slurm cancels those that are left.
+    """
+    text = script(job, words, overrides, options)
+    if dry_run:
+        print(text, end="")
+        return 0
+    path = job.log_dir / "slurm.sh"
+    try:
+        job.log_dir.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+    except OSError as error:
+        say(f"error: {error.filename}: {error.strerror}")
+        return _STORAGE
+    if shutil.which("sbatch") is None:
+        raise UsageError(
+            f"there is no sbatch here; where there is one, submit the script: sbatch {shlex.quote(str(path))}"
+        )
+    jobs: list[str] = []
+    for _ in range(options["chain"]):
+        argv = ["sbatch", "--parsable"]
+        if jobs:
+            argv += [f"--dependency={','.join(f'afternotok:{number}' for number in jobs)}", "--kill-on-invalid-dep=yes"]
+        argv += [str(path), *([RESUME] if jobs and "checkpoint.resume" not in overrides else [])]
+        asked = subprocess.run(argv, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False)
+        if asked.returncode:
+            raise UsageError(f"sbatch: {_complaint(asked)}; the script: {path}")
+        jobs.append(asked.stdout.strip().partition(";")[0])
+    (job.log_dir / _JOBS).write_text("".join(f"{number}\n" for number in jobs))
+    print("\n".join(jobs))
+    after = f", and {', '.join(jobs[1:])} after it" if len(jobs) > 1 else ""
+    say(f"submitted {path} as job {jobs[0]}{after}; go on with")
+    for command in ("status JOB", "logs JOB --follow", "cancel JOB"):
+        say(f"  python -m launch {command.replace('JOB', jobs[0])}")
+    return 0
 
 
 def status(job: str) -> int:
@@ -100,7 +148,7 @@ def find(job: str) -> tuple[list[str], Path | None]:
     if not log_dir.is_dir():
         raise UsageError(f"{job}: neither the number of a job nor a run folder")
     with contextlib.suppress(FileNotFoundError):
-        return (log_dir / JOBS).read_text().split(), log_dir
+        return (log_dir / _JOBS).read_text().split(), log_dir
     return [], log_dir
 
 
@@ -111,7 +159,8 @@ def records(job: str) -> list[dict[str, str]]:
     for text in re.split(r"\n\s*\n", shown.strip()):
         record = dict(re.findall(r"(?:^|\s)([A-Za-z:/]+)=(\S*)", text))
         record |= dict(re.findall(r"^\s+(StdOut|Command|WorkDir)=(.*)$", text, re.MULTILINE))  # may hold spaces
-        if "JobId" in record:
+        if "StdOut" in record:
+            record["StdOut"] = record["StdOut"].replace("%%", "%")  # shown as it was given
             found.append(record)
     return found
 
@@ -132,8 +181,14 @@ def _call(*argv: str, accept: Callable[[str], bool] = lambda said: False) -> str
     except FileNotFoundError:
         raise UsageError(f"there is no {argv[0]} here; a run folder's logs can be read without it") from None
     if asked.returncode and not accept(asked.stderr):
-        raise UsageError(f"{argv[0]}: {complaint(asked)}")
+        raise UsageError(f"{argv[0]}: {_complaint(asked)}")
     return asked.stdout
+
+
+def _complaint(asked: subprocess.CompletedProcess[str]) -> str:
+    """What a command of Slurm's said last, without its own name."""
+    said = asked.stderr.strip().splitlines() or [f"exit code {asked.returncode}"]
+    return re.sub(r"^\w+: (error: )?", "", said[-1])
 
 
 def _log_dir(record: Mapping[str, str]) -> Path:

@@ -1,8 +1,5 @@
 """Manifests: what Kubernetes' own schema takes, and what a pod then does."""
 
-import dataclasses
-import types
-import typing
 from pathlib import Path
 from typing import Any
 
@@ -19,33 +16,9 @@ from tests.kit.tiny import tiny_config, tiny_data
 MODELS = {"ConfigMap": core_v1.ConfigMap, "Service": core_v1.Service, "Job": batch_v1.Job}
 
 
-def check(value: Any, wanted: Any, path: str) -> None:
-    """``value`` is what the schema says of ``wanted``: no unknown field, none missing, every type right."""
-    origin, arguments = typing.get_origin(wanted), typing.get_args(wanted)
-    if origin in (typing.Union, types.UnionType):
-        check(value, *(argument for argument in arguments if argument is not type(None)), path)
-    elif dataclasses.is_dataclass(wanted):
-        assert isinstance(value, dict), path
-        hints = typing.get_type_hints(wanted)
-        known = {field.metadata.get("json", field.name): field for field in dataclasses.fields(wanted)}
-        assert set(value) <= set(known), f"{path}: unknown {set(value) - set(known)}"
-        for key, field in known.items():
-            required = field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
-            assert key in value or not required, f"{path}.{key} is missing"
-            if key in value:
-                check(value[key], hints[field.name], f"{path}.{key}")
-    elif origin is list:
-        assert isinstance(value, list), path
-        for number, item in enumerate(value):
-            check(item, arguments[0], f"{path}[{number}]")
-    elif dict in (origin, wanted):
-        assert isinstance(value, dict), path
-        for key, item in value.items():
-            assert isinstance(key, str), path
-            assert isinstance(item, str), f"{path}.{key}"
-    else:
-        assert wanted in (str, int, bool), f"{path}: {wanted}"
-        assert type(value) is wanted, f"{path}: {value!r} is no {wanted}"
+def check(value: dict[str, Any], model: Any) -> None:
+    """``value`` is what the schema says of ``model``: no field missing or unknown, every type right."""
+    assert model.from_dict(value).to_dict() == value
 
 
 @pytest.fixture(scope="module")
@@ -64,7 +37,7 @@ def test_a_job_and_its_service_fit_the_schema_and_each_other(config: Path) -> No
     objects = printed(config, "--optim.lr=1e-5", "--launch.k8s.namespace=lab")
     assert [found["kind"] for found in objects] == ["ConfigMap", "Service", "Job"]
     for found in objects:
-        check(found, MODELS[found["kind"]], found["kind"])
+        check(found, MODELS[found["kind"]])
         assert found["metadata"]["namespace"] == "lab"
     settings, service, job = objects
     assert yaml.safe_load(settings["data"]["config.yaml"])["optim"]["lr"] == 1e-5
@@ -93,8 +66,8 @@ def test_the_schema_refuses_what_does_not_fit(config: Path) -> None:
     ):
         spoilt = yaml.safe_load(k8s.to_yaml(job))
         spoil(spoilt["spec"])
-        with pytest.raises(AssertionError, match=r"Job\.spec"):
-            check(spoilt, batch_v1.Job, "Job")
+        with pytest.raises((AssertionError, ValueError)):
+            check(spoilt, batch_v1.Job)
 
 
 def test_the_words_of_a_pod_are_a_run_of_that_config(config: Path, tmp_path: Path) -> None:
@@ -111,15 +84,15 @@ def test_a_pytorch_job_has_a_master_and_workers_whose_pods_fit_the_schema(config
     _, job = printed(config, "--launch.k8s.kind=PyTorchJob")
     replicas = job["spec"]["pytorchReplicaSpecs"]
     assert {name: replica["replicas"] for name, replica in replicas.items()} == {"Master": 1, "Worker": 1}
-    for name, replica in replicas.items():
-        check(replica["template"], core_v1.PodTemplateSpec, name)
+    for replica in replicas.values():
+        check(replica["template"], core_v1.PodTemplateSpec)
         (container,) = replica["template"]["spec"]["containers"]
         assert container["name"] == "pytorch"
         assert container["args"][-2:] == ["--node_rank=$(RANK)", "--rdzv=my-run-1-master-0:29500"]
 
 
 def test_a_manifest_needs_an_image(config: Path) -> None:
-    argv = [PYTHON, "-m", "launch", "k8s", str(config), "--launch.k8s.image=null"]
+    argv = [PYTHON, "-m", "launch", "k8s", str(config), "--nproc=2", "--launch.k8s.image=null"]
     run_job(argv, timeout=60).expect(exit_code=2, stderr="^error: --launch.k8s.image=IMAGE is missing")
 
 
