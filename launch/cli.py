@@ -69,6 +69,12 @@ def endpoint(text: str) -> tuple[str, int]:
     return match[1].strip("[]"), int(match[2] or 0)
 
 
+def shown(place: tuple[str, int]) -> str:
+    """What ``endpoint`` reads as ``place``."""
+    host, port = place
+    return (f"[{host}]" if ":" in host else host) + (f":{port}" if port else "")
+
+
 def parse(
     words: Sequence[str], flags: Mapping[str, Flag], arguments: Sequence[str], *, overrides: bool = False
 ) -> dict[str, Any]:

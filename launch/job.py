@@ -29,6 +29,18 @@ class Ssh:
 
 
 @dataclass(frozen=True)
+class Slurm:
+    """How the nodes of an allocation are reached: ``srun`` starts a task for each rank (``tasks``) or a ``torchrun`` on
+    each node, perhaps in a container. ``port``: where ranks meet if no free one can be looked for."""
+
+    srun: str = "tasks"
+    cpus_per_task: int | None = None
+    container: str | None = None
+    container_mounts: str | None = None
+    port: int = 20000
+
+
+@dataclass(frozen=True)
 class Place:
     """Where a rank runs: ``node`` counts hosts, ``local_rank`` the ranks of one host."""
 
@@ -59,6 +71,7 @@ class Job:
     node: int | None = None
     rendezvous: tuple[str, int] | None = None
     ssh: Ssh = Ssh()
+    slurm: Slurm | None = None
     mpirun: Path | None = None
 
     @property
@@ -79,7 +92,9 @@ class Job:
 
     @property
     def distributed(self) -> bool:
-        """Whether some of the ranks it starts are on other machines, out of reach of a signal."""
+        """Whether some of the ranks it starts are on other machines, or Slurm's children, out of reach of a signal."""
+        if self.slurm is not None:
+            return True
         return any(not place.host.local for place in self.watched) if self.node is None else False
 
     @property
@@ -158,6 +173,7 @@ class Command:
     host: Host | None = None
     stdin: str | None = None
     without: tuple[str, ...] = ()
+    stop: int | None = None  # the signal on which it ends its ranks on other hosts; sent before SIGKILL
     console: bool = False  # descriptor 0 is the console's stderr (launch/torchrun.py)
 
 

@@ -22,9 +22,14 @@ _ANSWER_S = 20.0
 
 def meet(job: Job) -> Job:
     """``job`` with a rendezvous on its first host, where one is needed and not decided. Raises UsageError."""
+    first = job.hosts[0]
+    if job.slurm is not None:
+        address, port = job.rendezvous or (first.address, 0)
+        return replace(
+            job, rendezvous=(address, free_port(port) if first.local else port or job.slurm.port + job.attempt)
+        )
     if job.node is not None or (len(job.hosts) == 1 and job.rendezvous is None):
         return job
-    first = job.hosts[0]
     address, port = job.rendezvous or ("", 0)
     address = address or first.address
     if len(job.hosts) > 1 and (address == "localhost" or address.startswith("127.") or address == "::1"):

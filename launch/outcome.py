@@ -54,7 +54,7 @@ def judge(
     failures = sorted(reports.failures, key=lambda report: (report.unprepared, not report.signal, report.time))
     primary = [report for report in failures if not report.secondary]
     unborn = sorted(ranks - set(reports.started))
-    step = _last_step(job.run_dir)
+    step = last_step(job.run_dir)
 
     # Where ranks were lost without an error of their own, a host that does not answer is the reason; else the records
     # they left tell whom the others waited for.
@@ -126,7 +126,7 @@ def _log(job: Job, report: Report) -> Path:
     return job.log_dir / f"rank_{report.rank}.log"
 
 
-def _last_step(run_dir: Path) -> int | None:
+def last_step(run_dir: Path) -> int | None:
     """The last step that ``metrics.jsonl`` tells of."""
     try:
         with (run_dir / "metrics.jsonl").open("rb") as file:
