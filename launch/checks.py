@@ -13,10 +13,7 @@ from launch.report import PEER_LOST
 
 USAGE, STORAGE = 2, 7
 _SKEW_S, _FAR_S = 1.0, 60.0  # clocks: odd order of logs; trouble for tickets, certificates and file times, too
-_SHM, _SHM_SMALL = (
-    16 << 20,
-    512 << 20,
-)  # free bytes that NCCL and worker processes cannot do without; a comfortable size
+_SHM, _SHM_SMALL = 16 << 20, 512 << 20  # bytes: free, that NCCL and workers cannot do without; a comfortable size
 _FILES, _FILES_PER_RANK = 256, 8  # open files of a rank, and its connections to each other one
 _THREADS = 64  # of a rank, beside those that compute
 _SHARE = 0.2  # of a link's speed is the least that an all-reduce should reach
@@ -39,14 +36,14 @@ SSH_FIXES = {  # what ssh, or the shell behind it, says; and what helps
     "resolve hostname": "correct the name in the hostfile, or add it to DNS or /etc/hosts",
     "Host key verification failed": "connect once by hand to accept its key: ssh HOST true",
     "HOST IDENTIFICATION HAS CHANGED": "if it was reinstalled: ssh-keygen -R HOST, then ssh HOST true",
-    "Permission denied": "it would ask for a password: copy your key there with ssh-copy-id HOST, or start ssh-agent",
+    "Permission denied (": "it would ask for a password: copy your key there with ssh-copy-id HOST, or start ssh-agent",
     "Connection refused": "start sshd there, or give its port as --launch.ssh.port=N or in ~/.ssh/config",
     "timed out": "is it up, and is port 22 open in its firewall?",
     "No route to host": "is it up, and on this network?",
     "Network is unreachable": "is it up, and on this network?",
     "change directory": "the code has to lie at the same path on every host, as on a shared file system",
     "No module named": "the same version of this project has to be installed there",
-    "No such file or directory": "Python has to lie at the same path on every host: share the virtual environment",
+    ": No such file or directory": "Python has to lie at the same path on every host: share the virtual environment",
     "unrecognized option": "env there has no --chdir: install GNU coreutils 8.28 or newer",
 }
 

@@ -87,10 +87,12 @@ def _ask(case: Case, job: Job, probe: Path, wanted: Wanted) -> Case:
     ward = Ward(hosts, job.ssh, wanted.seconds)
     try:
         asked = time.time()
-        answers = ward.ask(
+        said = ward.ask(
             lambda host: {**about, "names": near(addresses, host.address), "own": numbers[host]},
             f"{len(hosts)} hosts about themselves" if len(hosts) > 1 else "this host about itself",
         )
+        failed = {name: answer["error"] for name, answer in said.items() if "error" in answer}
+        answers = {name: answer for name, answer in said.items() if name not in failed}
         skew = {
             name: max(0.0, answer["ended"] - ward.heard[name]) or min(0.0, answer["began"] - asked)
             for name, answer in answers.items()
@@ -100,7 +102,7 @@ def _ask(case: Case, job: Job, probe: Path, wanted: Wanted) -> Case:
         case = replace(case, facts=facts, skew=skew, seen=frozenset(seen))
         if len(hosts) > 1 or job.rendezvous:
             case = replace(case, **_calls(ward, job, secret))
-        return replace(case, silent=dict(ward.silent))
+        return replace(case, silent={**failed, **ward.silent})
     finally:
         ward.close()
 
