@@ -1,5 +1,6 @@
 """``python -m data_tools COMMAND …``"""
 
+from data_tools.chat import chat
 from data_tools.corpus import corpus
 from data_tools.inspect import inspect
 from data_tools.tokenize import tokenize
@@ -13,6 +14,7 @@ def main() -> None:
         "corpus": corpus,
         "tokenizer": tokenizer,
         "tokenize": tokenize,
+        "chat": chat,
         "inspect": inspect,
     }
     cli.main(commands, prog="data_tools")

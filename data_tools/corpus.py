@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import ast
 import io
 import json
 import shutil
 import sysconfig
+import textwrap
 import tokenize as python_source
-from collections.abc import Iterator
+import warnings
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from data_tools.documents import read
 from data_tools.sources import find_sources, spans
@@ -18,6 +21,7 @@ from megatron_lite.data.files import storage_errors, sync
 from megatron_lite.errors import ConfigError, DataError
 
 _SPAN = 64 << 20
+_FUNCTION_LINES = 30  # longer ones are left out of the instructions
 
 
 class Text(NamedTuple):
@@ -26,19 +30,38 @@ class Text(NamedTuple):
     text: str
     path: str
 
+    def fields(self) -> dict[str, Any]:
+        """What of a line of jsonl it is."""
+        return {"text": self.text, "path": self.path}
+
+
+class Exchange(NamedTuple):
+    """A question and its answer, and where they come from."""
+
+    text: str
+    answer: str
+    path: str
+
+    def fields(self) -> dict[str, Any]:
+        """What of a line of jsonl it is: a conversation of two messages."""
+        messages = [{"role": "user", "content": self.text}, {"role": "assistant", "content": self.answer}]
+        return {"messages": messages, "path": self.path}
+
 
 def corpus(source: str, out: str, shards: int = 1, license: str = "", text_key: str = "text") -> None:
     """Write a corpus as jsonl shards in the folder OUT, one {"text", "path", "license"} a line.
 
     --source=python-stdlib is the Python standard library on this machine: some 30 MB of real text that needs no
-    download. Anything else names files: text, jsonl, jsonl.gz or parquet; a folder, a glob, or several with commas.
+    download. --source=python-stdlib-instructions is conversations, {"messages", …} a line: functions of it, and the
+    docstrings that their authors wrote. Anything else names files: text, jsonl, jsonl.gz or parquet; a folder, a glob,
+    or several with commas.
     Empty documents are left out. OUT appears when it is complete; one that an earlier run made is replaced.
     """
     if shards < 1:
         raise ConfigError(f"--shards={shards}: expected at least 1")
-    stdlib = source == "python-stdlib"
-    name = "python-stdlib" if stdlib else "corpus"
-    documents = standard_library() if stdlib else texts(source, text_key)
+    stdlib = source in _STANDARD_LIBRARY
+    name = source if stdlib else "corpus"
+    documents = _STANDARD_LIBRARY[source]() if stdlib else texts(source, text_key)
     license = license or ("PSF-2.0" if stdlib else "")
     folder, temporary = Path(out), Path(f"{out.rstrip('/')}.tmp")
     if not folder.name:
@@ -55,7 +78,7 @@ def corpus(source: str, out: str, shards: int = 1, license: str = "", text_key: 
         paths = [temporary / f"{name}-{i:05d}-of-{shards:05d}.jsonl" for i in range(shards)]
         files = [stack.enter_context(path.open("w", encoding="utf-8", newline="\n")) for path in paths]
         for document in documents:
-            line = {"text": document.text, "path": document.path} | ({"license": license} if license else {})
+            line = document.fields() | ({"license": license} if license else {})
             files[count % shards].write(json.dumps(line, ensure_ascii=False) + "\n")
             count += 1
             size += len(document.text)
@@ -92,6 +115,31 @@ def standard_library() -> Iterator[Text]:
             yield Text(text, name.as_posix())
 
 
+def docstrings() -> Iterator[Exchange]:
+    """Every function of the standard library that is short and documented: its code asks, its docstring answers.
+
+    Its tests, half of its text with hardly a docstring, are left out.
+    """
+    for file in standard_library():
+        if "test" in file.path:
+            continue
+        try:
+            with warnings.catch_warnings(action="ignore"):  # of invalid escapes, in what tests them
+                tree = ast.parse(file.text)
+        except (SyntaxError, ValueError, RecursionError):
+            continue
+        lines = file.text.splitlines(keepends=True)
+        for node in ast.walk(tree):
+            if not isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)) or not (answer := ast.get_docstring(node)):
+                continue
+            (documentation, *rest), last = node.body, node.end_lineno or 0
+            if not rest or last - node.lineno > _FUNCTION_LINES or rest[0].lineno <= (documentation.end_lineno or 0):
+                continue
+            code = lines[node.lineno - 1 : documentation.lineno - 1] + lines[documentation.end_lineno : last]
+            question = f"Write the docstring of this function.\n\n{textwrap.dedent(''.join(code)).rstrip()}"
+            yield Exchange(question, answer, f"{file.path}:{node.lineno}")
+
+
 def texts(pattern: str, text_key: str = "text") -> Iterator[Text]:
     """The documents of all files that ``pattern`` means, in order. Raises DataError at the first bad line."""
     for source in find_sources(pattern):
@@ -102,5 +150,11 @@ def texts(pattern: str, text_key: str = "text") -> Iterator[Text]:
                 line = start + record.line
                 if record.error:
                     raise DataError(f"{source.path}:{line}: {record.error}")
-                if record.text and not record.text.isspace():
-                    yield Text(record.text, source.path if source.kind == "text" else f"{source.path}:{line}")
+                if record.content and not record.content.isspace():
+                    yield Text(record.content, source.path if source.kind == "text" else f"{source.path}:{line}")
+
+
+_STANDARD_LIBRARY: dict[str, Callable[[], Iterator[Text | Exchange]]] = {
+    "python-stdlib": standard_library,
+    "python-stdlib-instructions": docstrings,
+}

@@ -13,52 +13,80 @@ import gzip
 import io
 import json
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, BinaryIO, Generic, NamedTuple, TypeVar
 
 from data_tools import parquet
 from data_tools.sources import Span
 from megatron_lite.errors import DataError
 
+T = TypeVar("T")
 MAX_LINE_BYTES = 128 << 20
 _TYPES = {dict: "an object", list: "a list", str: "a string", bool: "a boolean", int: "a number", float: "a number"}
 
 
-class Record(NamedTuple):
-    """One line (row, text file) of a span, numbered within the span: its text, or why it is refused."""
+class Record(NamedTuple, Generic[T]):
+    """One line (row, text file) of a span, numbered within the span: what it holds, or why it is refused."""
 
     line: int
-    text: str
+    content: T
     error: str = ""
     excerpt: str = ""
 
 
-def read(span: Span, text_key: str = "text", max_line_bytes: int = MAX_LINE_BYTES) -> Iterator[Record]:
-    """Every line of the span as one Record, good or bad. An empty text stands for a blank line or an empty document.
+def read(span: Span, text_key: str = "text", max_line_bytes: int = MAX_LINE_BYTES) -> Iterator[Record[str]]:
+    """Every line of the span as one text, good or bad. An empty text stands for a blank line or an empty document.
 
     Raises DataError where a file cannot be read on: gone, cut-off gzip, not parquet, no such column.
     """
-    path = span.source.path
-    try:
-        if span.source.kind == "parquet":
-            yield from _read_parquet(span, text_key)
-        elif span.source.kind == "text":
-            yield _read_text(Path(path), max_line_bytes)
-        elif span.source.kind == "gzip":
-            with gzip.open(path) as file:
+    if span.source.kind == "parquet":
+        yield from _read_parquet(span, text_key)
+    elif span.source.kind == "text":
+        with _file_errors(span):
+            yield _read_text(Path(span.source.path), max_line_bytes)
+    else:
+        yield from _read_lines(span, lambda raw: parse(raw, text_key), "", max_line_bytes)
+
+
+def read_objects(span: Span, max_line_bytes: int = MAX_LINE_BYTES) -> Iterator[Record[dict[str, Any] | None]]:
+    """Every line of the span as one object, good or bad; None stands for a blank line. Raises as ``read``."""
+    if span.source.kind == "parquet":
+        for line, row in enumerate(parquet.objects(span.source.path, span.start), 1):
+            yield Record(line, row, "invalid UTF-8 in a string" if row is None else "")
+    elif span.source.kind == "text":
+        raise DataError(
+            f"{span.source.path}: plain text holds no conversations; expected .jsonl, .jsonl.gz or .parquet"
+        )
+    else:
+        yield from _read_lines(span, parse_object, None, max_line_bytes)
+
+
+def _read_lines(span: Span, parse: Callable[[bytes], T], nothing: T, limit: int) -> Iterator[Record[T]]:
+    with _file_errors(span):
+        if span.source.kind == "gzip":
+            with gzip.open(span.source.path) as file:
                 # GzipFile is a BufferedIOBase; its own readline goes through Python for each line.
-                yield from _read_jsonl(io.BufferedReader(file, 1 << 20), 0, 1 << 63, text_key, max_line_bytes)  # type: ignore[arg-type]
+                yield from _read_jsonl(io.BufferedReader(file, 1 << 20), 0, 1 << 63, parse, nothing, limit)  # type: ignore[arg-type]
         else:
-            with Path(path).open("rb", buffering=1 << 20) as file:
-                yield from _read_jsonl(file, span.start, span.stop, text_key, max_line_bytes)
+            with Path(span.source.path).open("rb", buffering=1 << 20) as file:
+                yield from _read_jsonl(file, span.start, span.stop, parse, nothing, limit)
+
+
+@contextmanager
+def _file_errors(span: Span) -> Iterator[None]:
+    try:
+        yield
     except (gzip.BadGzipFile, zlib.error, EOFError) as error:
-        raise DataError(f"{path}: damaged gzip file: {error}") from None
+        raise DataError(f"{span.source.path}: damaged gzip file: {error}") from None
     except OSError as error:
-        raise DataError(f"{path}: {error.strerror or error}") from None
+        raise DataError(f"{span.source.path}: {error.strerror or error}") from None
 
 
-def _read_jsonl(file: BinaryIO, start: int, stop: int, text_key: str, limit: int) -> Iterator[Record]:
+def _read_jsonl(
+    file: BinaryIO, start: int, stop: int, parse: Callable[[bytes], T], nothing: T, limit: int
+) -> Iterator[Record[T]]:
     position = start
     if start:  # the line that runs across `start` belongs to the span before
         file.seek(start - 1)
@@ -70,12 +98,12 @@ def _read_jsonl(file: BinaryIO, start: int, stop: int, text_key: str, limit: int
         line += 1
         if len(raw) > limit and not raw.endswith(b"\n"):
             position += _skip_line(file)
-            yield _refused(line, f"longer than {limit} bytes (--max_line_bytes)", raw)
+            yield _refused(line, nothing, f"longer than {limit} bytes (--max_line_bytes)", raw)
             continue
         try:
-            yield Record(line, parse(raw.removeprefix(codecs.BOM_UTF8) if first else raw, text_key))
+            yield Record(line, parse(raw.removeprefix(codecs.BOM_UTF8) if first else raw))
         except ValueError as error:
-            yield _refused(line, str(error), raw)
+            yield _refused(line, nothing, str(error), raw)
 
 
 def _skip_line(file: BinaryIO) -> int:
@@ -88,8 +116,8 @@ def _skip_line(file: BinaryIO) -> int:
     return skipped
 
 
-def _refused(line: int, error: str, raw: bytes) -> Record:
-    return Record(line, "", error, raw[:80].decode("utf-8", "backslashreplace"))
+def _refused(line: int, nothing: T, error: str, raw: bytes) -> Record[T]:
+    return Record(line, nothing, error, raw[:80].decode("utf-8", "backslashreplace"))
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -107,14 +135,14 @@ def _no_constant(name: str) -> None:
 _DECODER = json.JSONDecoder(object_pairs_hook=_unique, parse_constant=_no_constant)
 
 
-def parse(raw: bytes, text_key: str = "text") -> str:
-    """The text of one line of jsonl; ``""`` for a blank one. Raises ValueError with the reason to refuse it."""
+def parse_object(raw: bytes) -> dict[str, Any] | None:
+    """The object in one line of jsonl, None for a blank one. Raises ValueError with the reason to refuse it."""
     try:
         line = raw.decode()
     except UnicodeDecodeError as error:
         raise ValueError(f"invalid UTF-8 at byte {error.start + 1}") from None
     if not line or line.isspace():
-        return ""
+        return None
     if line[0] == "\ufeff":
         raise ValueError("a byte order mark that is not at the start of the file")
     try:
@@ -124,40 +152,58 @@ def parse(raw: bytes, text_key: str = "text") -> str:
     except RecursionError:
         raise ValueError("invalid JSON: nested too deeply") from None
     if not isinstance(found, dict):
-        raise ValueError(f"expected an object, not {_TYPES.get(type(found), 'null')}")
+        raise ValueError(f"expected an object, not {kind(found)}")
+    return found
+
+
+def kind(value: Any) -> str:
+    """What a JSON value is, in words."""
+    return _TYPES.get(type(value), "null")
+
+
+def parse(raw: bytes, text_key: str = "text") -> str:
+    """The text of one line of jsonl; ``""`` for a blank one. Raises ValueError with the reason to refuse it."""
+    found = parse_object(raw)
+    if found is None:
+        return ""
     if text_key not in found:
         keys = ", ".join(json.dumps(key) for key in list(found)[:5]) or "none"
         raise ValueError(f"no key {json.dumps(text_key)} (--text_key); its keys are: {keys}")
     text = found[text_key]
     if not isinstance(text, str):
-        raise ValueError(f"{json.dumps(text_key)} is {_TYPES.get(type(text), 'null')}, expected a string")
+        raise ValueError(f"{json.dumps(text_key)} is {kind(text)}, expected a string")
+    check_text(text)
+    return text
+
+
+def check_text(text: str) -> None:
+    """Raise ValueError for a text that no UTF-8 can carry."""
     if not text.isascii():
         try:
             text.encode()
         except UnicodeEncodeError as error:
             code = ord(text[error.start])
             raise ValueError(f"lone surrogate \\u{code:04x} at character {error.start + 1} of the text") from None
-    return text
 
 
-def _read_text(path: Path, limit: int) -> Record:
+def _read_text(path: Path, limit: int) -> Record[str]:
     if path.stat().st_size > limit:
         with path.open("rb") as file:
-            return _refused(1, f"longer than {limit} bytes (--max_line_bytes)", file.read(80))
+            return _refused(1, "", f"longer than {limit} bytes (--max_line_bytes)", file.read(80))
     raw = path.read_bytes()
     try:
         return Record(1, raw.decode("utf-8-sig"))
     except UnicodeDecodeError as error:
         line, column = raw.count(b"\n", 0, error.start) + 1, error.start - raw.rfind(b"\n", 0, error.start)
-        return _refused(line, f"invalid UTF-8 at byte {column}", raw[error.start - column + 1 :])
+        return _refused(line, "", f"invalid UTF-8 at byte {column}", raw[error.start - column + 1 :])
 
 
-def _read_parquet(span: Span, text_key: str) -> Iterator[Record]:
+def _read_parquet(span: Span, text_key: str) -> Iterator[Record[str]]:
     for line, raw in enumerate(parquet.rows(span.source.path, span.start, text_key), 1):
         if raw is None:
-            yield _refused(line, f"{json.dumps(text_key)} is null, expected a string", b"")
+            yield _refused(line, "", f"{json.dumps(text_key)} is null, expected a string", b"")
             continue
         try:
             yield Record(line, raw.decode())
         except UnicodeDecodeError as error:
-            yield _refused(line, f"invalid UTF-8 at byte {error.start + 1}", raw)
+            yield _refused(line, "", f"invalid UTF-8 at byte {error.start + 1}", raw)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -10,12 +11,11 @@ from pathlib import Path
 from typing import TextIO
 
 import numpy as np
-from sentencepiece import SentencePieceProcessor
 
 from data_tools.documents import MAX_LINE_BYTES, read
 from data_tools.sources import Span, similar
 from megatron_lite.data.indexed import IndexedWriter, token_dtype
-from megatron_lite.data.tokenizer import load_tokenizer
+from megatron_lite.data.tokenizer import JSON, MODEL, Tokenizer, load_tokenizer
 from megatron_lite.errors import ConfigError
 
 _BATCH_BYTES = 256 << 10  # texts handed to sentencepiece at once
@@ -33,6 +33,10 @@ class Options:
     long_documents: str = "split"
     max_line_bytes: int = MAX_LINE_BYTES
 
+    def encode(self, spans: list[Span], prefix: str, tokenizer: str) -> Part:
+        """Write the documents of ``spans`` as a dataset at ``prefix``, refused lines in PREFIX.rejects."""
+        return encode(spans, prefix, tokenizer, self)
+
 
 @dataclass
 class Part:
@@ -44,6 +48,7 @@ class Part:
     documents: int = 0
     empty: int = 0
     long: int = 0  # documents that were split or truncated
+    tally: Counter[str] = field(default_factory=Counter)  # what else was counted, for the dataset card
 
 
 def cut(text: bytes, size: int = PIECE_BYTES) -> list[bytes]:
@@ -60,15 +65,19 @@ def cut(text: bytes, size: int = PIECE_BYTES) -> list[bytes]:
     return [*pieces, text[start:]]
 
 
-def named_tokenizer(path: str) -> SentencePieceProcessor:
-    """The model that --tokenizer names. Raises ConfigError where there is none, DataError where it does not load."""
-    if not Path(path).is_file():
+def named_tokenizer(path: str) -> Tokenizer:
+    """What --tokenizer names: a .model, a tokenizer.json, or a folder with one of them. Raises ConfigError where there
+    is none, DataError where it does not load."""
+    if not Path(path).exists():
         raise ConfigError(f"--tokenizer={path}: no such file{similar(Path(path))}")
+    if Path(path).is_dir() and not any((Path(path) / name).is_file() for name in (JSON, MODEL)):
+        raise ConfigError(f"--tokenizer={path}: a folder without {JSON} or {MODEL}")
     return load_tokenizer(path)
 
 
 @lru_cache(maxsize=1)  # a worker process encodes many units with one model
-def _tokenizer(path: str) -> SentencePieceProcessor:
+def cached_tokenizer(path: str) -> Tokenizer:
+    """The tokenizer at ``path``."""
     return load_tokenizer(path)
 
 
@@ -77,8 +86,8 @@ def encode(spans: list[Span], prefix: str, tokenizer: str, options: Options) -> 
 
     Each refused line becomes a line of PREFIX.rejects: number of the span, line within the span, reason, excerpt.
     """
-    model, part = _tokenizer(tokenizer), Part(prefix, spans)
-    dtype = token_dtype(model.vocab_size())
+    model, part = cached_tokenizer(tokenizer), Part(prefix, spans)
+    dtype = token_dtype(model.vocab_size)
     with (
         IndexedWriter(prefix, dtype, durable=False) as writer,
         Path(f"{prefix}.rejects").open("w", encoding="utf-8") as rejects,
@@ -116,14 +125,13 @@ def _batches(part: Part, options: Options, rejects: TextIO) -> Iterator[list[byt
         yield batch
 
 
-def _encode(model: SentencePieceProcessor, texts: list[bytes], eos: bool) -> list[np.ndarray]:
+def _encode(model: Tokenizer, texts: list[bytes], eos: bool) -> list[np.ndarray]:
     """[n] int32 tokens of each text."""
     if max(map(len, texts)) <= PIECE_BYTES:
-        return model.encode(texts, out_type="numpy", num_threads=1, add_eos=eos)
+        return model.encode_documents(texts, eos)
     documents = []
     for *head, tail in map(cut, texts):
-        pieces = [model.encode(piece, out_type="numpy") for piece in head]
-        documents.append(np.concatenate([*pieces, model.encode(tail, out_type="numpy", add_eos=eos)]))
+        documents.append(np.concatenate(model.encode_documents(head, False) + model.encode_documents([tail], eos)))
     return documents
 
 

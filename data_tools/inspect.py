@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +12,13 @@ from rich.text import Text
 
 from data_tools.encode import named_tokenizer
 from megatron_lite.data.indexed import IndexedDataset, dataset_file, read_card
+from megatron_lite.data.packing import CONVERSATIONS
 from megatron_lite.data.tokenizer import load_tokenizer
 from megatron_lite.errors import ConfigError, DataError
 
 _BAR = 40  # columns
 _SHOWN = 60  # tokens at the start of each sample
+_SHOWN_OF_CONVERSATION = 400
 _CHUNK = 1 << 24  # tokens counted at once
 
 
@@ -26,6 +27,7 @@ def inspect(prefix: str, samples: int = 3, tokenizer: str = "") -> None:
 
     PREFIX.bin and PREFIX.idx are checked in full. The samples are spread evenly from the first document to the last;
     they are decoded with the tokenizer that the dataset card names, or --tokenizer, and shown as token ids without one.
+    Of conversations, what is trained on is green on a terminal, and between ⟦ and ⟧ elsewhere.
     """
     if samples < 0:
         raise ConfigError(f"--samples={samples}: expected 0 or more")
@@ -41,10 +43,32 @@ def inspect(prefix: str, samples: int = 3, tokenizer: str = "") -> None:
     if note and samples:
         console.print(note)
     for i in np.unique(np.linspace(0, dataset.num_documents - 1, samples).astype(int)) if len(lengths) else ():
+        if (card or {}).get("content") == CONVERSATIONS:
+            console.print(Text(f"\ndocument {i} ({lengths[i]:,} tokens)", style="bold"))
+            console.print(_conversation(dataset, i, model, console.is_terminal))
+            continue
         first, last = dataset.documents[i], dataset.documents[i + 1]
         tokens = [token for s in range(first, min(last, first + _SHOWN)) for token in dataset[s][:_SHOWN].tolist()]
         console.print(Text(f"\ndocument {i} ({lengths[i]:,} tokens)", style="bold"))
         console.print(Text(_printable(_decode(model, tokens[:_SHOWN])) if model else str(tokens[:_SHOWN])))
+
+
+def _conversation(dataset: IndexedDataset, document: int, model: Any, colour: bool) -> Text:
+    """The beginning of a conversation, what is trained on told from its context."""
+    text, room = Text(), _SHOWN_OF_CONVERSATION
+    first, last = dataset.documents[document : document + 2]
+    for i, sequence in enumerate(range(first, last)):
+        tokens = dataset[sequence][:room].tolist()
+        room -= len(tokens)
+        if not tokens:
+            break
+        _check_vocabulary(model, tokens)
+        shown = _printable(model.show(tokens) if model else f"{tokens} ")
+        if i % 2 == 0:
+            text.append(shown, style="dim")
+        else:
+            text.append(shown if colour else f"⟦{shown}⟧", style="bold green")
+    return text
 
 
 def _facts(dataset: IndexedDataset, card: dict[str, Any] | None) -> str:
@@ -60,6 +84,8 @@ def _facts(dataset: IndexedDataset, card: dict[str, Any] | None) -> str:
     for key, value in (card or {}).items():
         if key == "sources" and isinstance(value, list):
             value = f"{len(value):,} files"
+        if key == "options" and isinstance(value, dict):
+            value = {name: option for name, option in value.items() if name != "chat_template"}
         if key not in ("documents", "sequences", "tokens", "dtype"):
             facts[key] = value
     return "\n".join(f"{key:<17} {_printable(str(value))}" for key, value in facts.items())
@@ -105,16 +131,21 @@ def _find_tokenizer(prefix: str, card: dict[str, Any] | None, given: str) -> tup
         return None, "no dataset card names the tokenizer: samples are token ids (--tokenizer=… decodes them)"
     named = Path(str(card["tokenizer"]))
     for path in (named, dataset_file(prefix, "").parent / named.name):
-        if path.is_file():
-            if hashlib.sha256(path.read_bytes()).hexdigest() != card.get("tokenizer_sha256"):
+        if path.exists():
+            found = load_tokenizer(path)
+            if found.sha256 != card.get("tokenizer_sha256"):
                 return None, f"{path} is not the tokenizer this dataset was made with: samples are token ids"
-            return load_tokenizer(path), ""
+            return found, ""
     return None, f"{named} is not there: samples are token ids (--tokenizer=… decodes them)"
 
 
+def _check_vocabulary(model: Any, tokens: list[int]) -> None:
+    if model and tokens and not 0 <= min(tokens) <= max(tokens) < model.vocab_size:
+        raise DataError(f"token {max(tokens)} is not in the tokenizer's vocabulary of {model.vocab_size}")
+
+
 def _decode(model: Any, tokens: list[int]) -> str:
-    if tokens and not 0 <= min(tokens) <= max(tokens) < model.vocab_size():
-        raise DataError(f"token {max(tokens)} is not in the tokenizer's vocabulary of {model.vocab_size()}")
+    _check_vocabulary(model, tokens)
     return model.decode(tokens)
 
 

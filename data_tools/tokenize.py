@@ -11,15 +11,16 @@ import json
 import os
 import socket
 from collections import Counter
+from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar, Protocol
 
 from data_tools import workers as processes
 from data_tools.documents import MAX_LINE_BYTES
-from data_tools.encode import Options, Part, encode, named_tokenizer
+from data_tools.encode import Options, Part, named_tokenizer
 from data_tools.progress import Progress
 from data_tools.sources import Source, Span, find_sources, units
 from megatron_lite.cli import nearest
@@ -57,14 +58,51 @@ def tokenize(
     vocabulary has fewer than 65,500 entries, else int32. The dataset appears when it is complete; an older one at OUT
     is replaced.
     """
-    options = Options(append_eos, text_key, on_error, max_document_tokens, long_documents, max_line_bytes)
 
-    def prepare() -> tuple[list[Source], dict[str, Any]]:
-        _check_flags(options, workers, max_bad, out)
-        return find_sources(input), _describe_tokenizer(tokenizer, append_eos)
+    def prepare() -> tuple[Options, dict[str, Any]]:
+        mistakes = mistaken_flags(on_error, workers, max_bad, max_document_tokens, max_line_bytes, out)
+        if long_documents not in ("split", "truncate"):
+            hint = nearest(long_documents, ("split", "truncate"))
+            mistakes.append(f"--long_documents={long_documents}: expected split or truncate{hint}")
+        if mistakes:
+            raise ConfigError("\n".join(mistakes))
+        options = Options(append_eos, text_key, on_error, max_document_tokens, long_documents, max_line_bytes)
+        return options, describe_tokenizer(tokenizer, append_eos)
+
+    build(input, tokenizer, out, workers, max_bad, prepare)
+
+
+class Encoding(Protocol):
+    """What is done with the input, and by which options: a dataclass that travels to the workers."""
+
+    __dataclass_fields__: ClassVar[dict[str, Any]]
+
+    @property
+    def on_error(self) -> str:
+        """Whether to ``stop`` at a refused line or ``skip`` it."""
+
+    def encode(self, spans: list[Span], prefix: str, tokenizer: str) -> Part:
+        """Write what ``spans`` hold as a dataset at ``prefix``."""
+
+
+def build(
+    input: str,
+    tokenizer: str,
+    out: str,
+    workers: int,
+    max_bad: str,
+    prepare: Callable[[], tuple[Encoding, dict[str, Any]]],
+) -> Merger | None:
+    """Find the input, encode it by ``workers`` processes or the ranks of an MPI job, write the dataset, report.
+
+    ``prepare``: checks the flags, on one rank; returns the options and what the card is to say beside them.
+    Returns what was counted; None on other ranks than 0."""
+
+    def begin_with() -> tuple[Encoding, dict[str, Any], list[Source]]:
+        return *prepare(), find_sources(input)
 
     comm = processes.world() if started_by_mpi() else None
-    sources, facts = processes.on_root(comm, prepare)
+    options, facts, sources = processes.on_root(comm, begin_with)
     writer = IndexedWriter(out, token_dtype(facts["vocab_size"]))
     work = partial(_work, folder=writer.folder, tokenizer=tokenizer, options=options)
     todo = enumerate(units(sources, _UNIT_BYTES))
@@ -76,9 +114,9 @@ def tokenize(
         processes.on_root(comm, begin)  # its folder exists from here on
         if comm and comm.rank > 0:
             processes.run_ranks(comm, todo, work, lambda part: None)
-            return
+            return None
         total = sum(source.size for source in sources)
-        merger = _Merger(writer, options, stack.enter_context(Progress(total)))
+        merger = Merger(writer, options, stack.enter_context(Progress(total)))
         if comm:
             processes.run_ranks(comm, todo, work, merger.add)
         else:
@@ -89,39 +127,38 @@ def tokenize(
     print(f"{writer.num_documents:,} documents, {writer.num_tokens:,} tokens ({writer.dtype}): {writer.prefix}.bin")
     if merger.rejected:
         print(f"{merger.rejected:,} of {merger.lines:,} lines refused: {merger.rejects}")
+    return merger
 
 
-def _work(unit: tuple[int, list[Span]], folder: Path, tokenizer: str, options: Options) -> Part:
+def _work(unit: tuple[int, list[Span]], folder: Path, tokenizer: str, options: Encoding) -> Part:
     number, spans = unit
     if not folder.is_dir():
         raise StorageError(
             f"{folder}: not there on {socket.gethostname()}; --out must be on storage that all hosts share"
         )
-    return encode(spans, str(folder / f"part_{number:09d}"), tokenizer, options)
+    return options.encode(spans, str(folder / f"part_{number:09d}"), tokenizer)
 
 
-def _check_flags(options: Options, workers: int, max_bad: str, out: str) -> None:
+def mistaken_flags(
+    on_error: str, workers: int, max_bad: str, max_document_tokens: int, max_line_bytes: int, out: str
+) -> list[str]:
+    """What is wrong with the flags that every encoding has."""
     mistakes = []
     if workers < 0:
         mistakes.append(f"--workers={workers}: expected 0 (one for each CPU) or more")
-    for flag, value, allowed in (
-        ("on_error", options.on_error, ("stop", "skip")),
-        ("long_documents", options.long_documents, ("split", "truncate")),
-    ):
-        if value not in allowed:
-            mistakes.append(f"--{flag}={value}: expected {' or '.join(allowed)}{nearest(value, allowed)}")
-    if options.max_document_tokens < 0 or options.max_document_tokens == 1:
-        mistakes.append(f"--max_document_tokens={options.max_document_tokens}: expected 0 (no limit), or 2 or more")
-    if options.max_line_bytes < 1:
-        mistakes.append(f"--max_line_bytes={options.max_line_bytes}: expected at least 1")
+    if on_error not in ("stop", "skip"):
+        mistakes.append(f"--on_error={on_error}: expected stop or skip{nearest(on_error, ('stop', 'skip'))}")
+    if max_document_tokens < 0 or max_document_tokens == 1:
+        mistakes.append(f"--max_document_tokens={max_document_tokens}: expected 0 (no limit), or 2 or more")
+    if max_line_bytes < 1:
+        mistakes.append(f"--max_line_bytes={max_line_bytes}: expected at least 1")
     if not out or out.endswith("/"):
         mistakes.append(f"--out={out}: expected the beginning of the file names, such as data/web")
     try:
         _allowed(max_bad, 1)
     except ValueError:
         mistakes.append(f"--max_bad={max_bad}: expected a share of the lines such as 0.1% or a number of lines")
-    if mistakes:
-        raise ConfigError("\n".join(mistakes))
+    return mistakes
 
 
 def _allowed(max_bad: str, lines: int) -> float:
@@ -132,26 +169,27 @@ def _allowed(max_bad: str, lines: int) -> float:
     return number
 
 
-def _describe_tokenizer(path: str, append_eos: bool) -> dict[str, Any]:
+def describe_tokenizer(path: str, append_eos: bool) -> dict[str, Any]:
     """What the dataset card says about the tokenizer. Raises for a missing or damaged model, or one without eos."""
     model = named_tokenizer(path)
-    if append_eos and model.eos_id() < 0:
+    if append_eos and model.eos_id < 0:
         raise ConfigError(f"{path}: has no end-of-sequence token; give --append_eos=false")
     return {
         "tokenizer": path,
-        "tokenizer_sha256": hashlib.sha256(Path(path).read_bytes()).hexdigest(),
-        "vocab_size": model.vocab_size(),
-        "eos_id": model.eos_id(),
+        "tokenizer_sha256": model.sha256,
+        "vocab_size": model.vocab_size,
+        "eos_id": model.eos_id,
     }
 
 
-class _Merger:
+class Merger:
     """Appends the parts in order; numbers the refused lines by their files and hashes the sources on the way."""
 
-    def __init__(self, writer: IndexedWriter, options: Options, progress: Progress) -> None:
+    def __init__(self, writer: IndexedWriter, options: Encoding, progress: Progress) -> None:
         self.writer, self.options, self.progress = writer, options, progress
         self.rejects = dataset_file(writer.prefix, ".rejects.jsonl")
         self.lines = self.kept = self.empty = self.long = self.rejected = 0
+        self.tally: Counter[str] = Counter()
         self._lines_of: Counter[str] = Counter()
         self._digests: dict[str, Any] = {}
 
@@ -172,6 +210,7 @@ class _Merger:
         self.kept += part.documents
         self.empty += part.empty
         self.long += part.long
+        self.tally.update(part.tally)
         self.progress.update(sum(span.size for span in part.spans), self.writer.num_tokens - before)
 
     def _hash(self, span: Span) -> None:
@@ -214,7 +253,7 @@ class _Merger:
             source.check_unchanged()
         files = [{"file": s.path, "size": s.size, "sha256": self._digest(s.path)} for s in sources]
         counts = {"lines": self.lines, "empty": self.empty, "rejected": self.rejected, "long": self.long}
-        return {**counts, "sources": files}
+        return {**counts, **self.tally, "sources": files}
 
     def _digest(self, path: str) -> str:
         if path in self._digests:

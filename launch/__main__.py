@@ -12,12 +12,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from launch import LAUNCHERS, cli
+from launch import LAUNCHERS, cli, slurm, submitted
 from launch.cli import Flag
 from launch.elastic import Pool
 from launch.hostfile import MAX_SLOTS, Host, UsageError, nearest, read_hostfile, select
-from launch.job import Job, Ssh, forwarded, rank_defaults
+from launch.job import Job, Slurm, Ssh, forwarded, rank_defaults
 from launch.layout import check_layout, picture
+from launch.report import PEER_LOST
 from launch.supervise import describe, say, supervise
 from launch.verify import verify as check_places
 
@@ -42,6 +43,18 @@ RUN = HOSTS | {
     "dry_run": Flag(cli.switch, False, "", "print what would be started, and start nothing"),
 }
 
+DOCTOR = {name: HOSTS[name] for name in ("nproc", "hostfile", "include", "exclude", "nodes", "rdzv")} | {
+    "bandwidth": Flag(cli.switch, True, "", "measure a real all-reduce, where nothing else is wrong"),
+    "timeout": Flag(cli.whole(1, 3600), 60, "SECONDS", "that the answers to one question may take"),
+    "json": Flag(cli.switch, False, "", "everything that was found out, as JSON on stdout"),
+}
+_NO_CONFIG: dict[str, Any] = {
+    "run": {"dir": "runs", "name": "doctor"},
+    "launch": {"env": {}, "forward": [], "ssh": {"port": None, "options": []}},
+    "checkpoint": {"keep": 1},
+    "checkpoint_bytes": 0,
+}
+
 
 def run(
     config: str,
@@ -58,9 +71,15 @@ def run(
     Ctrl-C (or SIGTERM, SIGUSR1) lets the ranks finish their step and save; a second one ends them at once.
     Exit codes: 0 done, 2 usage or config, 3 data, 4 checkpoint, 5 peer lost or hung, 6 non-finite loss, 7 disk or I/O,
     75 preempted and saved: start it again. 128+N: ended by a second signal N, not saved."""
+    where["via"] = via
     hosts, pool = choose_hosts(where)
     settings = check(config, hosts, overrides)
     job = make_job(config, hosts, settings, overrides, where)
+    if via == "slurm" and not slurm.allocated(os.environ):
+        words = [config, "--via=slurm", f"--nodes={len(hosts)}", f"--nproc={hosts[0].slots}"]
+        words += [f"--rdzv={cli.shown(where['rdzv'])}"] if where["rdzv"] else []
+        words += [f"--max_restarts={max_restarts}"] if max_restarts else []
+        return submitted.submit(job, words, overrides, settings["launch"]["slurm"], dry_run=dry_run)
     if dry_run:
         print(describe(LAUNCHERS[via](_shown(job))))
         return 0
@@ -71,6 +90,8 @@ def run(
     outcome = supervise(job, LAUNCHERS[via], max_restarts, pool)
     if outcome.line:
         say(outcome.line)
+    if len(hosts) > 1 and outcome.exit_code == PEER_LOST and outcome.step is None:
+        say("python -m launch doctor, with the same flags, examines the hosts")
     return outcome.exit_code
 
 
@@ -79,11 +100,50 @@ def plan(config: str, *, overrides: dict[str, str], **where: Any) -> int:
     commands of every way to start it. Nothing is started."""
     hosts, _ = choose_hosts(where)
     settings = check(config, hosts, overrides)
-    job = make_job(config, hosts, settings, overrides, where)
-    print(picture(job, settings["mesh"]))
+    print(picture(make_job(config, hosts, settings, overrides, where), settings["mesh"]))
     for name in LAUNCHERS if where["via"] is None else [where["via"]]:
-        print(f"\n--via={name}\n{describe(LAUNCHERS[name](_shown(job)))}")
+        job = make_job(config, hosts, settings, overrides, where | {"via": name})
+        try:
+            shown = describe(LAUNCHERS[name](_shown(job)))
+        except UsageError as error:
+            shown = f"not so: {error}"
+        print(f"\n--via={name}\n{shown}")
     return 0
+
+
+def manifest(config: str, *, nodes: int, nproc: int, max_restarts: int, overrides: dict[str, str]) -> int:
+    """Print a Kubernetes manifest that runs CONFIG on --nodes pods, for `kubectl apply -f -`.
+
+    launch.k8s of the config says with which image, volumes, resources and secrets."""
+    from launch import k8s
+
+    settings = check(config, tuple(Host(f"pod-{node}", nproc) for node in range(nodes)), overrides)
+    print(k8s.documents(k8s.manifest(settings, nodes, nproc, max_restarts)), end="")
+    return 0
+
+
+def doctor(
+    config: str | None = None, *, json: bool, timeout: int, bandwidth: bool, overrides: dict[str, str], **where: Any
+) -> int:
+    """Examine the hosts before a run is started on them: ssh, names, versions, network, folders, limits, clocks.
+
+    With CONFIG also what its run would need: its folder, disk space, ssh options, variables. Errors and warnings come a
+    line each, with what to do, on stderr; a table of all checks on stdout. Exit code 0: ready, perhaps with warnings;
+    otherwise that of the first check that fails: 2 versions, devices, clock, /dev/shm, limits or port, 5 a host cannot
+    be reached or reach others, 7 the run's folder or disk."""
+    from launch import doctor as examination  # what only this command needs, so that others start at once
+
+    where |= {"node_rank": None, "mpirun": None, "via": "torchrun"}
+    hosts, _ = choose_hosts(where)
+    if config is None and overrides:
+        raise UsageError(f"--{next(iter(overrides))} overrides a key of CONFIG, and none is given")
+    settings = _NO_CONFIG if config is None else check(config, hosts, overrides)
+    job = make_job(config or "", hosts, settings, overrides, where)
+    wanted = examination.Wanted(settings["checkpoint_bytes"], settings["checkpoint"]["keep"], bandwidth, timeout)
+    case, findings = examination.diagnose(job, wanted)
+    table = examination.report(case, findings)
+    print(examination.as_json(case, findings) if json else table)
+    return examination.exit_code(findings)
 
 
 def verify(*, via: str | None, dir: str, **where: Any) -> int:
@@ -98,13 +158,19 @@ def verify(*, via: str | None, dir: str, **where: Any) -> int:
         name="verify",
         rendezvous=where["rdzv"],
         mpirun=where["mpirun"],
+        slurm=Slurm() if via == "slurm" else None,
     )
+    if via == "slurm" and not slurm.allocated(os.environ):
+        raise UsageError("verify --via=slurm starts ranks where it is called: in a batch script, or after salloc")
     job = replace(job, env=_variables(job, {}, ()))
-    return check_places(job, LAUNCHERS if via is None else {via: LAUNCHERS[via]})
+    others = {name: launcher for name, launcher in LAUNCHERS.items() if name != "slurm"}
+    return check_places(job, others if via is None else {via: LAUNCHERS[via]})
 
 
 def choose_hosts(where: Mapping[str, Any]) -> tuple[tuple[Host, ...], Pool | None]:
     """The hosts that flags name, and, where --nodes gives a choice, all that may be chosen from. Raises UsageError."""
+    if where["via"] == "slurm":
+        return slurm.choose_hosts(where, os.environ), None
     nproc, nodes, hostfile = where["nproc"], where["nodes"], where["hostfile"]
     if hostfile is None:
         if where["include"] or where["exclude"]:
@@ -187,6 +253,7 @@ def make_job(
         node=where["node_rank"],
         rendezvous=where["rdzv"],
         ssh=Ssh(launch["ssh"]["port"], tuple(launch["ssh"]["options"])),
+        slurm=slurm.describe(launch["slurm"], os.environ) if where["via"] == "slurm" else None,
         mpirun=where["mpirun"],
     )
     return replace(job, env=_variables(job, launch["env"], launch["forward"]))
@@ -200,7 +267,7 @@ def _variables(job: Job, env: Mapping[str, str], forward: Sequence[str]) -> dict
 
 def _shown(job: Job) -> Job:
     """The job as it is printed: with a port that stands for the free one that is found at the start."""
-    if len(job.hosts) > 1 and (job.rendezvous is None or not job.rendezvous[1]):
+    if (len(job.hosts) > 1 or job.slurm) and (job.rendezvous is None or not job.rendezvous[1]):
         address = job.rendezvous[0] if job.rendezvous else job.hosts[0].address
         return replace(job, rendezvous=(address, 29500), name=job.name.rpartition("-")[0])
     return replace(job, name=job.name.rpartition("-")[0])
@@ -218,6 +285,28 @@ class Entry:
 
 COMMANDS = {
     "run": Entry(run, RUN, ("config",), overrides=True),
+    "status": Entry(submitted.status, {}, ("job",)),
+    "logs": Entry(
+        submitted.logs,
+        {
+            "rank": Flag(cli.whole(0, 2**20), None, "N", "this rank's log (default: what the launcher and rank 0 say)"),
+            "follow": Flag(cli.switch, False, "", "go on until the job has ended"),
+        },
+        ("job",),
+    ),
+    "cancel": Entry(
+        submitted.cancel, {"wait": Flag(cli.whole(0, 86400), 120, "SECONDS", "for it to save (120)")}, ("job",)
+    ),
+    "k8s": Entry(
+        manifest,
+        {
+            "nodes": Flag(cli.whole(1, 16384), 1, "N", "pods (1)"),
+            "nproc": Flag(cli.whole(1, MAX_SLOTS), 1, "N", "ranks in each pod (1)"),
+            "max_restarts": Flag(cli.whole(0, 1000), 3, "N", "start again up to N times when a rank is lost (3)"),
+        },
+        ("config",),
+        overrides=True,
+    ),
     "verify": Entry(
         verify,
         HOSTS
@@ -227,6 +316,7 @@ COMMANDS = {
         },
     ),
     "plan": Entry(plan, HOSTS | {"via": replace(HOSTS["via"], default=None)}, ("config",), overrides=True),
+    "doctor": Entry(doctor, DOCTOR, ("[config]",), overrides=True),
 }
 
 

@@ -69,11 +69,17 @@ def endpoint(text: str) -> tuple[str, int]:
     return match[1].strip("[]"), int(match[2] or 0)
 
 
+def shown(place: tuple[str, int]) -> str:
+    """What ``endpoint`` reads as ``place``."""
+    host, port = place
+    return (f"[{host}]" if ":" in host else host) + (f":{port}" if port else "")
+
+
 def parse(
     words: Sequence[str], flags: Mapping[str, Flag], arguments: Sequence[str], *, overrides: bool = False
 ) -> dict[str, Any]:
-    """Arguments and flags by name; with ``overrides`` a flag with a dot in its name is one. UsageError lists all
-    mistakes."""
+    """Arguments and flags by name; with ``overrides`` a flag with a dot in its name is one. An argument written as
+    ``[name]`` may be left out. UsageError lists all mistakes."""
     import fire
     from fire.decorators import SetParseFn
 
@@ -101,10 +107,10 @@ def parse(
             dotted = "; config keys are written --section.key=value" if overrides else ""
             mistakes.append(f"unknown flag --{name}{nearest(name, flags)}{dotted}")
     mistakes += [f"unexpected argument {word!r}" for word in args[len(arguments) :]]
-    mistakes += [f"missing {name.upper()}; see --help" for name in arguments[len(args) :]]
+    mistakes += [f"missing {name.upper()}; see --help" for name in arguments[len(args) :] if name[0] != "["]
     if mistakes:
         raise UsageError("\n".join(mistakes))
-    return found | dict(zip(arguments, args, strict=False))
+    return found | dict(zip((name.strip("[]") for name in arguments), args, strict=False))
 
 
 def usage(name: str, text: str, flags: Mapping[str, Flag], arguments: Sequence[str], *, overrides: bool) -> str:

@@ -10,6 +10,7 @@ from pathlib import Path
 from urllib.parse import quote
 
 from launch.hostfile import Host
+from launch.network import HOSTS
 
 # Variables that ranks on other hosts need as much as those here; a name, or a prefix and a star.
 FORWARDED = (
@@ -25,6 +26,18 @@ class Ssh:
 
     port: int | None = None
     options: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Slurm:
+    """How the nodes of an allocation are reached: ``srun`` starts a task for each rank (``tasks``) or a ``torchrun`` on
+    each node, perhaps in a container. ``port``: where ranks meet if no free one can be looked for."""
+
+    srun: str = "tasks"
+    cpus_per_task: int | None = None
+    container: str | None = None
+    container_mounts: str | None = None
+    port: int = 20000
 
 
 @dataclass(frozen=True)
@@ -58,6 +71,7 @@ class Job:
     node: int | None = None
     rendezvous: tuple[str, int] | None = None
     ssh: Ssh = Ssh()
+    slurm: Slurm | None = None
     mpirun: Path | None = None
 
     @property
@@ -78,7 +92,9 @@ class Job:
 
     @property
     def distributed(self) -> bool:
-        """Whether some of the ranks it starts are on other machines, out of reach of a signal."""
+        """Whether some of the ranks it starts are on other machines, or Slurm's children, out of reach of a signal."""
+        if self.slurm is not None:
+            return True
         return any(not place.host.local for place in self.watched) if self.node is None else False
 
     @property
@@ -96,7 +112,11 @@ class Job:
     @property
     def rank_env(self) -> dict[str, str]:
         """Variables to add to the environment of every rank."""
-        return {**self.env, "MLITE_ATTEMPT": str(self.attempt), "MLITE_JOB": f"{self.name}.{self.attempt}"}
+        env = {**self.env, "MLITE_ATTEMPT": str(self.attempt), "MLITE_JOB": f"{self.name}.{self.attempt}"}
+        if len(self.hosts) > 1:
+            known = [host.address for host in self.hosts[:2]] if self.node is None else []
+            env[HOSTS] = ",".join(dict.fromkeys([*(self.rendezvous or ())[:1], *known]))
+        return env
 
     def rank_argv(self, *options: str) -> list[str]:
         """The argv, after the Python executable, of one rank: the program inside its shim (``launch/rank.py``)."""
@@ -153,6 +173,7 @@ class Command:
     host: Host | None = None
     stdin: str | None = None
     without: tuple[str, ...] = ()
+    stop: int | None = None  # the signal on which it ends its ranks on other hosts; sent before SIGKILL
     console: bool = False  # descriptor 0 is the console's stderr (launch/torchrun.py)
 
 

@@ -22,9 +22,14 @@ _ANSWER_S = 20.0
 
 def meet(job: Job) -> Job:
     """``job`` with a rendezvous on its first host, where one is needed and not decided. Raises UsageError."""
+    first = job.hosts[0]
+    if job.slurm is not None:
+        address, port = job.rendezvous or (first.address, 0)
+        return replace(
+            job, rendezvous=(address, free_port(port) if first.local else port or job.slurm.port + job.attempt)
+        )
     if job.node is not None or (len(job.hosts) == 1 and job.rendezvous is None):
         return job
-    first = job.hosts[0]
     address, port = job.rendezvous or ("", 0)
     address = address or first.address
     if len(job.hosts) > 1 and (address == "localhost" or address.startswith("127.") or address == "::1"):
@@ -45,17 +50,26 @@ def meet(job: Job) -> Job:
 
 def free_port(wanted: int = 0) -> int:
     """``wanted`` if it is free on this machine, for 0 some free port. Raises UsageError that names the port's owner."""
-    with socket.socket(socket.AF_INET6 if socket.has_dualstack_ipv6() else socket.AF_INET) as listener:
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            listener.bind(("", wanted))
-            listener.listen(1)
-        except OSError as error:
-            owner = _owner(wanted)
-            by = f" by pid {owner[0]} ({owner[1]})" if owner else f": {error.strerror}"
-            where = f"port {wanted} of {socket.gethostname()}"
-            raise UsageError(f"{where} is in use{by}; give another --rdzv=HOST:PORT") from None
+    with listen(wanted) as listener:
         return int(listener.getsockname()[1])
+
+
+def listen(wanted: int = 0) -> socket.socket:
+    """A socket that listens at ``wanted``, for 0 at a free port, on all addresses. Raises UsageError."""
+    listener = socket.socket(socket.AF_INET6 if socket.has_dualstack_ipv6() else socket.AF_INET)
+    try:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        if listener.family == socket.AF_INET6:
+            listener.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
+        listener.bind(("", wanted))
+        listener.listen(128)
+    except OSError as error:
+        listener.close()
+        owner = _owner(wanted)
+        by = f" by pid {owner[0]} ({owner[1]})" if owner else f": {error.strerror}"
+        where = f"port {wanted} of {socket.gethostname()}"
+        raise UsageError(f"{where} is in use{by}; give another --rdzv=HOST:PORT") from None
+    return listener
 
 
 def _owner(port: int) -> tuple[int, str] | None:

@@ -54,11 +54,15 @@ def judge(
     failures = sorted(reports.failures, key=lambda report: (report.unprepared, not report.signal, report.time))
     primary = [report for report in failures if not report.secondary]
     unborn = sorted(ranks - set(reports.started))
-    step = _last_step(job.run_dir)
+    step = last_step(job.run_dir)
 
-    # Where ranks were lost without an error of their own, the records they left tell whom the others waited for.
-    only_lost = failures and all(report.secondary or report.stopped for report in failures)
-    if only_lost and not stop_asked and (hang := explain(job.log_dir, reports)):
+    # Where ranks were lost without an error of their own, a host that does not answer is the reason; else the records
+    # they left tell whom the others waited for.
+    only_lost = failures and not stop_asked and all(report.secondary or report.stopped for report in failures)
+    gone = next((host for host, code in endings if host and (host in unreachable or code == _SSH_FAILED)), None)
+    if only_lost and gone is not None:
+        return _of_host(job, gone, launcher, step, reachable=gone not in unreachable)
+    if only_lost and (hang := explain(job.log_dir, reports)):
         return Outcome(PEER_LOST, hang.line, hang.rank, hang.host, step)
     if primary:
         return _of_rank(job, primary[0], reports, step)
@@ -68,10 +72,9 @@ def judge(
     if stop_asked and (unborn or any(report.unprepared for report in failures)):
         return Outcome(PREEMPTED, "stopped before training had begun", step=step)
     for host, code in endings:
-        if host is not None and not host.local:
-            theirs = [place.rank for place in job.watched if place.host == host]
-            if host in unreachable or code == _SSH_FAILED or (code and any(r not in reports.ended for r in theirs)):
-                return _of_host(job, host, launcher, theirs, step, reachable=host not in unreachable)
+        theirs = [place.rank for place in job.watched if place.host == host]
+        if code and host and not host.local and any(rank not in reports.ended for rank in theirs):
+            return _of_host(job, host, launcher, step, reachable=True)
     if any(code is not None and code < 0 for _, code in endings):
         signum = next(-code for _, code in endings if code is not None and code < 0)
         cause = f"{launcher} was killed by {signal_name(signum)}; its ranks were stopped with it"
@@ -93,8 +96,9 @@ def launcher_log(job: Job, launcher: str, host: Host | None) -> Path:
     return job.log_dir / (f"{launcher}.log" if host is None else f"{launcher}.{host.name}.log")
 
 
-def _of_host(job: Job, host: Host, launcher: str, ranks: list[int], step: int | None, *, reachable: bool) -> Outcome:
+def _of_host(job: Job, host: Host, launcher: str, step: int | None, *, reachable: bool) -> Outcome:
     """A host that cannot be reached, or ended without its ranks: what ssh, or else the launcher there, said last."""
+    ranks = [place.rank for place in job.watched if place.host == host]
     said = ""
     for log in (job.log_dir / f"ssh.{host.name}.log", launcher_log(job, launcher, host)):
         said = said or _end_of(log)
@@ -122,7 +126,7 @@ def _log(job: Job, report: Report) -> Path:
     return job.log_dir / f"rank_{report.rank}.log"
 
 
-def _last_step(run_dir: Path) -> int | None:
+def last_step(run_dir: Path) -> int | None:
     """The last step that ``metrics.jsonl`` tells of."""
     try:
         with (run_dir / "metrics.jsonl").open("rb") as file:

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import NoReturn
 from urllib.parse import unquote
 
-from launch import process
+from launch import network, process
 from launch.report import PREEMPTED, Report, last_words
 
 _STOP = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP, signal.SIGQUIT)  # what torchrun passes on
@@ -189,6 +189,7 @@ def main() -> NoReturn:
     if os.getppid() == 1:
         raise SystemExit("launch.rank: the launcher has gone")
     argv = _arguments()
+    os.environ.update(network.interface_env(os.environ))
     split = argv.index("--")
     options = dict(option.removeprefix("--").partition("=")[::2] for option in argv[:split])
     program, log_dir = argv[split + 1 :], Path(options["log-dir"])

@@ -275,10 +275,12 @@ class _Attempt:
         if self.job.distributed:
             with contextlib.suppress(OSError):
                 self._wish(END)
-        for agent in self.agents:
+        for command, agent in zip(self.launch.commands, self.agents, strict=False):
             if agent.stdin is not None:
                 with contextlib.suppress(BrokenPipeError):
                     agent.stdin.close()
+            elif command.stop is not None:
+                agent.send_signal(command.stop)
         deadline = time.monotonic() + (_AGENT_LIMIT_S if self.job.distributed else 0)
         while any(agent.poll() is None for agent in self.agents) and time.monotonic() < deadline:
             signal.sigtimedwait({signal.SIGCHLD}, _POLL_S)

@@ -24,19 +24,24 @@ def command(job: Job) -> Launch:
     for node, host in enumerate(job.hosts):
         if job.node not in (None, node):
             continue
-        argv = [
-            *(sys.executable, "-m", "torch.distributed.run"),
-            *_meeting(job, node),
-            f"--nproc-per-node={host.slots}",
-            "--max-restarts=0",
-            f"--shutdown-timeout={_SAVE_SECONDS}",
-            "--signals-to-handle=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1",  # by default USR1 kills it, orphans the ranks
-            *job.rank_argv("--stderr-fd=0"),
-        ]
+        argv = [sys.executable, *agent(job, host.slots, _meeting(job, node), "--stderr-fd=0")]
         env = job.rank_env | device_env(host)
         local = host.local or job.node is not None
         commands.append(Command(argv, env, host, console=True) if local else over_ssh(job, host, argv, env))
     return Launch("torchrun", commands)
+
+
+def agent(job: Job, slots: int, meeting: list[str], *options: str) -> list[str]:
+    """The argv, after the Python executable, of the torchrun of one host; ``options`` are the shim's."""
+    return [
+        *("-m", "torch.distributed.run"),
+        *meeting,
+        f"--nproc-per-node={slots}",
+        "--max-restarts=0",
+        f"--shutdown-timeout={_SAVE_SECONDS}",
+        "--signals-to-handle=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1",  # by default USR1 kills it, orphans the ranks
+        *job.rank_argv(*options),
+    ]
 
 
 def _meeting(job: Job, node: int) -> list[str]:

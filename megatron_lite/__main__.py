@@ -10,13 +10,13 @@ from megatron_lite import cli
 from megatron_lite.config import load_config
 from megatron_lite.dist.env import read_rank
 from megatron_lite.errors import ConfigError
-from megatron_lite.parallel.plan import make_plan, parse_side
+from megatron_lite.parallel.plan import checkpoint_bytes, make_plan, parse_side
 
 
 def config(config: str, ranks: int | None = None, **overrides: str) -> None:
     """Check a config, and whether it can run on --ranks; print it, resolved, as JSON.
 
-    With --ranks the degrees of its mesh come as "mesh".
+    With --ranks the degrees of its mesh come as "mesh", and the size of a checkpoint as "checkpoint_bytes".
 
     CONFIG is a path or the name of a shipped config; any --section.key=value overrides it.
     """
@@ -26,6 +26,7 @@ def config(config: str, ranks: int | None = None, **overrides: str) -> None:
     shown = checked.model_dump(mode="json")
     if ranks is not None:
         shown["mesh"] = make_plan(checked, ranks).degrees
+        shown["checkpoint_bytes"] = checkpoint_bytes(checked)
     print(json.dumps(shown))
 
 
@@ -54,12 +55,13 @@ def generate(
     top_k: int = 0,
     top_p: float = 1.0,
     seed: int = 0,
+    chat: bool = False,
     adapters: str = "",
     adapter: str | None = None,
     requests: str | None = None,
     base: str | None = None,
 ) -> None:
-    """Continue a prompt with a checkpoint's model.
+    """Continue a prompt with a checkpoint's model, or (--chat) answer it through the checkpoint's chat template.
 
     Temperature 0 is greedy. Under a launcher the model is split over its ranks, with the same tokens. An adapter's
     checkpoint comes with its base, which --base finds elsewhere. --adapters=NAME=RUN,NAME=RUN loads adapters onto one
@@ -71,7 +73,7 @@ def generate(
     asked = read_requests(Path(requests)) if requests else [Request(prompt, adapter)]
     sampling = Sampling(max_new_tokens, temperature, top_k, top_p, seed)
     where = Path(base) if base else None
-    for text in generate_text(Path(checkpoint), asked, sampling, adapters=named, base=where):
+    for text in generate_text(Path(checkpoint), asked, sampling, chat=chat, adapters=named, base=where):
         print(text, flush=True)
 
 

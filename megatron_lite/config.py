@@ -145,6 +145,9 @@ class SourceConfig(Section):
 class DataConfig(Section):
     """What is trained on. Without ``validation``, ``split`` cuts train, validation and test out of ``train``.
 
+    ``tokenizer``: a sentencepiece .model, a tokenizer.json, or a folder with one of them. ``packing``: of datasets that
+    ``data_tools chat`` made, samples are windows of whole conversations, masked from each other, and of longer ones the
+    beginning (``long_conversations: truncate``) or nothing (``drop``).
     ``allow_change``, ``force_tokenizer``: resume although the data, or the tokenizer, is not what it was.
     """
 
@@ -154,6 +157,8 @@ class DataConfig(Section):
     split: tuple[NonNegativeFloat, NonNegativeFloat, NonNegativeFloat] = (0.98, 0.01, 0.01)
     seq_len: Positive = 256
     document_mask: bool = False
+    packing: Literal["none", "conversations"] = "none"
+    long_conversations: Literal["truncate", "drop"] = "truncate"
     prefetch: Annotated[Integer, Field(ge=0, le=64)] = 2
     allow_change: bool = False
     force_tokenizer: bool = False
@@ -635,7 +640,7 @@ def _tokenizer_size(path: str | None) -> int:
         raise ConfigError("model.vocab_size is unknown: set data.tokenizer (its size is used) or model.vocab_size")
     from megatron_lite.data.tokenizer import load_tokenizer
 
-    return load_tokenizer(path).vocab_size()
+    return load_tokenizer(path).vocab_size
 
 
 def _describe(error: Any) -> str:

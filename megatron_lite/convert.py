@@ -185,7 +185,7 @@ def load_model(source: Source) -> Decoder:
 def weights_only(source: Source) -> tuple[dict[str, Any], dict[str, bytes]]:
     """State and small files of a checkpoint that no run has made: it starts runs, and none goes on from it."""
     extras = source.extras()
-    tokenizer = extras.get("tokenizer.model")
+    tokenizer = extras.get("tokenizer.json", extras.get("tokenizer.model"))
     config = {"model": source.model.model_dump(mode="json"), "train": {"precision": source.precision}}
     state = {
         "from": str(source.path),

@@ -16,7 +16,8 @@ from megatron_lite import checkpoint, peft
 from megatron_lite.checkpoint import CheckpointSource, Source
 from megatron_lite.cli import nearest
 from megatron_lite.config import PrefixConfig
-from megatron_lite.data.tokenizer import parse_tokenizer
+from megatron_lite.data.template import ChatTemplate, find_template
+from megatron_lite.data.tokenizer import Tokenizer, carried_tokenizer, parse_object
 from megatron_lite.dist import random
 from megatron_lite.dist.env import read_rank
 from megatron_lite.dist.mesh import Mesh, build_mesh, pick_device, process_group
@@ -75,8 +76,10 @@ def choose(logits: Tensor, sampling: Sampling, position: int) -> Tensor:
 
 
 @torch.no_grad()
-def generate(model: Decoder, prompt: list[int], sampling: Sampling, stop: int | None, dtype: torch.dtype) -> list[int]:
-    """The tokens that follow ``prompt``, up to ``max_new_tokens``, the model's length, or the token ``stop``.
+def generate(
+    model: Decoder, prompt: list[int], sampling: Sampling, stop: Collection[int], dtype: torch.dtype
+) -> list[int]:
+    """The tokens that follow ``prompt``, up to ``max_new_tokens``, the model's length, or one of the tokens ``stop``.
 
     Under tensor parallelism every rank calls this and gets the same tokens: logits are gathered, and all draw alike.
     """
@@ -84,7 +87,9 @@ def generate(model: Decoder, prompt: list[int], sampling: Sampling, stop: int | 
         return _generate(model, prompt, sampling, stop, dtype)
 
 
-def _generate(model: Decoder, prompt: list[int], sampling: Sampling, stop: int | None, dtype: torch.dtype) -> list[int]:
+def _generate(
+    model: Decoder, prompt: list[int], sampling: Sampling, stop: Collection[int], dtype: torch.dtype
+) -> list[int]:
     device = model.embedding.weight.device
     caches = [KeyValueCache() for _ in model.blocks]
     tokens = torch.tensor([prompt], device=device)
@@ -93,11 +98,17 @@ def _generate(model: Decoder, prompt: list[int], sampling: Sampling, stop: int |
     for _ in range(min(sampling.max_new_tokens, room)):
         logits = model(tokens, caches=caches, dtype=dtype)
         token = int(choose(logits, sampling, len(prompt) + len(produced)))
-        if token == stop:
+        if token in stop:
             break
         produced.append(token)
         tokens = torch.tensor([[token]], device=device)
     return produced
+
+
+def ends(tokenizer: Tokenizer, extras: Mapping[str, bytes]) -> set[int]:
+    """The tokens that end a text: the tokenizer's own, and those that the model's ``generation_config.json`` names."""
+    named = parse_object(extras, "generation_config.json").get("eos_token_id", [])
+    return {tokenizer.eos_id, *(named if isinstance(named, list) else [named])}
 
 
 def longest_prompt(model: Decoder) -> int:
@@ -224,18 +235,30 @@ def open_models(
         yield models, {**source.extras(), **first.extras()}, default
 
 
+def read_prompt(prompt: str, tokenizer: Tokenizer, template: ChatTemplate | None) -> list[int]:
+    """The tokens of a prompt or, with a template, of a conversation that it begins as the user's message. Raises
+    ConfigError."""
+    try:
+        text = prompt if template is None else template.prompt([{"role": "user", "content": prompt}])
+    except ValueError as error:
+        raise ConfigError(f"--prompt: {error}") from None
+    return tokenizer.encode(text, special=template is not None) or [tokenizer.eos_id]
+
+
 def generate_text(
     path: Path,
     requests: Sequence[Request],
     sampling: Sampling,
     dtype: torch.dtype | None = None,
     *,
+    chat: bool = False,
     adapters: Mapping[str, Path] | None = None,
     base: Path | None = None,
 ) -> Iterator[str]:
     """Load a checkpoint and adapters on it, split over as many ranks as were started, and continue each prompt; nothing
     but on rank 0.
 
+    ``chat``: answer it as a user's message, through the chat template that the checkpoint has, with the answer alone.
     Raises CheckpointError for a checkpoint that does not verify or has no tokenizer, ConfigError for bad numbers.
     """
     sampling.check()
@@ -245,14 +268,16 @@ def generate_text(
         mesh = build_mesh({"tp": rank.size}, device)
         assert mesh is not None
         with open_models(path, mesh, dtype, adapters or {}, base) as (models, extras, default):
-            if "tokenizer.model" not in extras:
-                raise CheckpointError(f"{path} has no tokenizer.model, to read a prompt with")
-            tokenizer = parse_tokenizer(extras["tokenizer.model"], path)
+            tokenizer = carried_tokenizer(extras, path)
+            stop = ends(tokenizer, extras)
+            template = (
+                ChatTemplate(find_template(extras, str(path)), tokenizer, f"{path}'s chat template") if chat else None
+            )
             for request in requests:
                 model = models[request.adapter or default]
-                tokens = tokenizer.encode(request.prompt) or [tokenizer.eos_id()]
+                tokens = read_prompt(request.prompt, tokenizer, template)
                 if len(tokens) > (limit := longest_prompt(model)):
                     raise ConfigError(f"the prompt has {len(tokens)} tokens; this model takes {limit}")
-                produced = generate(model, tokens, sampling, tokenizer.eos_id(), models.compute)
+                produced = generate(model, tokens, sampling, stop, models.compute)
                 if rank.rank == 0:
-                    yield tokenizer.decode([*tokens, *produced])
+                    yield tokenizer.decode(produced if chat else [*tokens, *produced])

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import logging
 import math
 import sys
@@ -16,7 +15,7 @@ import torch
 from megatron_lite import __version__, checkpoint
 from megatron_lite.config import Config, ModelConfig, to_yaml
 from megatron_lite.data.loader import Dataset, Loader, build_dataset
-from megatron_lite.data.tokenizer import load_tokenizer
+from megatron_lite.data.tokenizer import TEMPLATE, load_tokenizer, tokenizer_files
 from megatron_lite.dist.env import Rank
 from megatron_lite.dist.mesh import Mesh, build_mesh, limit_waits, peer_failure, pick_device, process_group
 from megatron_lite.dist.shard import Piece
@@ -39,11 +38,6 @@ _SHAPES = (
 )
 
 
-def file_digest(path: str) -> str:
-    """The SHA-256 of a file, in hexadecimal."""
-    return hashlib.sha256(Path(path).read_bytes()).hexdigest()
-
-
 class Run:
     """One rank of a run: the trainer, its data and its checkpoints, and the loop around ``train_step``."""
 
@@ -63,7 +57,7 @@ class Run:
         self.checkpoints = self.folder / "checkpoints"
         self.faults = Faults.parse(rank.faults, rank.rank, rank.attempt)
         self.tokenizer = load_tokenizer(config.data.tokenizer) if config.data.tokenizer else None
-        self.tokenizer_digest = file_digest(config.data.tokenizer) if config.data.tokenizer else None
+        self.tokenizer_digest = self.tokenizer.sha256 if self.tokenizer else None
         data, seed, vocab = config.data, config.run.seed, config.model.vocab_size
         self.train_data = build_dataset(data, seed, "train", vocab)
         self.validation_data = build_dataset(data, seed, "validation", vocab) if self._evaluates else None
@@ -111,10 +105,12 @@ class Run:
         """The tokenizer, and what came with it in the checkpoint or folder that this run goes on from, such as a chat
         template; that of another tokenizer stays behind."""
         name = self.config.data.tokenizer
-        own = {"tokenizer.model": Path(name).read_bytes()} if name else {}
+        own = tokenizer_files(name) if name else {}
         source = checkpoint.CheckpointSource(self.found) if self.found is not None else self.source
         found = source.extras() if source is not None else {}
-        return found if own.items() <= found.items() else own
+        template = self.train_data.chat_template
+        written = {} if template is None else {TEMPLATE: template.encode()}
+        return (found if own.items() <= found.items() else own) | written
 
     def _saved(self, path: Path) -> None:
         """A checkpoint is committed; with ``checkpoint.async`` this runs beside training."""
@@ -217,6 +213,8 @@ class Run:
         if not self.lead:
             return
         logger.info("%s", self.plan.describe(self.config))
+        for note in self.train_data.notes:
+            logger.info("%s", note)
         engine = self.trainer.engine
         parameters = sum(math.prod(spec.shape) for spec in engine.specs.values())
         if self.plan.tp * self.plan.dp > 1:
@@ -251,7 +249,9 @@ class Run:
         """The numbers of one step, on rank 0."""
         if self.reporter is None:
             return
-        step, rate = self.trainer.state.step, result.tokens / seconds
+        # All that is computed on: of conversations, targets are the lesser part.
+        positions = self.config.train.global_batch_size * self.config.data.seq_len
+        step, rate = self.trainer.state.step, positions / seconds
         mfu = rate * self.flops / (self.peak * self.mesh.world.size)
         scalars = {
             "loss": result.loss,
@@ -285,9 +285,9 @@ class Run:
         """Continue ``train.sample_prompt`` greedily and show the text."""
         if self.tokenizer is None:
             return
-        prompt = self.tokenizer.encode(self.config.train.sample_prompt, add_bos=False) or [self.tokenizer.eos_id()]
+        prompt = self.tokenizer.encode(self.config.train.sample_prompt) or [self.tokenizer.eos_id]
         sampling = Sampling(max_new_tokens=64)
-        tokens = generate(self.trainer.model, prompt, sampling, self.tokenizer.eos_id(), self.trainer.compute_dtype)
+        tokens = generate(self.trainer.model, prompt, sampling, {self.tokenizer.eos_id}, self.trainer.compute_dtype)
         if self.reporter is not None:
             text = self.tokenizer.decode([*prompt, *tokens])
             self.reporter.text(self.trainer.state.step, "sample", text)

@@ -95,7 +95,7 @@ class Trainer:
         """
         state, mesh, step = self.state, self.mesh, self.state.step + 1
         counts = torch.stack([(batch.targets != IGNORED).sum() for batch in micro_batches]).sum()
-        tokens = comm.all_reduce(counts, mesh.dp)
+        tokens = comm.all_reduce(counts, mesh.dp).clamp(min=1)  # without any target, the loss and gradients are 0
 
         total = torch.zeros((), dtype=torch.float64, device=mesh.device)
         for i, batch in enumerate(micro_batches):
@@ -149,7 +149,7 @@ class Trainer:
                 sums[0] += self.loss(batch, training=False)
                 sums[1] += (batch.targets != IGNORED).sum()
         total, count = comm.all_reduce(sums, self.mesh.dp).tolist()
-        return total / count
+        return total / max(count, 1)
 
 
 def _name_axes(model: nn.Module) -> None:

@@ -32,15 +32,14 @@ class Flat:
     shape: tuple[int, ...]
     segments: Sequence[tuple[StoredTensor, int, int]]
 
-    def elements(self, first: int, stop: int) -> Tensor:
-        """Some of its elements, read from wherever they lie."""
-        parts, start = [], 0
+    def fill(self, into: Tensor, first: int) -> None:
+        """Fill a flat tensor with the elements from ``first`` on, read from wherever they lie."""
+        start, stop = 0, first + into.numel()
         for flat, offset, length in self.segments:
             low, high = max(first, start), min(stop, start + length)
             if low < high:
-                parts.append(flat.read(offset + low - start, offset + high - start))
+                flat.fill(into[low - first : high - first], offset + low - start)
             start += length
-        return torch.cat(parts)
 
 
 class FlatFile:
@@ -52,9 +51,11 @@ class FlatFile:
     def read(self, name: str, place: Sequence[slice], into: Tensor) -> None:
         """Fill ``into`` with the rectangle at ``place``: whole rows are read, and cut."""
         flat = self.tensors[name]
-        row = flat.shape[1] if len(flat.shape) > 1 else 1
-        rows = flat.elements(place[0].start * row, place[0].stop * row)
-        into.copy_(rows.view(-1, *flat.shape[1:])[(slice(None), *place[1:])])
+        whole = into.shape[1:] == flat.shape[1:] and into.is_contiguous()
+        rows = into if whole else torch.empty((into.shape[0], *flat.shape[1:]), dtype=flat.dtype)
+        flat.fill(rows.view(-1), place[0].start * math.prod(flat.shape[1:]))
+        if not whole:
+            into.copy_(rows[(slice(None), *place[1:])])
 
     def close(self) -> None:
         """Nothing to close."""

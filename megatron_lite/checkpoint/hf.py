@@ -21,18 +21,13 @@ from megatron_lite.checkpoint.source import Info, Source
 from megatron_lite.checkpoint.storage import new_folder, open_regular, write_file
 from megatron_lite.checkpoint.tensor_file import TensorFile, header, row_blocks
 from megatron_lite.config import ModelConfig, parse_model
-from megatron_lite.data.tokenizer import parse_tokenizer
+from megatron_lite.data.tokenizer import GENERATION, JSON, MODEL, TOKENIZER_FILES, carried_tokenizer
 from megatron_lite.dist.shard import Tile
 from megatron_lite.errors import CheckpointError, ConfigError
 from megatron_lite.faults import Faults
 from megatron_lite.models.huggingface import TOKEN_IDS, Part, config_json, model_section, tensor_parts
 
 INDEX, SINGLE, CONFIG = "model.safetensors.index.json", "model.safetensors", "config.json"
-GENERATION = "generation_config.json"
-TOKENIZER_FILES = (  # what belongs to a model beside its weights
-    *("tokenizer.model", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
-    *("vocab.json", "merges.txt", GENERATION, "chat_template.jinja", "chat_template.json"),
-)
 _UNUSED = (".rotary_emb.inv_freq", ".attn.bias", ".attn.masked_bias")  # buffers that older versions saved
 _MAX_JSON_BYTES = 64 << 20
 
@@ -217,9 +212,9 @@ def _token_ids(extras: Mapping[str, bytes], where: Path) -> dict[str, Any]:
     if GENERATION in extras:
         tree = parse_json(extras[GENERATION], where / GENERATION)
         return tree if isinstance(tree, dict) else {}
-    if "tokenizer.model" in extras:
-        tokenizer = parse_tokenizer(extras["tokenizer.model"], where)
-        ids = zip(TOKEN_IDS, (tokenizer.bos_id(), tokenizer.eos_id(), tokenizer.pad_id()), strict=True)
+    if MODEL in extras or JSON in extras:
+        tokenizer = carried_tokenizer(extras, where)
+        ids = zip(TOKEN_IDS, (tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id), strict=True)
         return {name: number for name, number in ids if number >= 0}
     return {}
 

@@ -74,6 +74,13 @@ class StoredTensor:
         flat = torch.frombuffer(raw, dtype=self.dtype) if raw else torch.empty(0, dtype=self.dtype)
         return flat.view(self.shape) if stop is None and first == 0 else flat
 
+    def fill(self, into: Tensor, first: int) -> None:
+        """Read elements from ``first`` on into a flat tensor in CPU memory."""
+        if into.dtype != self.dtype:
+            into.copy_(self.read(first, first + into.numel()))
+        elif into.numel():
+            self.file.fill(into.view(torch.uint8).numpy().data, self.start + first * self.dtype.itemsize)
+
 
 class _Archive:
     """The file of a ``torch.save``: a zip archive with nothing compressed."""
@@ -103,13 +110,16 @@ class _Archive:
         if not 0 <= offset <= offset + size <= os.fstat(self._file.fileno()).st_size:
             raise CheckpointError(f"{self.path}: ends before byte {offset + size}")
         raw = bytearray(size)
-        rest = memoryview(raw)
+        self.fill(memoryview(raw), offset)
+        return raw
+
+    def fill(self, rest: memoryview, offset: int) -> None:
+        """Fill a buffer with bytes of the file; all or an error."""
         while rest:
             count = os.preadv(self._file.fileno(), [rest[: 1 << 30]], offset)
             if count == 0:
                 raise CheckpointError(f"{self.path}: ends before byte {offset + len(rest)}")
             rest, offset = rest[count:], offset + count
-        return raw
 
     def storage(self, key: str, dtype: torch.dtype) -> tuple[int, int]:
         """Where a storage begins, and how many elements it has."""

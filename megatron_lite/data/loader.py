@@ -14,15 +14,16 @@ import threading
 from bisect import bisect_left
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from megatron_lite.config import DataConfig, SourceConfig
-from megatron_lite.data.indexed import IndexedDataset
+from megatron_lite.data.indexed import IndexedDataset, read_card
 from megatron_lite.data.order import Blend, permute
+from megatron_lite.data.packing import CONVERSATIONS, pack
 from megatron_lite.dist.random import mix
 from megatron_lite.errors import DataError
 from megatron_lite.layers.loss import IGNORED
@@ -59,18 +60,34 @@ class Batch:
         return Batch(tokens, targets, move(self.positions), move(self.document_ids), self.index)
 
 
+class Rows(NamedTuple):
+    """The samples of a micro batch while they are filled in, int64 [batch, seq] each; ``ids`` tell documents apart."""
+
+    tokens: np.ndarray
+    targets: np.ndarray
+    positions: np.ndarray
+    ids: np.ndarray
+
+
 class Source:
     """One indexed dataset, of it the documents of one split, as windows that overlap by one token.
 
     Attributes:
+        first, last: its documents.
         start, stop: its tokens in the flat .bin; both lie on document boundaries.
         num_samples: windows, each of whose ``seq_len`` targets no other window has.
     """
 
     def __init__(self, path: str, seq_len: int, fractions: tuple[float, float]) -> None:
         self.data, self.seq_len = IndexedDataset(path), seq_len
-        self.start, self.stop = (self._boundary(fraction) for fraction in fractions)
+        self.first, self.last = (self._boundary(fraction) for fraction in fractions)
+        self.start, self.stop = (self._document_start(document) for document in (self.first, self.last))
         self.num_samples = max(0, self.stop - self.start - 1) // seq_len
+        self._check_content()
+
+    def _check_content(self) -> None:
+        if (read_card(self.data.prefix) or {}).get("content") == CONVERSATIONS:
+            raise DataError(f"{self.data.prefix} holds conversations: set data.packing=conversations")
 
     def _document_start(self, document: int) -> int:
         """The first token of a document (of the one after the last: the number of tokens)."""
@@ -80,16 +97,24 @@ class Source:
         return int(self.data.pointers[sequence]) // self.data.dtype.itemsize
 
     def _boundary(self, fraction: float) -> int:
-        """The first document boundary at or after this fraction of the tokens: a bisection, no pass over the index."""
+        """The first document to start at or after this fraction of the tokens: a bisection, no pass over the index."""
         wanted = round(fraction * self.data.num_tokens)
         documents = range(self.data.num_documents + 1)
-        return self._document_start(bisect_left(documents, wanted, hi=len(documents) - 1, key=self._document_start))
+        return bisect_left(documents, wanted, hi=len(documents) - 1, key=self._document_start)
 
-    def read(self, sample: int, into: np.ndarray) -> None:
-        """Copy window ``sample`` into ``into`` [seq_len + 1]."""
+    def fill(self, sample: int, rows: Rows, row: int, *, mask_documents: bool) -> None:
+        """Fill in one row with window ``sample``; positions and ids only where documents are masked from each other."""
         self.data.check_unchanged()
         first = self.start + sample * self.seq_len
-        into[:] = self.data.tokens[first : first + self.seq_len + 1]
+        rows.tokens[row] = self.data.tokens[first : first + self.seq_len]
+        rows.targets[row] = self.data.tokens[first + 1 : first + self.seq_len + 1]
+        if not mask_documents:
+            return
+        rows.positions[row] = np.arange(self.seq_len)
+        for start in self.document_starts(sample):
+            rows.targets[row, start - 1] = IGNORED  # no document says how the next one starts
+            rows.ids[row, start:] += 1
+            rows.positions[row, start:] = np.arange(self.seq_len - start)
 
     def document_starts(self, sample: int) -> list[int]:
         """The offsets in window ``sample`` at which a document starts, beyond its first token."""
@@ -98,6 +123,72 @@ class Source:
         low = bisect_left(documents, first + 1, key=self._document_start)
         high = bisect_left(documents, first + self.seq_len + 1, lo=low, key=self._document_start)
         return sorted({self._document_start(document) - first for document in range(low, high)})
+
+
+class Conversations(Source):
+    """A dataset that ``data_tools chat`` made: windows of whole conversations, and of longer ones what fits or nothing.
+
+    Its documents' sequences alternate between what is context and what is trained on. A conversation of n tokens takes
+    n - 1 places of a window, one for each of its targets.
+
+    Attributes:
+        note: what became of the conversations, for the log.
+    """
+
+    def __init__(self, path: str, seq_len: int, fractions: tuple[float, float], *, truncate: bool) -> None:
+        super().__init__(path, seq_len, fractions)
+        bounds = self.data.documents[self.first : self.last + 1]
+        ends = np.concatenate(([0], np.cumsum(self.data.lengths[bounds[0] : bounds[-1]], dtype=np.int64)))
+        lengths = np.diff(ends[bounds - bounds[0]])
+        sizes = np.minimum(lengths - 1, seq_len)
+        # Where the first target of each stands: its first sequence is context.
+        firsts = np.maximum(self.data.lengths[np.minimum(bounds[:-1], self.data.num_sequences - 1)], 1)
+        long = lengths > seq_len + 1
+        kept = np.flatnonzero((firsts <= sizes) & (truncate | ~long))
+        order, self._windows = pack(sizes[kept], seq_len)
+        self._members = kept[order] + self.first
+        self.num_samples = len(self._windows) - 1
+        cut, lost = long[kept].sum(), (lengths - 1 - sizes)[kept].sum()
+        filled = sizes[kept].sum() / max(self.num_samples * seq_len, 1)
+        dropped = [
+            f"{(long & ~truncate).sum():,} too long left out"
+            if not truncate
+            else f"{cut:,} truncated, {lost:,} tokens lost",
+            f"{len(lengths) - len(kept) - (0 if truncate else long.sum()):,} without a target left out",
+        ]
+        self.note = (
+            f"{self.data.prefix}: {len(kept):,} conversations in {self.num_samples:,} windows of {seq_len:,}, "
+            f"{filled:.1%} filled; {', '.join(dropped)}"
+        )
+
+    def _check_content(self) -> None:
+        if (read_card(self.data.prefix) or {}).get("content") != CONVERSATIONS:
+            raise DataError(
+                f"{self.data.prefix}: its card does not say that it holds conversations; make it with data_tools chat, "
+                "or set data.packing=none"
+            )
+
+    def fill(self, sample: int, rows: Rows, row: int, *, mask_documents: bool) -> None:
+        """Fill in one row with window ``sample``: its conversations, and padding that none of them sees."""
+        self.data.check_unchanged()
+        rows.targets[row] = IGNORED
+        at = 0
+        for number, document in enumerate(self._members[self._windows[sample] : self._windows[sample + 1]].tolist()):
+            first, last = self.data.documents[document : document + 2].tolist()
+            begin = self._document_start(document)
+            end = begin + int(self.data.lengths[first:last].sum(dtype=np.int64))
+            end = min(end, begin + self.seq_len + 1)
+            trained = np.repeat(np.arange(last - first) % 2 == 1, self.data.lengths[first:last])[: end - begin]
+            place = slice(at, at + end - begin - 1)
+            rows.tokens[row, place] = self.data.tokens[begin : end - 1]
+            rows.targets[row, place] = np.where(
+                trained[1:], self.data.tokens[begin + 1 : end].astype(np.int64), IGNORED
+            )
+            rows.positions[row, place] = np.arange(end - begin - 1)
+            rows.ids[row, place] = number
+            at = place.stop
+        rows.positions[row, at:] = np.arange(self.seq_len - at)
+        rows.ids[row, at:] = -1
 
 
 @dataclass(frozen=True)
@@ -109,6 +200,7 @@ class Dataset:
     seed: int
     document_mask: bool
     vocab_size: int | None
+    packing: str | None = None  # how long conversations are dealt with, where conversations are packed
     blend: Blend = field(init=False)
 
     def __post_init__(self) -> None:
@@ -121,12 +213,28 @@ class Dataset:
 
     @cached_property
     def fingerprint(self) -> str:
-        """64 hex digits over all that decides which tokens come at which position: files, weights, split, seq_len."""
+        """64 hex digits over all that decides which tokens come at which position: files, weights, split, seq_len,
+        packing."""
         parts = [
             (source.data.fingerprint(), weight, source.start, source.stop)
             for source, weight in zip(self.sources, self.blend.weights, strict=True)
         ]
-        return hashlib.sha256(json.dumps([self.seed, self.seq_len, self.document_mask, parts]).encode()).hexdigest()
+        packing = [self.packing] if self.packing else []
+        whole = [self.seed, self.seq_len, self.document_mask, parts, *packing]
+        return hashlib.sha256(json.dumps(whole).encode()).hexdigest()
+
+    @property
+    def notes(self) -> list[str]:
+        """What a user should know of how it is read."""
+        return [source.note for source in self.sources if isinstance(source, Conversations)]
+
+    @property
+    def chat_template(self) -> str | None:
+        """What its conversations were written with; None where it has none, or several. What is generated from a model
+        trained on it takes the same."""
+        cards = [read_card(source.data.prefix) or {} for source in self.sources]
+        found = {(card.get("options") or {}).get("chat_template") for card in cards}
+        return found.pop() if len(found) == 1 else None
 
     def order(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """The source, and the window of that source, of each of the int64 ``positions``."""
@@ -143,29 +251,22 @@ class Dataset:
 
     def batch(self, index: int, which: np.ndarray, window: np.ndarray) -> Batch:
         """The micro batch of the given windows; ``index`` is the position of its first."""
-        rows = np.empty((len(window), self.seq_len + 1), np.int64)
+        rows = Rows(*(np.zeros((len(window), self.seq_len), np.int64) for _ in Rows._fields))
         origins = [
             (self.sources[number], sample) for number, sample in zip(which.tolist(), window.tolist(), strict=True)
         ]
-        for row, (source, sample) in zip(rows, origins, strict=True):
-            source.read(sample, into=row)
-        if self.vocab_size is not None and rows.max() >= self.vocab_size:
-            bad = int(np.argmax(rows.max(axis=1)))
+        for row, (source, sample) in enumerate(origins):
+            source.fill(sample, rows, row, mask_documents=self.document_mask)
+        largest = np.maximum(rows.tokens.max(axis=1), rows.targets.max(axis=1))
+        if self.vocab_size is not None and largest.max() >= self.vocab_size:
+            bad = int(np.argmax(largest))
             raise DataError(
-                f"{origins[bad][0].data.prefix}: token {rows[bad].max()}, but the vocabulary has {self.vocab_size} "
+                f"{origins[bad][0].data.prefix}: token {largest[bad]}, but the vocabulary has {self.vocab_size} "
                 "entries; it was made with another tokenizer"
             )
-        if not self.document_mask:
-            return Batch(torch.from_numpy(rows[:, :-1]), torch.from_numpy(rows[:, 1:]), None, None, index)
-        targets, positions, ids = rows[:, 1:].copy(), np.empty_like(rows), np.zeros_like(rows)
-        positions[:] = np.arange(self.seq_len + 1)
-        for number, (source, sample) in enumerate(origins):
-            for start in source.document_starts(sample):
-                ids[number, start:] += 1
-                positions[number, start:] = np.arange(self.seq_len + 1 - start)
-        targets[ids[:, 1:] != ids[:, :-1]] = IGNORED  # no document says how the next one starts
-        inputs = [torch.from_numpy(x[:, :-1]) for x in (rows, positions, ids)]
-        return Batch(inputs[0], torch.from_numpy(targets), inputs[1], inputs[2], index)
+        tokens, targets, positions, ids = map(torch.from_numpy, rows)
+        masked = self.document_mask or self.packing
+        return Batch(tokens, targets, positions if masked else None, ids if masked else None, index)
 
 
 def build_dataset(data: DataConfig, seed: int, split: Split, vocab_size: int | None = None) -> Dataset:
@@ -180,14 +281,22 @@ def build_dataset(data: DataConfig, seed: int, split: Split, vocab_size: int | N
     edges = np.concatenate(([0.0], np.cumsum(shares) / max(sum(shares), 1e-30)))
     part = SPLITS.index(split)
     fractions = (float(edges[part]), float(edges[part + 1]))
-    sources = [Source(config.path, data.seq_len, fractions) for config in configs]
+    packing = data.long_conversations if data.packing == "conversations" else None
+    sources: list[Source] = []
+    for config in configs:
+        if packing is None:
+            sources.append(Source(config.path, data.seq_len, fractions))
+        else:
+            sources.append(Conversations(config.path, data.seq_len, fractions, truncate=packing == "truncate"))
     for source in sources:
+        if isinstance(source, Conversations) and source.num_samples == 0:
+            raise DataError(f"nothing to train on in the {split} split (data.split={list(data.split)}): {source.note}")
         if source.num_samples == 0:
             raise DataError(
                 f"{source.data.prefix}: its {split} split has {source.stop - source.start} tokens in whole documents, "
                 f"fewer than one sample of data.seq_len + 1 = {data.seq_len + 1} (data.split={list(data.split)})"
             )
-    return Dataset(sources, [config.weight for config in configs], seed, data.document_mask, vocab_size)
+    return Dataset(sources, [config.weight for config in configs], seed, data.document_mask, vocab_size, packing)
 
 
 class Loader:

@@ -71,6 +71,22 @@ def bytes_per_frozen_parameter(config: Config, plan: Plan) -> float:
     return held / plan.dp_shard + (compute if parallel.zero == 2 else 0.0)
 
 
+def checkpoint_bytes(config: Config) -> int:
+    """What a checkpoint takes on disk, within some percent: weights and moments; small tensors are left out,
+    and so is an adapter, which has but a few MB."""
+    if config.peft is not None:
+        return 0
+    model = config.model
+    assert model.num_kv_heads and model.head_dim and model.ffn_size
+    attention = 2 * (model.num_heads + model.num_kv_heads) * model.head_dim
+    mlp = (3 if model.family == "llama" else 2) * model.ffn_size
+    vocabulary = model.padded_vocab_size * (1 if model.tie_embeddings else 2)
+    positions = model.max_seq_len if model.family == "gpt2" else 0
+    weights = model.hidden_size * (model.num_layers * (attention + mlp) + vocabulary + positions)
+    moments = {"adamw": 2, "muon": 1, "adafactor": 0}[config.optim.name]
+    return weights * (1 + moments) * (8 if config.train.precision == "float64" else 4)
+
+
 def picture(plan: Plan, limit: int = 8) -> str:
     """Which rank stands where on the mesh: a line for each data-parallel rank, tensor-parallel peers side by side."""
 

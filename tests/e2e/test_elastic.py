@@ -27,6 +27,7 @@ def test_a_host_is_lost_and_comes_back(cluster: Cluster, tiny: TinyRuns, tmp_pat
         job.finish().expect(exit_code=0)
     steps = losses(tmp_path / "run")
     assert sorted(steps) == list(range(1, 41))
+    (tmp_path / "same").mkdir()
     tiny.run(
         tmp_path / "same", "--train.steps=40", "--train.micro_batch_size=2", "--parallel.zero=3", "--parallel.tp=1"
     )

@@ -28,8 +28,10 @@ for path in sorted(Path(sys.argv[1]).glob("*.model")):
         assert "\\n" not in str(error) and path.name in str(error)
         refused += 1
     else:
-        model.decode(model.encode(["def main(args):\\n    return 'naïve' \U0001f600"], out_type="numpy")[0].tolist())
-        model.decode(list(range(model.vocab_size())))
+        text = "def main(args):\\n    return 'naïve' \U0001f600"
+        model.decode(model.encode_documents([text.encode()], eos=False)[0].tolist())
+        model.decode(model.encode_spans(text).tokens.tolist())
+        model.decode(list(range(model.vocab_size)))
 print(refused)
 """
 
@@ -70,7 +72,10 @@ def test_one_that_travels_with_a_checkpoint(tmp_path):
     content = copy.read_bytes()
     copy.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
     (folder / "tokenizer.model").write_bytes(content[: len(content) // 2] + b"\xff" * 100)
-    for path, told in ((tmp_path / "ours", "tokenizer.model is damaged"), (folder, "is not a sentencepiece model: .+")):
+    for path, told in (
+        (tmp_path / "ours", "tokenizer.model is damaged"),
+        (folder, "its tokenizer is not a sentencepiece model: .+"),
+    ):
         result = run_job([PYTHON, "-m", "megatron_lite", "generate", str(path), "--prompt=x"], timeout=60)
         result.expect(exit_code=4, stderr=rf"\Aerror: {tmp_path}\S+: .*{told}")
         assert result.stderr.count("\n") == 1

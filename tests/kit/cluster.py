@@ -135,6 +135,10 @@ class Cluster:
         """A host's folder: its logs and, with namespaces, in etc/ the files over its /etc, which a test may change."""
         return self._members[index].folder
 
+    def servers(self, index: int) -> list[int]:
+        """The process ids of what makes it a host."""
+        return self._members[index].servers
+
     def hostfile(self, path: Path, slots: int | Sequence[int] = 1) -> Path:
         """Write a hostfile of ``host slots=N`` lines."""
         numbers = [slots] * self.count if isinstance(slots, int) else slots

@@ -60,3 +60,36 @@ def ended(job: RunningJob) -> Result:
 def dataset_bytes(prefix: Path) -> tuple[bytes, bytes]:
     """The two files of a dataset."""
     return Path(f"{prefix}.idx").read_bytes(), Path(f"{prefix}.bin").read_bytes()
+
+
+CHATML = (  # a template that marks what the assistant wrote; without the marks, it means the same turns
+    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\\n' }}"
+    "{% if message['role'] == 'assistant' %}{% generation %}{{ message['content'] + '<|im_end|>' }}{% endgeneration %}"
+    "{% else %}{{ message['content'] + '<|im_end|>' }}{% endif %}{{ '\\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
+)
+UNMARKED = CHATML.replace("{% generation %}", "").replace("{% endgeneration %}", "")
+
+
+@lru_cache(maxsize=1)
+def _json_model() -> str:
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+
+    model = Tokenizer(models.BPE())
+    model.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    model.post_processor = processors.ByteLevel(trim_offsets=True)
+    model.decoder = decoders.ByteLevel()
+    specials = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=400, special_tokens=specials, initial_alphabet=alphabet)
+    model.train_from_iterator(documents(300), trainer)
+    return model.to_str()
+
+
+def write_json_tokenizer(folder: Path, template: str = CHATML) -> Path:
+    """A folder with a byte-level tokenizer.json of 400 entries, its settings and a chat template."""
+    folder.mkdir(exist_ok=True)
+    (folder / "tokenizer.json").write_text(_json_model(), encoding="utf-8")
+    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<|im_end|>", "chat_template": template}
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    return folder

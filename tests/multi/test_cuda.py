@@ -68,7 +68,7 @@ def test_the_same_tokens_as_on_the_cpu(data):
         trainers = []
         list(record(config, solo_mesh(device), 1, trainers.append))
         model = trainers[0].model
-        produced[device] = generate(model, [1, 2, 3], Sampling(max_new_tokens=12), None, torch.float64)
+        produced[device] = generate(model, [1, 2, 3], Sampling(max_new_tokens=12), (), torch.float64)
     assert produced["cpu"] == produced["cuda"]
 
 

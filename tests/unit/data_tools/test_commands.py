@@ -20,7 +20,7 @@ CORPUS = "corpus --source=x.jsonl --out=o "
 
 MISTAKES = {
     # 2: the command line
-    "toknize": (2, "unknown command 'toknize' (did you mean 'tokenize'?); there are: corpus, tokenizer, tokenize, ins"),
+    "toknize": (2, "unknown command 'toknize' (did you mean 'tokenize'?); there are: corpus, tokenizer, tokenize, ch"),
     "corpus --source=x.jsonl": (2, "missing OUT; see --help"),
     CORPUS + "--sahrds=2": (2, "unknown flag --sahrds (did you mean 'shards'?)"),
     CORPUS + "--shards=0": (2, "--shards=0: expected at least 1"),
@@ -37,7 +37,7 @@ MISTAKES = {
     TOKENIZE + "--append_eos=maybe": (2, "--append_eos=maybe: expected true or false"),
     TOKENIZE + "--on_error=skipp": (2, "--on_error=skipp: expected stop or skip (did you mean 'skip'?)"),
     "tokenize x.jsonl t.modl o": (2, "--tokenizer=t.modl: no such file (did you mean 't.model'?)"),
-    "tokenize x.jsonl full o": (2, "--tokenizer=full: no such file"),
+    "tokenize x.jsonl full o": (2, "--tokenizer=full: a folder without tokenizer.json or tokenizer.model"),
     "inspect": (2, "missing PREFIX; see --help"),
     "inspect o --sample=3": (2, "unknown flag --sample (did you mean 'samples'?)"),
     # 3: the data

@@ -146,12 +146,14 @@ def test_earlier_rejects_do_not_stay_beside_a_clean_dataset(tmp_path, model):
 def test_a_source_that_grows_meanwhile_is_found_out(tmp_path, model, monkeypatch):
     source = write_jsonl(tmp_path / "x.jsonl", documents(3))
 
+    encoded = encode.encode
+
     def work(*args, **kwargs):
         with source.open("a") as file:
             file.write('{"text": "late"}\n')
-        return encode.encode(*args, **kwargs)
+        return encoded(*args, **kwargs)
 
-    monkeypatch.setattr(module, "encode", work)
+    monkeypatch.setattr(encode, "encode", work)
     with pytest.raises(DataError, match=r"x\.jsonl: changed while it was being read"):
         tokenize(str(source), str(model), f"{tmp_path}/out", workers=1)
     assert not list(tmp_path.glob("out*"))

@@ -181,3 +181,18 @@ def test_start_up_takes_no_time(folder: Path) -> None:
     began = time.monotonic()
     launch(folder, "run", "good.yaml", "--dry_run").expect(exit_code=0)
     assert time.monotonic() - began < 1
+
+
+def test_a_host_that_cannot_be_examined_is_named(folder: Path) -> None:
+    broken = "import resource\ndef getrlimit(_): raise OSError(13, 'Permission denied')\nresource.getrlimit = getrlimit"
+    (folder / "sitecustomize.py").write_text(broken)
+    (folder / "megatron_lite" / ".#open.py").symlink_to("me@host.1234")  # which is what editors leave, and no trouble
+    paths = {"PYTHONPATH": f"{folder}:{REPOSITORY}"}
+    result = run_job([PYTHON, "-m", "launch", "doctor"], timeout=30, cwd=folder, env=paths).expect(exit_code=5)
+    assert result.stderr.splitlines()[1:] == ["error: [Errno 13] Permission denied"]
+
+
+def test_the_doctor_overrides_only_a_config_that_is_given(folder: Path) -> None:
+    result = launch(folder, "doctor", "--run.dir=x").expect(exit_code=2, stdout="^$")
+    assert result.stderr == "error: --run.dir overrides a key of CONFIG, and none is given\n"
+    launch(folder, "doctor", "bad.yaml").expect(exit_code=2, stderr="^error: optim.lr=-1: must be greater than 0\n$")

@@ -29,7 +29,7 @@ def decoder(family, tp=None, sp=False):
 
 
 def produce(model, **sampling):
-    return generate(model, PROMPT, Sampling(**sampling), None, torch.float64)
+    return generate(model, PROMPT, Sampling(**sampling), (), torch.float64)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -68,7 +68,7 @@ def test_it_ends_at_the_stop_token_and_at_the_models_length():
     whole = produce(model, max_new_tokens=1000)
     assert len(whole) == LENGTH - len(PROMPT)
     stop = whole[6]
-    assert generate(model, PROMPT, Sampling(), stop, torch.float64) == whole[: whole.index(stop)]
+    assert generate(model, PROMPT, Sampling(), {stop}, torch.float64) == whole[: whole.index(stop)]
 
 
 def drawn(sampling, logits, count=400):

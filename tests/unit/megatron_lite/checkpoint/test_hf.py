@@ -68,7 +68,7 @@ def assert_same(ours: Decoder, theirs) -> None:
         want = theirs(tokens).logits[:, -1]
         assert (ours(tokens) - want).abs().max() <= 1e-5 * want.abs().max()
         greedy = theirs.generate(tokens, max_new_tokens=50)[0, 24:].tolist()
-    assert generate(ours, tokens[0].tolist(), Sampling(max_new_tokens=50), None, torch.float32) == greedy
+    assert generate(ours, tokens[0].tolist(), Sampling(max_new_tokens=50), (), torch.float32) == greedy
 
 
 def test_in_and_out_again(family, tmp_path):

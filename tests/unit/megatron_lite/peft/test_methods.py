@@ -74,8 +74,8 @@ def test_a_prefix_of_a_prompts_keys_and_values_is_that_prompt(family):
     want = base(TOKENS, dtype=torch.float64)
     torch.testing.assert_close(model(TOKENS[:, length:], dtype=torch.float64), want, rtol=1e-12, atol=1e-12)
     prompt = TOKENS[0].tolist()
-    read = generate(base, prompt, Sampling(max_new_tokens=20), None, torch.float64)
-    trained = generate(model, prompt[length:], Sampling(max_new_tokens=20), None, torch.float64)
+    read = generate(base, prompt, Sampling(max_new_tokens=20), (), torch.float64)
+    trained = generate(model, prompt[length:], Sampling(max_new_tokens=20), (), torch.float64)
     assert read == trained and len(set(read)) > 3
 
 

@@ -1,0 +1,210 @@
+"""``data_tools chat``: conversations through a chat template and a tokenizer into an indexed dataset.
+
+A conversation is a document whose sequences alternate: the first is context, the second is trained on, the third is
+context again, and so on. So the loss mask is part of the index, one dataset of two files
+holds everything, and Megatron reads the tokens as those of any other.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, TextIO
+
+import numpy as np
+
+from data_tools import tokenize as building
+from data_tools.conversations import FORMATS, Conversation, conversation
+from data_tools.documents import MAX_LINE_BYTES, check_text, read_objects
+from data_tools.encode import Part, cached_tokenizer, named_tokenizer
+from data_tools.sources import Span, similar
+from megatron_lite.cli import nearest
+from megatron_lite.data.indexed import IndexedWriter, token_dtype
+from megatron_lite.data.packing import CONVERSATIONS
+from megatron_lite.data.template import MAX_TEMPLATE, ChatTemplate, Loss, find_template
+from megatron_lite.data.tokenizer import Tokenizer, tokenizer_files
+from megatron_lite.errors import ConfigError
+
+_LOSSES = ("completions", "last", "all")
+
+
+@dataclass(frozen=True)
+class ChatOptions:
+    """What decides the output; recorded in the dataset card."""
+
+    chat_template: str
+    format: str = "auto"
+    loss: Loss = "completions"
+    on_error: str = "stop"
+    max_document_tokens: int = 0
+    long_documents: str = "truncate"
+    max_line_bytes: int = MAX_LINE_BYTES
+
+    def encode(self, spans: list[Span], prefix: str, tokenizer: str) -> Part:
+        """Write the conversations of ``spans`` as a dataset at ``prefix``, refused lines in PREFIX.rejects."""
+        return encode(spans, prefix, tokenizer, self)
+
+
+def chat(
+    input: str,
+    tokenizer: str,
+    out: str,
+    format: str = "auto",
+    loss: str = "completions",
+    template: str = "",
+    workers: int = 0,
+    on_error: str = "stop",
+    max_bad: str = "0.1%",
+    max_document_tokens: int = 0,
+    long_documents: str = "truncate",
+    max_line_bytes: int = MAX_LINE_BYTES,
+) -> None:
+    """Tokenize conversations for instruction tuning: OUT.bin, OUT.idx and OUT.card.json, with what to train on.
+
+    INPUT: jsonl, jsonl.gz or parquet, as for tokenize. --format: messages ({"messages": [{"role", "content"}]}),
+    sharegpt ({"conversations": [{"from", "value"}]}), alpaca ({"instruction", "input", "output"}) or completion
+    ({"prompt", "completion"}); auto tells each line by its keys. A prompt and completion that are texts are joined as
+    they are, with the end-of-sequence token after them; everything else goes through the chat template: that of
+    --template=FILE, or the one that comes with the tokenizer (a folder, tokenizer.json or .model), or a plain one.
+
+    --loss=completions trains on what the assistant wrote, end markers included; last on its last turn alone; all on
+    everything. --max_document_tokens=N cuts longer conversations (--long_documents=truncate) or leaves them out (drop).
+    Conversations with nothing to train on are left out and counted. --on_error, --max_bad, --workers: as for tokenize.
+    Train on the dataset with data.packing=conversations.
+    """
+
+    def prepare() -> tuple[ChatOptions, dict[str, Any]]:
+        mistakes = building.mistaken_flags(on_error, workers, max_bad, max_document_tokens, max_line_bytes, out)
+        for flag, value, allowed in (
+            ("format", format, ("auto", *FORMATS)),
+            ("loss", loss, _LOSSES),
+            ("long_documents", long_documents, ("truncate", "drop")),
+        ):
+            if value not in allowed:
+                mistakes.append(f"--{flag}={value}: expected {', '.join(allowed)}{nearest(value, allowed)}")
+        if template and not Path(template).is_file():
+            mistakes.append(f"--template={template}: no such file{similar(Path(template))}")
+        if mistakes:
+            raise ConfigError("\n".join(mistakes))
+        facts = building.describe_tokenizer(tokenizer, append_eos=False) | {"content": CONVERSATIONS}
+        source = _read_template(template) if template else find_template(tokenizer_files(tokenizer), tokenizer)
+        check_template(source, named_tokenizer(tokenizer), template or "chat template")
+        limits = max_document_tokens, long_documents, max_line_bytes
+        return ChatOptions(source, format, loss, on_error, *limits), facts  # type: ignore[arg-type]
+
+    merger = building.build(input, tokenizer, out, workers, max_bad, prepare)
+    if merger is not None:
+        tally = merger.tally
+        share = tally["trained_tokens"] / max(merger.writer.num_tokens, 1)
+        print(f"{tally['trained_tokens']:,} tokens to train on ({share:.1%})")
+        if merger.long:
+            lost = f"{tally['lost_tokens']:,} tokens lost"
+            done = "truncated to" if long_documents == "truncate" else "left out, longer than"
+            print(f"{merger.long:,} conversations {done} {max_document_tokens:,} tokens: {lost}")
+        if tally["without_target"]:
+            print(f"{tally['without_target']:,} conversations left out: nothing in them to train on")
+
+
+def _read_template(path: str) -> str:
+    try:
+        if Path(path).stat().st_size > 4 * MAX_TEMPLATE:
+            raise ConfigError(f"--template={path}: too large for a template")
+        return Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"--template={path}: {error}") from None
+
+
+def check_template(source: str, tokenizer: Tokenizer, name: str) -> None:
+    """Compile a template and try it on two turns, before any worker starts. Raises ConfigError for one that is refused;
+    that it refuses this conversation says nothing of others."""
+    turn = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    compiled = ChatTemplate(source, tokenizer, name)
+    with suppress(ValueError):
+        compiled.render(turn)
+
+
+@lru_cache(maxsize=1)  # a worker process encodes many units with one template
+def _template(source: str, tokenizer: str) -> ChatTemplate:
+    return ChatTemplate(source, cached_tokenizer(tokenizer))
+
+
+def encode(spans: list[Span], prefix: str, tokenizer: str, options: ChatOptions) -> Part:
+    """As ``ChatOptions.encode``. With ``on_error`` "stop", stops at a refused line."""
+    model, part = (
+        cached_tokenizer(tokenizer),
+        Part(prefix, spans, tally=Counter(trained_tokens=0, lost_tokens=0, without_target=0)),
+    )
+    dtype = token_dtype(model.vocab_size)
+    with (
+        IndexedWriter(prefix, dtype, durable=False) as writer,
+        Path(f"{prefix}.rejects").open("w", encoding="utf-8") as rejects,
+    ):
+        for tokens, mask in _encoded(part, model, _template(options.chat_template, tokenizer), options, rejects):
+            if options.max_document_tokens and len(tokens) > options.max_document_tokens:
+                kept = options.max_document_tokens if options.long_documents == "truncate" else 0
+                part.long += 1
+                part.tally["lost_tokens"] += len(tokens) - kept
+                if not kept:
+                    continue
+                tokens, mask = tokens[:kept], mask[:kept]
+            if not len(tokens):
+                part.empty += 1
+                continue
+            mask[0] = False  # the first token of a document is nobody's target
+            if not mask.any():
+                part.tally["without_target"] += 1
+                continue
+            part.documents += 1
+            part.tally["trained_tokens"] += int(mask.sum())
+            writer.add_document(tokens.astype(dtype), alternating(mask))
+    return part
+
+
+def alternating(mask: np.ndarray) -> list[int]:
+    """The lengths of the stretches of a mask, whose first element is False."""
+    return np.diff([0, *(np.flatnonzero(np.diff(mask)) + 1), len(mask)]).tolist()
+
+
+def _encoded(
+    part: Part, model: Tokenizer, template: ChatTemplate, options: ChatOptions, rejects: TextIO
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """[n] tokens and [n] bool, which to train on, of each conversation; counts lines, writes down the refused."""
+    for number, span in enumerate(part.spans):
+        part.lines.append(0)
+        for line, found, error, excerpt in read_objects(span, options.max_line_bytes):
+            part.lines[-1] = line
+            try:
+                if error:
+                    raise ValueError(error)
+                if found is None:
+                    part.empty += 1
+                    continue
+                excerpt = json.dumps(found)[:80]
+                yield tokenized(conversation(found, options.format), model, template, options.loss)
+            except ValueError as reason:
+                rejects.write(json.dumps([number, line, str(reason), excerpt]) + "\n")
+                if options.on_error == "stop":
+                    return
+
+
+def tokenized(
+    found: Conversation, model: Tokenizer, template: ChatTemplate, loss: Loss
+) -> tuple[np.ndarray, np.ndarray]:
+    """[n] tokens of a conversation, and [n] bool, which of them to train on. Raises ValueError to refuse it."""
+    if found.plain:
+        prompt, completion = (message["content"] for message in found.messages)
+        for text in (prompt, completion):
+            check_text(text)
+        context, tokens = model.encode(prompt), model.encode(completion)
+        end = [model.eos_id] if model.eos_id >= 0 else []
+        mask = np.repeat([loss == "all", True], [len(context), len(tokens) + len(end)])
+        return np.array([*context, *tokens, *end], np.int64), mask
+    rendered = template.render(found.messages, loss, **found.given)
+    check_text(rendered.text)
+    encoded = model.encode_spans(rendered.text)
+    return encoded.tokens, encoded.within(rendered.spans)

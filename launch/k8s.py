@@ -1,0 +1,186 @@
+"""A Kubernetes manifest for a run: every pod starts its own ranks with ``launch run --node_rank``; nothing is sent.
+
+Of two kinds: an indexed Job of Kubernetes itself, whose pods find each other through a headless Service, or a
+PyTorchJob of Kubeflow's training operator. The config travels, resolved, in a ConfigMap.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from launch.hostfile import UsageError
+from launch.report import PREEMPTED
+
+PORT = 29500
+_CONFIG = "/etc/megatron_lite"
+_DERIVED = ("mesh", "checkpoint_bytes")  # what `megatron_lite config --ranks` prints beside the config
+_FATAL = (2, 3, 4, 6)  # exit codes that would only come again: usage, data, checkpoint, a loss that is not finite
+
+
+def manifest(settings: Mapping[str, Any], nodes: int, nproc: int, max_restarts: int) -> list[dict[str, Any]]:
+    """The objects for a run with ``settings`` (a config, resolved) on ``nodes`` pods of ``nproc`` ranks each.
+
+    Raises UsageError.
+    """
+    options = settings["launch"]["k8s"]
+    if not options["image"]:
+        raise UsageError("--launch.k8s.image=IMAGE is missing: an image in which `python -m launch` works")
+    name = object_name(settings["run"]["name"])
+    grace = settings["launch"]["slurm"]["signal_seconds"] or 30
+    pytorch = options["kind"] == "PyTorchJob"
+    argv = ["python", "-m", "launch", "run", f"{_CONFIG}/config.yaml", f"--nproc={nproc}"]
+    if nodes > 1:
+        first, index = (f"{name}-master-0", "RANK") if pytorch else (f"{name}-0.{name}", "JOB_COMPLETION_INDEX")
+        argv += [f"--nodes={nodes}", f"--node_rank=$({index})", f"--rdzv={first}:{PORT}"]
+    labels = {"app.kubernetes.io/name": "megatron-lite", "app.kubernetes.io/instance": name}
+    meta = {"name": name, **({"namespace": options["namespace"]} if options["namespace"] else {}), "labels": labels}
+    template = {"metadata": {"labels": labels}, "spec": _pod(name, argv, options, grace, pytorch)}
+    config = {
+        "apiVersion": "v1",
+        "kind": "ConfigMap",
+        "metadata": {**meta, "name": f"{name}-config"},
+        "data": {"config.yaml": to_yaml({key: settings[key] for key in settings if key not in _DERIVED})},
+    }
+    if pytorch:
+        return [config, _pytorch_job(meta, template, nodes, max_restarts)]
+    service = {
+        "apiVersion": "v1",
+        "kind": "Service",
+        "metadata": meta,
+        "spec": {
+            "clusterIP": "None",
+            "selector": labels,
+            "publishNotReadyAddresses": True,
+            "ports": [{"name": "rendezvous", "port": PORT}],
+        },
+    }
+    return [config, service, _job(meta, template, name, nodes, max_restarts)]
+
+
+def object_name(run: str) -> str:
+    """The run's name as Kubernetes takes one: lower case, digits and dashes, beginning with a letter, not too long."""
+    name = re.sub(r"[^a-z0-9]+", "-", run.lower())
+    name = (name if name[:1].isalpha() else f"run-{name}")[:40].strip("-")
+    return name or "run"
+
+
+def _pod(name: str, argv: list[str], options: Mapping[str, Any], grace: int, pytorch: bool) -> dict[str, Any]:
+    volumes: list[dict[str, Any]] = [
+        {"name": "config", "configMap": {"name": f"{name}-config"}},
+        {"name": "shm", "emptyDir": {"medium": "Memory", "sizeLimit": options["shm"]}},
+    ]
+    mounts = [{"name": "config", "mountPath": _CONFIG}, {"name": "shm", "mountPath": "/dev/shm"}]
+    for number, (claim, path) in enumerate(options["volumes"].items()):
+        volumes.append({"name": f"volume-{number}", "persistentVolumeClaim": {"claimName": claim}})
+        mounts.append({"name": f"volume-{number}", "mountPath": path})
+    container: dict[str, Any] = {
+        "name": "pytorch" if pytorch else "ranks",  # the operator looks for this name
+        "image": options["image"],
+        "command": argv[:4],
+        "args": argv[4:],
+        "volumeMounts": mounts,
+    }
+    if options["resources"]:
+        container["resources"] = {"requests": options["resources"], "limits": options["resources"]}
+    if options["secrets"]:
+        container["envFrom"] = [{"secretRef": {"name": secret}} for secret in options["secrets"]]
+    return {
+        "restartPolicy": "OnFailure" if pytorch else "Never",
+        "terminationGracePeriodSeconds": grace,
+        **({} if pytorch else {"subdomain": name}),
+        "containers": [container],
+        "volumes": volumes,
+    }
+
+
+def _job(meta: dict[str, Any], template: dict[str, Any], name: str, nodes: int, max_restarts: int) -> dict[str, Any]:
+    return {
+        "apiVersion": "batch/v1",
+        "kind": "Job",
+        "metadata": meta,
+        "spec": {
+            "completionMode": "Indexed",
+            "completions": nodes,
+            "parallelism": nodes,
+            "backoffLimit": nodes * max_restarts,  # when a rank is lost, all pods fail once
+            "podFailurePolicy": {
+                "rules": [
+                    {
+                        "action": "FailJob",
+                        "onExitCodes": {"containerName": "ranks", "operator": "In", "values": list(_FATAL)},
+                    },
+                    {
+                        "action": "Ignore",
+                        "onExitCodes": {"containerName": "ranks", "operator": "In", "values": [PREEMPTED]},
+                    },
+                    {"action": "Ignore", "onPodConditions": [{"type": "DisruptionTarget"}]},
+                ]
+            },
+            "template": template,
+        },
+    }
+
+
+def _pytorch_job(meta: dict[str, Any], template: dict[str, Any], nodes: int, max_restarts: int) -> dict[str, Any]:
+    master: dict[str, Any] = {"replicas": 1, "restartPolicy": "OnFailure", "template": template}
+    replicas = {"Master": master}
+    if nodes > 1:
+        replicas["Worker"] = {**master, "replicas": nodes - 1}
+    return {
+        "apiVersion": "kubeflow.org/v1",
+        "kind": "PyTorchJob",
+        "metadata": meta,
+        "spec": {"runPolicy": {"backoffLimit": max_restarts}, "pytorchReplicaSpecs": replicas},
+    }
+
+
+def documents(objects: Sequence[Mapping[str, Any]]) -> str:
+    """The objects as one stream of YAML."""
+    return "---\n".join(map(to_yaml, objects))
+
+
+def to_yaml(tree: Mapping[str, Any]) -> str:
+    """``tree`` of dictionaries, lists, text, numbers, booleans and None as YAML, which reads back as the same."""
+    return "\n".join(_lines(tree)) + "\n"
+
+
+def _lines(value: Any) -> Iterator[str]:
+    """The lines of a mapping or of a list, without indentation."""
+    for key, item in value.items() if isinstance(value, Mapping) else ((None, item) for item in value):
+        lead = "-" if key is None else f"{_scalar(key)}:"
+        if isinstance(item, Mapping | list | tuple) and item:
+            inner = list(_lines(item))
+            if key is None:  # the first line stands beside the dash
+                yield f"- {inner[0]}"
+                yield from (f"  {line}" for line in inner[1:])
+            else:
+                yield lead
+                yield from (f"  {line}" for line in inner)
+        elif isinstance(item, str) and _BLOCK.fullmatch(item):
+            yield f"{lead} |"
+            yield from (f"  {line}" if line else "" for line in item[:-1].split("\n"))
+        else:
+            yield f"{lead} {_scalar(item)}"
+
+
+# Text that is safe without quotes: no YAML reads it as a number, a truth value, a date or the like.
+_BARE = re.compile(r"(?!(?:y|n|yes|no|on|off|true|false|null|nan|inf)$)[A-Za-z_/][\w./@-]*(?::[\w./@-]+)*", re.I | re.A)
+_BLOCK = re.compile(r"(?=[^ \n])(?:[\x20-\x7e]*\n)*[\x20-\x7e]+\n")  # lines whose first one shows the indentation
+_UNPRINTABLE = re.compile(r"[^\x20-\x7e\xa0-\ud7ff\ue000-\ufefe\uff00-\ufffd\U00010000-\U0010ffff]")
+
+
+def _scalar(value: Any) -> str:
+    if isinstance(value, Mapping):
+        return "{}"
+    if isinstance(value, list | tuple):
+        return "[]"
+    if isinstance(value, float):
+        return re.sub(r"^(-?\d+)e", r"\1.0e", repr(value))  # YAML 1.1 knows no float without a point
+    if not isinstance(value, str):
+        return json.dumps(value)
+    if _BARE.fullmatch(value):
+        return value
+    return _UNPRINTABLE.sub(lambda found: f"\\U{ord(found[0]):08x}", json.dumps(value, ensure_ascii=False))

@@ -1,0 +1,234 @@
+"""Ranks through Slurm: a batch script that asks for nodes, and the srun that starts ranks on them.
+
+Outside of an allocation ``launch run --via=slurm`` submits the script. The script runs the same command again, inside,
+where it is a launch like every other one: supervised, restarted, its first cause named.
+"""
+
+from __future__ import annotations
+
+import itertools
+import re
+import shlex
+import signal
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from launch import torchrun
+from launch.hostfile import Host, UsageError, check_name
+from launch.job import Command, Job, Launch, Slurm
+
+_MAX_NODES = 65536
+_SPECIAL_STEPS = 0xFFFFFFF0  # from here on, SLURM_STEP_ID is that of a batch script or of an interactive shell
+_PLAIN = re.compile(r"[\w.,:/=@%+*&|()\[\]-]*", re.ASCII)
+_TASK = "SLURM_ARRAY_TASK_ID"
+RESUME = "--checkpoint.resume=auto"
+
+
+def allocated(env: Mapping[str, str]) -> bool:
+    """Whether this is the script or the shell of an allocation. Raises UsageError where srun started this process."""
+    if "SLURM_JOB_ID" not in env:
+        return False
+    if int(env.get("SLURM_STEP_ID", _SPECIAL_STEPS)) < _SPECIAL_STEPS:
+        raise UsageError(
+            "--via=slurm starts srun itself, and this is a task of srun's: leave srun away, or use --via=torchrun"
+        )
+    return True
+
+
+def choose_hosts(where: Mapping[str, Any], env: Mapping[str, str]) -> tuple[Host, ...]:
+    """The nodes of the allocation, in Slurm's order; outside of one, nodes without names. Raises UsageError."""
+    if given := [
+        f"--{name}" for name in ("hostfile", "include", "exclude", "node_rank") if where[name] not in (None, "")
+    ]:
+        raise UsageError(
+            f"{', '.join(given)}: Slurm chooses the nodes; see launch.slurm.constraint and launch.slurm.extra"
+        )
+    least, most = where["nodes"] or (None, None)
+    if least != most:
+        raise UsageError(f"--nodes={least}:{most}: Slurm gives all nodes of a job at once; ask for one number of them")
+    if not allocated(env):
+        return tuple(Host(f"node-{node}", where["nproc"] or 1) for node in range(most or 1))
+    names = expand(env["SLURM_JOB_NODELIST"])
+    if most is not None and most > len(names):
+        raise UsageError(f"--nodes={most}: this allocation has {len(names)}: {env['SLURM_JOB_NODELIST']}")
+    return tuple(Host(name, where["nproc"] or int(env.get("SLURM_NTASKS_PER_NODE", "1"))) for name in names[:most])
+
+
+def expand(hostlist: str) -> list[str]:
+    """The names that Slurm's short form of a list stands for: ``a[1-2,07],b`` is a1, a2, a07, b. Raises UsageError."""
+    words = re.findall(r"(?:[^,\[\]]|\[[^\[\]]*\])+", hostlist)
+    if not words or ",".join(words) != hostlist:
+        raise UsageError(f"{hostlist!r} is not a list of hosts")
+    names = list(itertools.islice(itertools.chain.from_iterable(map(_expand, words)), _MAX_NODES + 1))
+    if wrong := [name for name in names if not check_name(name)]:
+        raise UsageError(f"{hostlist!r}: {wrong[0]!r} is not a host name")
+    if len(names) > _MAX_NODES:
+        raise UsageError(f"{hostlist!r} names more than {_MAX_NODES} hosts")
+    return names
+
+
+def _expand(word: str) -> Iterator[str]:
+    """The names of one word; of several brackets the last one counts fastest."""
+    head, bracket, rest = word.partition("[")
+    if not bracket:
+        yield head
+        return
+    inside, _, tail = rest.partition("]")
+    for part in inside.split(","):
+        if not (span := re.fullmatch(r"(\d{1,9})(?:-(\d{1,9}))?", part, re.ASCII)):
+            raise UsageError(f"{word!r}: expected numbers or ranges of them in brackets, found {part!r}")
+        for number in range(int(span[1]), int(span[2] or span[1]) + 1):
+            yield from (f"{head}{number:0{len(span[1])}}{end}" for end in _expand(tail))
+
+
+def describe(options: Mapping[str, Any], env: Mapping[str, str]) -> Slurm:
+    """What a job has to know of ``launch.slurm`` and of its allocation."""
+    job = env.get("SLURM_JOB_ID", "0")
+    port = 20000 + int(job) % 12000 if job.isdecimal() else 20000  # jobs that share a node seldom share it
+    names = ("srun", "cpus_per_task", "container", "container_mounts")
+    return Slurm(port=port, **{name: options[name] for name in names})
+
+
+def command(job: Job) -> Launch:
+    """One ``srun`` that starts every rank, or a torchrun on every node.
+
+    Tasks fill the nodes in the order of Slurm's list, which is that of ``job.hosts``. srun does not end tasks because
+    of others: that is the supervisor's to do, when it knows who was first.
+    """
+    slurm = job.slurm or Slurm()
+    slots = job.hosts[0].slots
+    if any(host.slots != slots or host.devices is not None for host in job.hosts):
+        raise UsageError("--via=slurm starts as many ranks on every node as on the first one; give --nproc=N")
+    python = sys.executable
+    if slurm.container is not None:
+        python = "python3"  # the image's own
+        job = replace(job, program=(python, *job.program[1:]))
+    env = job.rank_env
+    if job.rendezvous is not None:
+        env |= {"MASTER_ADDR": job.rendezvous[0], "MASTER_PORT": str(job.rendezvous[1])}
+    if slurm.srun == "tasks":
+        per_node, cpus = slots, slurm.cpus_per_task
+        program = job.rank_argv("--rank=SLURM_PROCID", "--stderr-fd=1", "--lease")
+    else:
+        per_node, cpus = 1, slurm.cpus_per_task and slots * slurm.cpus_per_task
+        meeting = [f"--nnodes={len(job.hosts)}"]
+        if job.rendezvous is not None:
+            meeting += [f"--master-addr={job.rendezvous[0]}", f"--master-port={job.rendezvous[1]}"]
+        program = ["-m", "launch.agent", *torchrun.agent(job, slots, meeting, "--stderr-fd=1", "--lease")]
+    argv = [
+        "srun",
+        f"--nodes={len(job.hosts)}",
+        "--relative=0",
+        f"--ntasks={len(job.hosts) * per_node}",
+        f"--ntasks-per-node={per_node}",
+        *([f"--cpus-per-task={cpus}"] if cpus else []),  # since 22.05 srun does not take it from the job
+        "--distribution=block",
+        "--kill-on-bad-exit=0",
+        "--wait=0",
+        "--mpi=none",
+        "--input=none",
+        "--export=ALL",
+        *_container(job, slurm),
+        python,
+        *program,
+    ]
+    return Launch("srun", [Command(argv, env, stop=signal.SIGTERM)])
+
+
+def _container(job: Job, slurm: Slurm) -> list[str]:
+    """Options of pyxis: the image, with this directory and the run folder where they are here."""
+    if slurm.container is None:
+        return []
+    folders = {str(Path.cwd()), str(job.run_dir.absolute())}
+    if odd := [folder for folder in folders if set(folder) & set(",:")]:
+        raise UsageError(f"{odd[0]}: launch.slurm.container cannot mount a path with a comma or a colon in it")
+    mounts = [*(f"{folder}:{folder}" for folder in sorted(folders)), *filter(None, [slurm.container_mounts])]
+    return [
+        f"--container-image={slurm.container}",
+        f"--container-mounts={','.join(mounts)}",
+        f"--container-workdir={Path.cwd()}",
+    ]
+
+
+def script(job: Job, words: Sequence[str], overrides: Mapping[str, str], options: Mapping[str, Any]) -> str:
+    """The batch script: ``python -m launch run`` with ``words`` and ``overrides`` on the nodes that ``options``
+    (``launch.slurm``) describe. Raises UsageError."""
+    name, array, kept = job.run_dir.name, options["array"], dict(overrides)
+    if array is not None and options["chain"] > 1:
+        raise UsageError("launch.slurm.array and launch.slurm.chain are two ways to get several jobs: give one of them")
+    first_start, own = '"${SLURM_RESTART_COUNT:-0}" = 0', None
+    if array is not None and array.endswith("%1"):  # one task after the other: each goes on where the last has stopped
+        first_start += f' -a "${_TASK}" = "$SLURM_ARRAY_TASK_MIN"'
+    elif array is not None:
+        own = [f'set -- "$@" --run.name={name}-"${_TASK}"']
+        if "run.seed" not in kept:
+            own.append(f'set -- "$@" --run.seed="${_TASK}"')
+        kept.pop("run.name", None)
+    resume = [] if "checkpoint.resume" in kept else [f"[ {first_start} ] || set -- {RESUME}"]
+    argv = [sys.executable, "-m", "launch", "run", *words, *(f"--{key}={value}" for key, value in kept.items())]
+    first, rest = shlex.join(argv[:5]), [shlex.quote(word) for word in argv[5:]]
+    wait = options["signal_seconds"]
+    lines = [
+        "#!/bin/bash",
+        f"# {name}: {job.size} ranks on {len(job.hosts)} node{'s' * (len(job.hosts) > 1)}. "
+        "Written by `python -m launch run`; edit it and submit it again as you like.",
+        *(f"#SBATCH {line}" for line in _directives(job, options)),
+        "",
+        *([*options["setup"], ""] if options["setup"] else []),
+        *resume,
+        *(own or []),
+        "# On the first node: it starts the ranks with srun, watches them, and has them save when it is told to stop.",
+        " \\\n    ".join([first, *rest, '"$@" &']),
+        "launcher=$! expiring= again=",
+        f"trap 'expiring=yes; kill -USR1 $launcher' USR1{f'  # {wait} s before the time limit' if wait else ''}",
+        "trap 'kill -TERM $launcher' TERM",
+        "while kill -0 $launcher 2>/dev/null; do wait $launcher; done  # a signal ends a wait early",
+        "wait $launcher",
+        "code=$?",
+    ]
+    if options["requeue"]:
+        folder = shlex.quote(str(job.run_dir)) + ("" if own is None else f'-"${_TASK}"')
+        lines += [
+            "case $code in",
+            "    # Saved: again, unless it was cancelled.",
+            "    75) again=$expiring ;;",
+            "    # A rank or a node was lost: again, if there is a checkpoint that is younger than this start.",
+            f"    5) [ {folder}/checkpoints/latest -nt {folder}/logs/launcher.lock ] && again=yes ;;",
+            "esac",
+            'if [ "$again" ]; then scontrol requeue "$SLURM_JOB_ID"; fi',
+        ]
+    return "\n".join([*lines, "exit $code", ""])
+
+
+def _directives(job: Job, options: Mapping[str, Any]) -> list[str]:
+    """What stands after ``#SBATCH``."""
+    output = job.log_dir.absolute() / f"slurm-{'%j' if options['array'] is None else '%A_%a'}.out"
+    for path in (output, Path.cwd()):
+        if set("\\\n\r") & set(str(path)):
+            raise UsageError(f"{str(path)!r}: Slurm does not take a backslash or a line break in a path")
+    slots = job.hosts[0].slots
+    asked = {
+        "job-name": job.run_dir.name,
+        "chdir": str(Path.cwd()),
+        "output": str(output.parent).replace("%", "%%") + f"/{output.name}",
+        "open-mode": "append",
+        "nodes": len(job.hosts),
+        "ntasks-per-node": slots,
+    }
+    names = ("cpus_per_task", "mem", "gres", "constraint", "partition", "account", "qos", "time", "array")
+    asked |= {name.replace("_", "-"): options[name] for name in names if options[name] is not None}
+    if options["signal_seconds"]:
+        asked["signal"] = f"B:USR1@{options['signal_seconds']}"
+    flags = ["--exclusive"] if options["exclusive"] else []
+    flags.append("--requeue" if options["requeue"] else "--no-requeue")
+    if wrong := [line for line in options["extra"] if not line.startswith("-")]:
+        raise UsageError(f"launch.slurm.extra: {wrong[0]!r} is not an option of sbatch; write it as --name=value")
+    return [*(f"--{name}={_quote(str(value))}" for name, value in asked.items()), *flags, *options["extra"]]
+
+
+def _quote(value: str) -> str:
+    """``value`` as sbatch reads it in a script: not as a shell would, a backslash counts inside of all quotes."""
+    return value if _PLAIN.fullmatch(value) else '"' + re.sub(r'(["\\])', r"\\\1", value) + '"'

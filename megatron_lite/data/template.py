@@ -1,0 +1,261 @@
+"""Chat templates: a conversation as the text a model reads, and which characters of it the assistant wrote.
+
+A template is Jinja, as Hugging Face models carry it, and comes from strangers. It runs in Jinja's immutable sandbox,
+which keeps it from Python's own attributes, within limits on CPU time, memory, numbers and output, which the sandbox
+lacks. Deviating from Hugging Face, an attempt at a private attribute is an error rather than an empty string, and
+there is no clock (``strftime_now``): the same input always gives the same text.
+"""
+
+from __future__ import annotations
+
+import json
+import resource
+import signal
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Literal, NamedTuple, NoReturn
+
+from jinja2 import Template, TemplateError, nodes
+from jinja2.exceptions import SecurityError
+from jinja2.ext import Extension, loopcontrols
+from jinja2.parser import Parser
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+from megatron_lite.data.tokenizer import SETTINGS, TEMPLATE, Tokenizer, parse_object
+from megatron_lite.errors import ConfigError, DataError
+
+Loss = Literal["completions", "last", "all"]
+Message = Mapping[str, Any]
+
+# For a tokenizer that comes without one: roles as plain text, each assistant turn ended by the end-of-sequence token.
+PLAIN = """
+{%- for message in messages -%}
+<|{{ message.role }}|>
+{% if message.role == 'assistant' %}{% generation %}{{ message.content }}{{ eos_token }}{% endgeneration %}
+{%- else %}{{ message.content }}{% endif %}
+
+{% endfor -%}
+{% if add_generation_prompt %}<|assistant|>
+{% endif %}"""
+
+MAX_TEMPLATE = 1 << 20  # characters
+MAX_OUTPUT = 16 << 20  # characters of one conversation
+_MAX_NUMBER = 1 << 64
+_SECONDS = 5.0  # of CPU for one conversation, which takes a ten-thousandth of it
+_MEMORY = 1 << 30  # bytes that one conversation may take on top
+_OPEN, _CLOSE = "\ufdd1", "\ufdd2"  # noncharacters, which no text holds: around what `generation` encloses
+
+
+class _OutOfTimeError(BaseException):
+    """Not an Exception, lest Jinja take it for one of the template's own."""
+
+
+class _Generation(Extension):
+    """``{% generation %} … {% endgeneration %}``: what the assistant wrote."""
+
+    tags = {"generation"}  # noqa: RUF012 (Jinja's own declaration)
+
+    def parse(self, parser: Parser) -> nodes.Node:
+        line = next(parser.stream).lineno
+        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+        return nodes.CallBlock(self.call_method("_mark"), [], [], body).set_lineno(line)
+
+    def _mark(self, caller: Callable[[], str]) -> str:
+        return f"{_OPEN}{caller()}{_CLOSE}"
+
+
+class _Sandbox(ImmutableSandboxedEnvironment):
+    """Jinja's sandbox, in which what is not allowed is an error, and arithmetic stays small."""
+
+    intercepted_binops = frozenset(("+", "-", "*", "/", "//", "%", "**"))
+
+    def unsafe_undefined(self, obj: Any, attribute: str) -> NoReturn:
+        raise SecurityError(f"access to {attribute!r} of {type(obj).__name__} is not allowed")
+
+    def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
+        for value, other in ((left, right), (right, left)):
+            if isinstance(value, (int, float)) and abs(value) > _MAX_NUMBER:
+                raise SecurityError("arithmetic with numbers above 2**64 is not allowed")
+            repeats = operator == "*" and isinstance(value, (str, list, tuple)) and isinstance(other, int)
+            if repeats and len(value) * other > MAX_OUTPUT:
+                raise SecurityError(f"a repetition of more than {MAX_OUTPUT} elements is not allowed")
+        if operator == "**" and isinstance(right, (int, float)) and abs(right) > 64:
+            raise SecurityError("powers above 64 are not allowed")
+        return super().call_binop(context, operator, left, right)
+
+
+def _raise(message: str) -> NoReturn:
+    raise TemplateError(message)
+
+
+def _to_json(value: Any, indent: int | None = None, ensure_ascii: bool = False, sort_keys: bool = False) -> str:
+    return json.dumps(value, indent=indent, ensure_ascii=ensure_ascii, sort_keys=sort_keys)
+
+
+class Rendered(NamedTuple):
+    """The text of a conversation, and the characters [start, stop) that count as targets."""
+
+    text: str
+    spans: list[tuple[int, int]]
+
+
+class ChatTemplate:
+    """A compiled chat template, with the names of the tokenizer's special tokens to fill in.
+
+    Raises ConfigError for a template that does not compile, or does what no template may, here and in ``render``.
+    """
+
+    def __init__(self, source: str, tokenizer: Tokenizer, name: str = "chat template") -> None:
+        self.source, self.name = source, name
+        names = {"bos_token": tokenizer.token(tokenizer.bos_id), "eos_token": tokenizer.token(tokenizer.eos_id)}
+        self._given: Mapping[str, Any] = {**names, "pad_token": names["eos_token"]}
+        self._ends = tuple(tokenizer.special)
+        if len(source) > MAX_TEMPLATE:
+            raise ConfigError(f"{name}: {len(source)} characters, more than {MAX_TEMPLATE}")
+        environment = _Sandbox(trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, loopcontrols])
+        environment.filters["tojson"] = _to_json
+        environment.globals["raise_exception"] = _raise
+        try:
+            with self._limits():
+                tree = environment.parse(source)
+                self._template: Template = environment.from_string(tree)
+        except (TemplateError, RecursionError) as error:
+            line = f", line {error.lineno}" if hasattr(error, "lineno") else ""
+            raise ConfigError(f"{name}{line}: {_one_line(error)}") from None
+        self.marks_generation = any(
+            isinstance(node.call, nodes.Call)
+            and isinstance(node.call.node, nodes.ExtensionAttribute)
+            and node.call.node.identifier == _Generation.identifier
+            for node in tree.find_all(nodes.CallBlock)
+        )
+
+    def prompt(self, messages: Sequence[Message]) -> str:
+        """What the assistant is to go on from. Raises ValueError where the template refuses the conversation."""
+        _check_marks(messages)
+        return self._render(messages, prompt=True).text
+
+    def render(self, messages: Sequence[Message], loss: Loss = "completions", **given: Any) -> Rendered:
+        """The conversation as text, and where the assistant's turns are in it, their end markers included.
+
+        ``loss``: ``completions`` all its turns, ``last`` the last one alone, ``all`` the whole text. The spans are what
+        the template's ``generation`` blocks enclose. In a template without any, a turn is what the text gains by it,
+        beyond the generation prompt. Raises ValueError where the template refuses the conversation, or a template
+        without such blocks rewrites earlier turns as a conversation goes on.
+        """
+        _check_marks(messages, given)
+        whole = self._render(messages, **given)
+        if loss == "all":
+            return Rendered(whole.text, [(0, len(whole.text))])
+        if self.marks_generation:
+            return Rendered(whole.text, whole.spans[-1:] if loss == "last" else whole.spans)
+        turns = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
+        spans = []
+        for i in turns[-1:] if loss == "last" else turns:
+            before = self._render(messages[:i], prompt=True, **given).text
+            after = whole.text if i == len(messages) - 1 else self._render(messages[: i + 1], **given).text
+            if not (whole.text.startswith(after) and after.startswith(before)):
+                hint = "" if loss == "last" else "; --loss=last trains on the last turn alone"
+                raise ValueError(
+                    f"the template changes what precedes message {i + 1} as the conversation goes on, and marks no "
+                    f"{{% generation %}}{hint}"
+                )
+            shorter = after.rstrip()
+            stop = len(shorter) if shorter.endswith(self._ends) else len(after)  # no line end after an end marker
+            spans.append((len(before), max(stop, len(before))))
+        return Rendered(whole.text, spans)
+
+    def _render(self, messages: Sequence[Message], *, prompt: bool = False, **given: Any) -> Rendered:
+        text: list[str] = []
+        spans: list[tuple[int, int]] = []
+        size = open_at = 0
+        try:
+            with self._limits():
+                values = {**self._given, **given, "messages": messages, "add_generation_prompt": prompt}
+                for chunk in self._template.generate(values):
+                    for mark in _marked(chunk):
+                        if mark == _OPEN:
+                            open_at = size
+                        elif mark == _CLOSE:
+                            spans.append((open_at, size))
+                        else:
+                            text.append(mark)
+                            size += len(mark)
+                    if size > MAX_OUTPUT:
+                        raise ValueError(f"the template made more than {MAX_OUTPUT} characters of it")
+        except TemplateError as error:
+            raise ValueError(f"the chat template refuses it: {_one_line(error)}") from None
+        except (TypeError, KeyError, IndexError, AttributeError, ArithmeticError, RecursionError) as error:
+            raise ValueError(f"the chat template fails on it: {_one_line(error)}") from None
+        return Rendered("".join(text), spans)
+
+    @contextmanager
+    def _limits(self) -> Iterator[None]:
+        """Bound the CPU time and the memory of what runs inside. Raises ConfigError beyond them, or when the sandbox
+        refuses something. Time is bounded in the main thread only, where signals arrive."""
+
+        def out_of_time(*_: object) -> NoReturn:
+            raise _OutOfTimeError
+
+        soft, hard = resource.getrlimit(resource.RLIMIT_AS)
+        used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+        limits = [limit for limit in (soft, hard) if limit != resource.RLIM_INFINITY]
+        timed = threading.current_thread() is threading.main_thread()
+        try:
+            resource.setrlimit(resource.RLIMIT_AS, (min([used + _MEMORY, *limits]), hard))
+            if timed:
+                before = signal.signal(signal.SIGVTALRM, out_of_time)
+                signal.setitimer(signal.ITIMER_VIRTUAL, _SECONDS, 0.1)
+            try:
+                yield
+            finally:
+                if timed:
+                    signal.setitimer(signal.ITIMER_VIRTUAL, 0)
+                    signal.signal(signal.SIGVTALRM, before)
+        except SecurityError as error:
+            raise ConfigError(f"{self.name}: refused: {_one_line(error)}") from None
+        except _OutOfTimeError:
+            raise ConfigError(f"{self.name}: refused: one conversation took more than {_SECONDS:g} s") from None
+        except MemoryError:
+            raise ConfigError(f"{self.name}: refused: one conversation took more than {_MEMORY >> 20} MiB") from None
+        finally:
+            resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
+
+
+def _marked(chunk: str) -> Iterator[str]:
+    """A piece of output, cut at the marks."""
+    start = 0
+    for i, character in enumerate(chunk) if _OPEN in chunk or _CLOSE in chunk else ():
+        if character in (_OPEN, _CLOSE):
+            yield chunk[start:i]
+            yield character
+            start = i + 1
+    yield chunk[start:]
+
+
+def _check_marks(*given: object) -> None:
+    text = json.dumps(given, ensure_ascii=False)
+    if _OPEN in text or _CLOSE in text:
+        raise ValueError("it holds U+FDD1 or U+FDD2, which are no characters")
+
+
+def _one_line(error: BaseException) -> str:
+    return (" ".join(str(error).split()) or type(error).__name__)[:300]
+
+
+def find_template(files: Mapping[str, bytes], name: str) -> str:
+    """The template that comes with a tokenizer, as the files of a model folder hold it, or ``PLAIN``."""
+    if TEMPLATE in files:
+        try:
+            return files[TEMPLATE].decode()
+        except UnicodeDecodeError:
+            raise DataError(f"{name}: {TEMPLATE} is not UTF-8") from None
+    found = parse_object(files, "chat_template.json").get("chat_template")
+    found = found or parse_object(files, SETTINGS).get("chat_template") or PLAIN
+    if isinstance(found, list):  # several with names
+        named = {each.get("name"): each.get("template") for each in found if isinstance(each, dict)}
+        found = named.get("default")
+    if not isinstance(found, str):
+        raise DataError(f"{name}: its chat template is no text, and none of several is named default")
+    return found

@@ -1,0 +1,139 @@
+"""Runs on a real Slurm: where their ranks are, what they compute, how they are asked after, and how they end."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+from launch.slurm import expand
+from tests.kit.cluster import eventually
+from tests.kit.jobs import PYTHON, Result
+from tests.kit.slurm import Slurm
+from tests.kit.tiny import TinyRuns, assert_same_run, checkpoint_steps, tiny_config
+
+pytestmark = pytest.mark.timeout(300)
+
+
+LIMIT = 150  # of waiting for a run, on a busy machine
+# The second start of a job is without faults.
+HEALED = """--launch.slurm.setup=['[ "${SLURM_RESTART_COUNT:-0}" = 0 ] || unset MLITE_FAULT']"""
+
+
+def launch(slurm: Slurm, *words: str, faults: str = "") -> Result:
+    return slurm.run([PYTHON, "-m", "launch", *words], timeout=60, env={"MLITE_FAULT": faults})
+
+
+def submit(slurm: Slurm, tiny: TinyRuns, folder: Path, *flags: str, faults: str = "") -> list[int]:
+    """Submit the tiny model on two nodes, one rank on each; returns the jobs' numbers."""
+    config = tiny_config(folder, tiny.data, **{f"parallel__{key}": value for key, value in tiny.parallel.items()})
+    words = ["run", str(config), "--via=slurm", "--nodes=2", "--launch.tp_across_hosts=true", *flags]
+    return [int(job) for job in launch(slurm, *words, faults=faults).expect(exit_code=0).stdout.split()]
+
+
+def output(run_dir: Path, job: int) -> str:
+    path = run_dir / f"logs/slurm-{job}.out"
+    return path.read_text() if path.exists() else ""
+
+
+def start_again(slurm: Slurm, job: int, *changes: str) -> None:
+    """Have a job that is queued again start now; Slurm would let some time pass."""
+    eventually(
+        lambda: slurm.job(job)["Restarts"] == "1" and slurm.job(job)["JobState"] == "PENDING", "queued again", 60
+    )
+    slurm.run(["scontrol", "update", f"JobId={job}", "StartTime=now", *changes], timeout=20).expect(exit_code=0)
+
+
+def hosts_of_ranks(run_dir: Path) -> list[str]:
+    reports = [json.loads((run_dir / f"logs/rank_{rank}.exit.json").read_text()) for rank in range(2)]
+    return [report["host"] for report in reports]
+
+
+@pytest.mark.parametrize("srun", ["tasks", pytest.param("torchrun", marks=pytest.mark.slow)])
+def test_a_submitted_run_computes_what_torchrun_does_on_the_nodes_in_order(
+    srun: str, slurm: Slurm, tiny: TinyRuns, tmp_path: Path
+) -> None:
+    (job,) = submit(slurm, tiny, tmp_path, f"--launch.slurm.srun={srun}", "--launch.slurm.gres=gpu:1")
+    ended = slurm.wait(job, "COMPLETED", timeout=LIMIT)
+    assert ended["ExitCode"] == "0:0"
+    assert_same_run(tmp_path / "run", tiny.reference)
+    if slurm.cluster.kind == "namespaces":
+        assert hosts_of_ranks(tmp_path / "run") == slurm.nodes[:2]
+    shown = launch(slurm, "status", str(job)).expect(exit_code=0).stdout
+    assert re.search(rf"job {job} \(run\): COMPLETED on \S+, .*\n.*: step 12; last outcome: done\n", shown)
+    for words in ([str(job)], [str(tmp_path / "run"), "--follow"]):
+        launch(slurm, "logs", *words).expect(exit_code=0, stdout="run: 2 ranks on 2 hosts through slurm[^$]*step 12 ")
+    launch(slurm, "logs", str(job), "--rank=1").expect(exit_code=0, stdout="# rank 1, attempt 0")
+
+
+@pytest.mark.slow
+def test_a_run_is_cancelled_when_it_has_saved_and_what_waits_for_it_with_it(
+    slurm: Slurm, tiny: TinyRuns, tmp_path: Path
+) -> None:
+    first, second = submit(slurm, tiny, tmp_path, "--launch.slurm.chain=2", faults="sleep:seconds=0.2")
+    run_dir = tmp_path / "run"
+    eventually(lambda: "step 1 " in output(run_dir, first), f"{first} trains", LIMIT)
+    assert slurm.job(second)["Dependency"].startswith(f"afternotok:{first}")
+    shown = launch(slurm, "status", str(run_dir)).expect(exit_code=0).stdout
+    assert re.search(rf"job {first} \(run\): RUNNING on \S+, .*\njob {second} \(run\): PENDING \(Dependency\)", shown)
+    cancelled = launch(slurm, "cancel", str(first))
+    cancelled.expect(exit_code=0, stderr=rf"cancelled {second}, which waited for it\nasked {first} to save")
+    ended = slurm.job(first)
+    assert (ended["JobState"], ended["ExitCode"], ended["Restarts"]) == ("FAILED", "75:0", "0")
+    assert slurm.job(second)["JobState"] == "CANCELLED"
+    assert checkpoint_steps(run_dir)[-1] < 12
+    launch(slurm, "cancel", str(first)).expect(exit_code=0, stderr="nothing left to cancel")
+
+
+@pytest.mark.slow
+def test_a_chain_ends_with_the_first_job_that_finishes_the_run(slurm: Slurm, tiny: TinyRuns, tmp_path: Path) -> None:
+    jobs = submit(slurm, tiny, tmp_path, "--launch.slurm.chain=3", "--launch.slurm.requeue=false")
+    slurm.wait(jobs[0], "COMPLETED", LIMIT)
+    for job in jobs[1:]:
+        slurm.wait(job, "CANCELLED")
+
+
+@pytest.mark.slow
+def test_a_job_whose_node_dies_is_queued_again_and_goes_on(slurm: Slurm, tiny: TinyRuns, tmp_path: Path) -> None:
+    (job,) = submit(slurm, tiny, tmp_path, HEALED, faults="sleep:seconds=0.2")
+    run_dir = tmp_path / "run"
+    eventually(lambda: checkpoint_steps(run_dir), f"{job} has saved", LIMIT)
+    slurm.kill_node(1)
+    start_again(slurm, job)
+    slurm.wait(job, "COMPLETED", LIMIT)
+    assert_same_run(run_dir, tiny.reference)
+    if slurm.cluster.kind == "namespaces":
+        assert hosts_of_ranks(run_dir) == [slurm.nodes[0], slurm.nodes[2]]
+
+
+def test_ranks_fill_the_nodes_of_an_allocation_in_order(slurm: Slurm, tmp_path: Path) -> None:
+    nodes = ",".join(slurm.nodes[1:3])
+    argv = ["salloc", f"--nodelist={nodes}", "--nodes=2", "--ntasks-per-node=2", PYTHON, "-m", "launch", "verify"]
+    result = slurm.run([*argv, "--via=slurm", f"--dir={tmp_path}"], timeout=60)
+    result.expect(exit_code=0, stdout="slurm: 4 ranks on 2 hosts, each where the plan has it")
+    reports = [json.loads((tmp_path / f"verify/slurm/logs/rank_{n}.exit.json").read_text()) for n in range(4)]
+    if slurm.cluster.kind == "namespaces":
+        assert [report["host"] for report in reports] == [node for node in slurm.nodes[1:3] for _ in range(2)]
+
+
+def test_what_sbatch_refuses_is_one_line(slurm: Slurm, tiny: TinyRuns, tmp_path: Path) -> None:
+    config = tiny_config(tmp_path, tiny.data)
+    refused = launch(slurm, "run", str(config), "--via=slurm", "--launch.slurm.partition=none")
+    refused.expect(exit_code=2, stderr=r"^error: sbatch: .*Invalid partition.*; the script: \S+/run/logs/slurm.sh\n$")
+
+
+def test_slurm_reads_a_hostile_name_as_it_is_written(slurm: Slurm, tiny: TinyRuns, tmp_path: Path) -> None:
+    folder = tmp_path / "a 'b\" #c 100% $(touch canary) é"
+    folder.mkdir()
+    config = tiny_config(folder, tiny.data)
+    words = ["run", str(config), "--via=slurm", "--launch.slurm.extra=[--hold]", "--launch.slurm.constraint=cpu"]
+    (job,) = launch(slurm, *words).expect(exit_code=0).stdout.split()
+    shown = rf"PENDING \(JobHeldUser\).*\n{re.escape(str(folder))}/run: no step yet\n"
+    launch(slurm, "status", job).expect(exit_code=0, stdout=shown)
+    launch(slurm, "cancel", job).expect(exit_code=0, stderr=f"cancelled {job}\n")
+
+
+def test_the_short_form_of_a_list_is_read_as_slurm_reads_it(slurm: Slurm) -> None:
+    for hostlist in ("a[1-3,07],b", "n[009-011]x[1,3-4],c-1.d", "x[1-2]", "q"):
+        asked = slurm.run(["scontrol", "show", "hostnames", hostlist], timeout=20).expect(exit_code=0)
+        assert expand(hostlist) == asked.stdout.split()

@@ -1,0 +1,247 @@
+"""The chat command: every form of instruction data, what is trained on of it, and what becomes of what does not fit."""
+
+import gzip
+import json
+import re
+
+import numpy as np
+import pytest
+
+from data_tools import tokenize as building
+from data_tools.chat import chat
+from data_tools.conversations import conversation
+from data_tools.corpus import corpus
+from data_tools.inspect import inspect
+from megatron_lite.data.indexed import IndexedDataset, read_card
+from megatron_lite.data.tokenizer import load_tokenizer
+from megatron_lite.errors import ConfigError, DataError
+from tests.kit.corpora import CHATML, UNMARKED, data_tools, dataset_bytes, write_json_tokenizer, write_tokenizer
+from tests.kit.jobs import PYTHON
+from tests.kit.terminal import run_on_terminal
+
+USER, ANSWER = {"role": "user", "content": "add 1 2"}, {"role": "assistant", "content": "3 é😀"}
+SYSTEM, TOOL = {"role": "system", "content": "Count."}, {"role": "tool", "content": "3"}
+TURNS = [SYSTEM, USER, ANSWER, {"role": "user", "content": "again"}, {"role": "assistant", "content": "3"}]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("tokenizers")
+    write_tokenizer(folder / "t.model")
+    write_json_tokenizer(folder / "hf")
+    write_json_tokenizer(folder / "unmarked", UNMARKED)
+    return folder
+
+
+def write(path, *lines):
+    path.write_text("".join(f"{line if isinstance(line, str) else json.dumps(line)}\n" for line in lines))
+    return path
+
+
+def stored(prefix, model):
+    """Each conversation as its stretches of text, context and trained in turn."""
+    dataset = IndexedDataset(prefix)
+    pairs = zip(dataset.documents[:-1], dataset.documents[1:], strict=True)
+    return [[model.show(dataset[i].tolist()) for i in range(first, last)] for first, last in pairs]
+
+
+FORMS = [
+    ({"messages": [SYSTEM, USER, ANSWER], "tools": []}, [SYSTEM, USER, ANSWER]),
+    (
+        {
+            "messages": [
+                {"role": "user", "content": [{"type": "text", "text": "add "}, {"type": "text", "text": "1 2"}]}
+            ]
+        },
+        [USER],
+    ),
+    (
+        {
+            "system": "Count.",
+            "conversations": [{"from": "human", "value": "add 1 2"}, {"from": "gpt", "value": "3 é😀"}],
+        },
+        [SYSTEM, USER, ANSWER],
+    ),
+    ({"conversations": [{"from": "observation", "value": "3"}]}, [TOOL]),
+    ({"instruction": "add 1 2", "input": "", "output": "3 é😀", "system": "Count."}, [SYSTEM, USER, ANSWER]),
+    (
+        {"instruction": "add", "input": "1 2", "output": "3 é😀", "history": [["add 1 2", "3 é😀"]]},
+        [USER, ANSWER, {"role": "user", "content": "add\n\n1 2"}, ANSWER],
+    ),
+    ({"prompt": "add 1 2", "completion": "3 é😀"}, [USER, ANSWER]),
+    ({"prompt": [SYSTEM, USER], "completion": [ANSWER]}, [SYSTEM, USER, ANSWER]),
+]
+
+
+@pytest.mark.parametrize(("line", "messages"), FORMS)
+def test_every_form_is_told_by_its_keys(line, messages):
+    assert conversation(line).messages == messages
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ({"text": "x"}, r'expected "messages"; or "conversations"; or .*; its keys are: "text"'),
+        ({"messages": [], "prompt": "", "completion": ""}, r"messages and completion both fit \(--format\)"),
+        ({"messages": []}, '"messages" is empty'),
+        ({"messages": "x"}, '"messages" is a string, expected a list'),
+        ({"messages": [1]}, "message 1 is a number, expected an object"),
+        ({"messages": [USER, {"content": "x"}]}, 'message 2: "role" is missing'),
+        ({"messages": [{"role": "user", "content": None}]}, 'message 1: "content" is null, expected a string'),
+        (
+            {"messages": [{"role": "user", "content": [{"type": "image"}]}]},
+            "message 1: a part of its content is not text",
+        ),
+        (
+            {"conversations": [{"from": "gpt4", "value": "x"}]},
+            r"message 1: \"from\" is 'gpt4' \(did you mean 'gpt'\?\); known",
+        ),
+        ({"instruction": "x", "output": 3}, '"output" is a number, expected a string'),
+        ({"instruction": "x", "output": "y", "history": [["a"]]}, '"history": expected pairs'),
+        ({"prompt": "x", "completion": None}, '"completion" is null'),
+    ],
+)
+def test_what_is_wrong_with_a_line_is_said(line, message):
+    with pytest.raises(ValueError, match=message):
+        conversation(line)
+
+
+def test_what_is_stored_is_text_by_text_context_and_completion(tmp_path, folder, capsys):
+    source = write(
+        tmp_path / "x.jsonl", {"messages": TURNS}, {"prompt": "1+1=", "completion": "2"}, "", {"messages": [USER]}
+    )
+    for name in ("hf", "unmarked"):
+        chat(str(source), str(folder / name), f"{tmp_path}/{name}", workers=1)
+        model = load_tokenizer(folder / name)
+        assert stored(tmp_path / name, model) == [
+            [
+                "<|im_start|>system\nCount.<|im_end|>\n<|im_start|>user\nadd 1 2<|im_end|>\n<|im_start|>assistant\n",
+                "3 é😀<|im_end|>",
+                "\n<|im_start|>user\nagain<|im_end|>\n<|im_start|>assistant\n",
+                "3<|im_end|>",
+                "\n",
+            ],
+            ["1+1=", "2<|im_end|>"],
+        ]
+        card = read_card(tmp_path / name)
+        assert (card["content"], card["lines"], card["empty"], card["without_target"]) == ("conversations", 4, 1, 1)
+        assert card["trained_tokens"] == sum(IndexedDataset(tmp_path / name).lengths[[1, 3, 6]])
+        assert card["options"]["chat_template"] == (CHATML if name == "hf" else UNMARKED)
+        assert "1 conversations left out: nothing in them to train on" in capsys.readouterr().out
+
+
+def test_golden_tokens_of_a_sentencepiece_model(tmp_path, folder):
+    source = write(tmp_path / "x.jsonl", {"messages": [USER, ANSWER]})
+    chat(str(source), f"{folder}/t.model", f"{tmp_path}/out", workers=1)
+    dataset, model = IndexedDataset(tmp_path / "out"), load_tokenizer(folder / "t.model")
+    assert stored(tmp_path / "out", model) == [["<|user|>\nadd 1 2\n<|assistant|>\n", "3 é😀</s>", "\n"]]
+    plain = ["<|user|>\nadd 1 2\n<|assistant|>\n3 é😀", "\n"]
+    assert dataset.tokens.tolist() == [*model.encode(plain[0]), model.eos_id, *model.encode(plain[1])]
+    assert dataset[1].tolist()[-5:] == [*(5 + byte for byte in "😀".encode()), 3]  # the bytes of what no piece covers
+
+
+@pytest.mark.parametrize(("loss", "wanted"), [("last", ["3<|im_end|>"]), ("all", ["<|im_start|>"])])
+def test_what_is_trained_on_is_a_flag(tmp_path, folder, loss, wanted):
+    source = write(tmp_path / "x.jsonl", {"messages": TURNS})
+    for name in ("hf", "unmarked"):
+        chat(str(source), str(folder / name), f"{tmp_path}/{name}", workers=1, loss=loss)
+        (found,) = stored(tmp_path / name, load_tokenizer(folder / name))
+        assert found[1::2] == wanted if loss == "last" else (found[0] == wanted[0] and len(found) == 2)
+
+
+def test_a_template_that_rewrites_earlier_turns_needs_marks_or_the_last_turn(tmp_path, folder):
+    rewriting = "{% for m in messages %}{{ m.content if loop.last else 'old' }}{% endfor %}"
+    write(tmp_path / "t.jinja", rewriting)
+    source = write(tmp_path / "x.jsonl", {"messages": TURNS})
+    flags = {"template": f"{tmp_path}/t.jinja", "workers": 1}
+    with pytest.raises(DataError, match=r"x\.jsonl:1: the template changes what precedes message 3 .*--loss=last"):
+        chat(str(source), str(folder / "hf"), f"{tmp_path}/out", **flags)
+
+
+@pytest.mark.parametrize(("policy", "lengths"), [("truncate", [12, 9]), ("drop", [9])])
+def test_what_is_too_long_is_counted(tmp_path, folder, capsys, policy, lengths):
+    lines = [{"prompt": "p" * 4, "completion": "c" * 40}, {"prompt": "p" * 4, "completion": "c" * 4}]
+    hidden = {"prompt": "p" * 40, "completion": "c"}  # cut before anything to train on
+    source = write(tmp_path / "x.jsonl", *lines, hidden)
+    chat(str(source), str(folder / "hf"), f"{tmp_path}/out", workers=1, max_document_tokens=12, long_documents=policy)
+    dataset = IndexedDataset(tmp_path / "out")
+    whole = [len(load_tokenizer(folder / "hf").encode(line["prompt"] + " " + line["completion"])) for line in lines]
+    assert [len(dataset) // 2, whole[0] > 12 > whole[1]] == [len(lengths), True]
+    card, out = read_card(tmp_path / "out"), capsys.readouterr().out
+    assert card["long"] == 2 and card["without_target"] == (1 if policy == "truncate" else 0)
+    said = "truncated to" if policy == "truncate" else "left out, longer than"
+    assert f"2 conversations {said} 12 tokens: {card['lost_tokens']:,} tokens lost" in out
+
+
+def test_bad_lines_are_named_or_set_aside(tmp_path, folder):
+    good = {"messages": [USER, ANSWER]}
+    bad = ["{", {"messages": [{"role": "user"}]}, {"messages": [{"role": "user", "content": "\ud800"}, ANSWER]}]
+    marked = {"messages": [USER, {"role": "assistant", "content": "\ufdd1"}]}
+    source = write(tmp_path / "x.jsonl", good, *bad, marked, good)
+    arguments = (f"--input={source}", f"--tokenizer={folder}/hf", f"--out={tmp_path}/out")
+    data_tools("chat", *arguments).expect(3, stderr=r"\Aerror: .*x\.jsonl:2: invalid JSON at column 3: .+\n\Z")
+    assert not list(tmp_path.glob("out*"))
+    chat(str(source), f"{folder}/hf", f"{tmp_path}/out", workers=1, on_error="skip", max_bad="4")
+    rejects = [json.loads(line) for line in (tmp_path / "out.rejects.jsonl").read_text().splitlines()]
+    assert [(reject["line"], reject["error"][:20]) for reject in rejects] == [
+        (2, "invalid JSON at colu"),
+        (3, 'message 1: "content"'),
+        (4, "lone surrogate \\ud80"),
+        (5, "it holds U+FDD1 or U"),
+    ]
+    assert IndexedDataset(tmp_path / "out").num_documents == 2
+
+
+def test_gzip_parquet_and_several_workers_give_the_same(tmp_path, folder, monkeypatch):
+    lines = [
+        {"messages": [{"role": "user", "content": f"add {i}"}, {**ANSWER, "name": "x"} if i % 2 else ANSWER]}
+        for i in range(40)
+    ]
+    source = write(tmp_path / "x.jsonl", *lines)
+    (tmp_path / "x.jsonl.gz").write_bytes(gzip.compress(source.read_bytes()))
+    chat(str(source), f"{folder}/hf", f"{tmp_path}/one", workers=1)
+    chat(f"{source}.gz", f"{folder}/hf", f"{tmp_path}/gzip", workers=1)
+    monkeypatch.setattr(building, "_UNIT_BYTES", 1500)
+    chat(str(source), f"{folder}/hf", f"{tmp_path}/two", workers=2)
+    pyarrow = pytest.importorskip("pyarrow", reason="pyarrow is not installed (the parquet extra)")
+    pytest.importorskip("pyarrow.parquet").write_table(pyarrow.Table.from_pylist(lines), tmp_path / "x.parquet")
+    chat(f"{tmp_path}/x.parquet", f"{folder}/hf", f"{tmp_path}/parquet", workers=1)
+    for name in ("gzip", "two", "parquet"):
+        assert dataset_bytes(tmp_path / name) == dataset_bytes(tmp_path / "one")
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ({"format": "mesages"}, r"--format=mesages: expected auto, messages, .* \(did you mean 'messages'\?\)"),
+        ({"loss": "none"}, "--loss=none: expected completions, last, all"),
+        ({"long_documents": "split"}, "--long_documents=split: expected truncate, drop"),
+        ({"template": "none.jinja"}, "--template=none.jinja: no such file"),
+    ],
+)
+def test_a_wrong_flag_is_named(tmp_path, folder, flags, message):
+    with pytest.raises(ConfigError, match=message):
+        chat("x.jsonl", f"{folder}/hf", f"{tmp_path}/out", **flags)
+
+
+def test_inspect_shows_what_is_trained_on(tmp_path, folder, capsys):
+    source = write(tmp_path / "x.jsonl", {"messages": [USER, ANSWER]})
+    chat(str(source), f"{folder}/hf", f"{tmp_path}/out", workers=1)
+    capsys.readouterr()
+    inspect(f"{tmp_path}/out")
+    assert "<|im_start|>assistant\n⟦3 é😀<|im_end|>⟧\n" in capsys.readouterr().out
+    shown = run_on_terminal([PYTHON, "-m", "data_tools", "inspect", f"{tmp_path}/out"], [], timeout=60).expect(0)
+    assert re.search("\x1b\\[1;32m3 é😀<\\|im_end\\|>\x1b\\[0m", shown.stdout.replace("\r", ""))
+
+
+def test_the_standard_library_answers_with_its_docstrings(tmp_path, folder, monkeypatch):
+    monkeypatch.setattr("sysconfig.get_path", lambda name: str(tmp_path / "lib"))
+    (tmp_path / "lib").mkdir()
+    (tmp_path / "lib" / "a.py").write_text('def f(x):\n    """Double\n    it."""\n    return 2 * x\n\ndef g(): pass\n')
+    corpus("python-stdlib-instructions", f"{tmp_path}/out")
+    (line,) = map(json.loads, next((tmp_path / "out").iterdir()).read_text().splitlines())
+    question = "Write the docstring of this function.\n\ndef f(x):\n    return 2 * x"
+    assert [m["content"] for m in line["messages"]] == [question, "Double\nit."]
+    assert (line["path"], line["license"]) == ("a.py:1", "PSF-2.0")
+    chat(f"{tmp_path}/out", f"{folder}/t.model", f"{tmp_path}/data", workers=1)
+    assert np.array_equal(IndexedDataset(tmp_path / "data").documents, [0, 3])

@@ -1,0 +1,125 @@
+"""Manifests: what Kubernetes' own schema takes, and what a pod then does."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from hypothesis import given
+from hypothesis import strategies as st
+from lightkube.models import batch_v1, core_v1
+
+from launch import k8s
+from tests.kit.jobs import PYTHON, run_job
+from tests.kit.tiny import tiny_config, tiny_data
+
+MODELS = {"ConfigMap": core_v1.ConfigMap, "Service": core_v1.Service, "Job": batch_v1.Job}
+
+
+def check(value: dict[str, Any], model: Any) -> None:
+    """``value`` is what the schema says of ``model``: no field missing or unknown, every type right."""
+    assert model.from_dict(value).to_dict() == value
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("k8s")
+    options = {"image": "example/lite:1", "volumes": {"runs": "/runs"}, "resources": {"cpu": "2"}, "secrets": ["token"]}
+    return tiny_config(folder, tiny_data(folder), run__name="My_Run.1", parallel__tp=2, launch__k8s=options)
+
+
+def printed(config: Path, *words: str) -> list[dict[str, Any]]:
+    argv = [PYTHON, "-m", "launch", "k8s", str(config), "--nodes=2", "--nproc=2", *words]
+    return list(yaml.safe_load_all(run_job(argv, timeout=60).expect(exit_code=0).stdout))
+
+
+def test_a_job_and_its_service_fit_the_schema_and_each_other(config: Path) -> None:
+    objects = printed(config, "--optim.lr=1e-5", "--launch.k8s.namespace=lab")
+    assert [found["kind"] for found in objects] == ["ConfigMap", "Service", "Job"]
+    for found in objects:
+        check(found, MODELS[found["kind"]])
+        assert found["metadata"]["namespace"] == "lab"
+    settings, service, job = objects
+    assert yaml.safe_load(settings["data"]["config.yaml"])["optim"]["lr"] == 1e-5
+    pod = job["spec"]["template"]
+    assert service["spec"]["selector"].items() <= pod["metadata"]["labels"].items()
+    assert pod["spec"]["subdomain"] == service["metadata"]["name"] == job["metadata"]["name"] == "my-run-1"
+    (container,) = pod["spec"]["containers"]
+    assert container["command"] == ["python", "-m", "launch", "run"]
+    assert container["args"] == [
+        *("/etc/megatron_lite/config.yaml", "--nproc=2", "--nodes=2"),
+        *("--node_rank=$(JOB_COMPLETION_INDEX)", "--rdzv=my-run-1-0.my-run-1:29500"),
+    ]
+    fatal, saved, drained = job["spec"]["podFailurePolicy"]["rules"]
+    assert (fatal["action"], fatal["onExitCodes"]["values"]) == ("FailJob", [2, 3, 4, 6])
+    assert (saved["action"], saved["onExitCodes"]["values"], drained["action"]) == ("Ignore", [75], "Ignore")
+    assert {mount["name"] for mount in container["volumeMounts"]} == {v["name"] for v in pod["spec"]["volumes"]}
+
+
+def test_the_schema_refuses_what_does_not_fit(config: Path) -> None:
+    *_, job = printed(config)
+    for spoil in (
+        lambda spec: spec.update(completion="2"),
+        lambda spec: spec.update(completions="2"),
+        lambda spec: spec.pop("template"),
+        lambda spec: spec["template"]["spec"]["containers"][0].update(args="--nproc=2"),
+    ):
+        spoilt = yaml.safe_load(k8s.to_yaml(job))
+        spoil(spoilt["spec"])
+        with pytest.raises((AssertionError, ValueError)):
+            check(spoilt, batch_v1.Job)
+
+
+def test_the_words_of_a_pod_are_a_run_of_that_config(config: Path, tmp_path: Path) -> None:
+    settings, _, job = printed(config)
+    (container,) = job["spec"]["template"]["spec"]["containers"]
+    (tmp_path / "config.yaml").write_text(settings["data"]["config.yaml"])
+    words = [word.replace("$(JOB_COMPLETION_INDEX)", "1") for word in container["args"][1:]]
+    argv = [PYTHON, "-m", "launch", "run", str(tmp_path / "config.yaml"), *words, "--dry_run"]
+    shown = run_job(argv, timeout=60).expect(exit_code=0).stdout
+    assert "--nnodes=2 --node-rank=1 --master-addr=my-run-1-0.my-run-1 --master-port=29500" in shown
+
+
+def test_a_pytorch_job_has_a_master_and_workers_whose_pods_fit_the_schema(config: Path) -> None:
+    _, job = printed(config, "--launch.k8s.kind=PyTorchJob")
+    replicas = job["spec"]["pytorchReplicaSpecs"]
+    assert {name: replica["replicas"] for name, replica in replicas.items()} == {"Master": 1, "Worker": 1}
+    for replica in replicas.values():
+        check(replica["template"], core_v1.PodTemplateSpec)
+        (container,) = replica["template"]["spec"]["containers"]
+        assert container["name"] == "pytorch"
+        assert container["args"][-2:] == ["--node_rank=$(RANK)", "--rdzv=my-run-1-master-0:29500"]
+
+
+def test_a_manifest_needs_an_image(config: Path) -> None:
+    argv = [PYTHON, "-m", "launch", "k8s", str(config), "--nproc=2", "--launch.k8s.image=null"]
+    run_job(argv, timeout=60).expect(exit_code=2, stderr="^error: --launch.k8s.image=IMAGE is missing")
+
+
+@given(st.text())
+def test_any_run_has_a_name_that_kubernetes_takes(run: str) -> None:
+    name = k8s.object_name(run)
+    assert len(name) <= 40
+    assert name.isascii()
+    assert name.replace("-", "").isalnum()
+    assert name == name.lower()
+    assert name[0].isalpha()
+    assert name[-1] != "-"
+
+
+WORDS = ["yes", "No", "null", "~", "1e5", "0x1", "1_000", "2026-11-25", "12:30:45", "=", "<<", "- a", "a: b", " a\n"]
+TEXT = (
+    st.text(st.characters(exclude_categories=["Cs"]))
+    | st.text("yn01:.-# \n\t'\"\\{}[]&*!|>%@`~=eEx_,?")
+    | st.sampled_from(WORDS)
+)
+TREES = st.recursive(
+    TEXT | st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(TEXT, inner, max_size=3),
+    max_leaves=8,
+)
+
+
+@given(st.dictionaries(TEXT, TREES, min_size=1, max_size=3))
+def test_what_is_written_reads_back(tree: dict[str, Any]) -> None:
+    assert yaml.safe_load(k8s.to_yaml(tree)) == tree
