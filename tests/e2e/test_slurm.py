@@ -100,10 +100,12 @@ def test_ranks_fill_the_nodes_of_an_allocation_in_order(slurm: Slurm, tmp_path: 
     nodes = ",".join(slurm.nodes[1:3])
     argv = ["salloc", f"--nodelist={nodes}", "--nodes=2", "--ntasks-per-node=2", PYTHON, "-m", "launch", "verify"]
     result = slurm.run([*argv, "--via=slurm", f"--dir={tmp_path}"], timeout=60)
+    if slurm.cluster.kind == "loopback":
+        result.expect(exit_code=1, stderr="hosts of the hostfile are one machine")  # in everything else they are right
+        return
     result.expect(exit_code=0, stdout="slurm: 4 ranks on 2 hosts, each where the plan has it")
     reports = [json.loads((tmp_path / f"verify/slurm/logs/rank_{n}.exit.json").read_text()) for n in range(4)]
-    if slurm.cluster.kind == "namespaces":
-        assert [report["host"] for report in reports] == [node for node in slurm.nodes[1:3] for _ in range(2)]
+    assert [report["host"] for report in reports] == [node for node in slurm.nodes[1:3] for _ in range(2)]
 
 
 def test_what_sbatch_refuses_is_one_line(slurm: Slurm, tiny: TinyRuns, tmp_path: Path) -> None:
