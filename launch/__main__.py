@@ -106,7 +106,7 @@ def plan(config: str, *, overrides: dict[str, str], **where: Any) -> int:
         try:
             shown = describe(LAUNCHERS[name](_shown(job)))
         except UsageError as error:
-            shown = f"not so: {error}"
+            shown = f"not possible: {error}"
         print(f"\n--via={name}\n{shown}")
     return 0
 
