@@ -56,17 +56,25 @@ def generate(
     top_p: float = 1.0,
     seed: int = 0,
     chat: bool = False,
+    adapters: str = "",
+    adapter: str | None = None,
+    requests: str | None = None,
+    base: str | None = None,
 ) -> None:
     """Continue a prompt with a checkpoint's model, or (--chat) answer it through the checkpoint's chat template.
 
-    Temperature 0 is greedy. Under a launcher the model is split over its ranks, with the same tokens.
+    Temperature 0 is greedy. Under a launcher the model is split over its ranks, with the same tokens. An adapter's
+    checkpoint comes with its base, which --base finds elsewhere. --adapters=NAME=RUN,NAME=RUN loads adapters onto one
+    base; --adapter names the one to use, or --requests a file of {"prompt": …, "adapter": NAME} lines.
     """
-    from megatron_lite.generate import Sampling, generate_text
+    named = {name: Path(path) for name, _, path in (part.partition("=") for part in adapters.split(",") if part)}
+    from megatron_lite.generate import Request, Sampling, generate_text, read_requests
 
+    asked = read_requests(Path(requests)) if requests else [Request(prompt, adapter)]
     sampling = Sampling(max_new_tokens, temperature, top_k, top_p, seed)
-    text = generate_text(Path(checkpoint), prompt, sampling, chat=chat)
-    if text is not None:
-        print(text)
+    where = Path(base) if base else None
+    for text in generate_text(Path(checkpoint), asked, sampling, chat=chat, adapters=named, base=where):
+        print(text, flush=True)
 
 
 def prove(

@@ -14,8 +14,9 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
 from omegaconf import OmegaConf
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
 
+from megatron_lite import targets
 from megatron_lite.cli import nearest
 from megatron_lite.errors import ConfigError
 
@@ -262,6 +263,123 @@ class CheckpointConfig(Section):
     background: bool = Field(default=False, alias="async")
 
 
+class PeftSection(Section):
+    """Parameter-efficient fine-tuning of the model that ``init.from`` names, which stays as it is.
+
+    ``base_dtype``: what the base is stored in; None: what is computed in (``train.precision``).
+    """
+
+    base_dtype: Literal["float32", "bfloat16"] | None = None
+
+
+class LoRAConfig(PeftSection):
+    """Low-rank updates of linears (Hu et al. 2021): W + alpha / r · B A, and with ``rslora`` alpha / √r (Kalajdzievski
+    2023).
+
+    ``targets``: q, k, v, o, gate, up, down, embedding, head, or globs over whole names (``blocks.[0-3].mlp.*``).
+    ``ranks``, ``alphas``: another r or alpha for what a pattern matches; the first that matches counts. ``dropout``: of
+    what A sees. ``dora``: direction and magnitude apart (Liu et al. 2024).
+    """
+
+    method: Literal["lora"]
+    targets: Annotated[list[str], Field(min_length=1)] = ["q", "k", "v", "o", "gate", "up", "down"]
+    r: Positive = 8
+    alpha: PositiveFloat = 16.0
+    ranks: dict[str, Positive] = {}
+    alphas: dict[str, PositiveFloat] = {}
+    dropout: Probability = 0.0
+    rslora: bool = False
+    dora: bool = False
+
+    def rank_of(self, name: str) -> int:
+        """r of one linear."""
+        return next((r for pattern, r in self.ranks.items() if targets.matches(pattern, name)), self.r)
+
+    def scale_of(self, name: str) -> float:
+        """What B A is multiplied by there."""
+        alpha = next((a for pattern, a in self.alphas.items() if targets.matches(pattern, name)), self.alpha)
+        r = self.rank_of(name)
+        return alpha / (math.sqrt(r) if self.rslora else r)
+
+    def matched(self, model: ModelConfig) -> list[str]:
+        """The linears of this model that are adapted."""
+        names = targets.linear_names(model.num_layers, gated=model.family == "llama")
+        return [name for name in names if any(targets.matches(pattern, name) for pattern in self.targets)]
+
+    def mistakes(self, config: Config) -> list[str]:
+        """What does not fit the rest of the config."""
+        model = config.model
+        names = targets.linear_names(model.num_layers, gated=model.family == "llama")
+        listed = self.targets
+        if model.family == "gpt2" and "targets" not in self.model_fields_set:
+            listed = [name for name in listed if name != "gate"]
+        found, matched = targets.mistakes("peft.targets", listed, names), self.matched(model)
+        if matched:
+            for key in ("ranks", "alphas"):
+                found += targets.mistakes(f"peft.{key}", getattr(self, key), matched)
+        ends = [name for name in targets.ENDS if name in matched]
+        if ends and model.tie_embeddings:
+            found.append(
+                f"peft.targets: {' and '.join(ends)}: model.tie_embeddings makes one tensor of both, and an update of "
+                "one could never be merged into it"
+            )
+        elif ends and self.dora:
+            found.append(f"peft.dora: {' and '.join(ends)}: only linears inside the blocks have magnitudes")
+        return found
+
+
+class AdapterConfig(PeftSection):
+    """Bottlenecks of ``size`` units between the frozen layers, which start as the identity.
+
+    ``placement``: ``houlsby`` after attention and after the MLP (Houlsby et al. 2019), ``pfeiffer`` after the MLP alone
+    (Pfeiffer et al. 2021), ``parallel`` beside the MLP (He et al. 2022). ``scale``: of what they add.
+    """
+
+    method: Literal["adapter"]
+    size: Positive = 64
+    placement: Literal["houlsby", "pfeiffer", "parallel"] = "houlsby"
+    scale: PositiveFloat = 1.0
+
+    def matched(self, model: ModelConfig) -> list[str]:
+        """What is followed, or accompanied, by a bottleneck."""
+        halves = ("attention", "mlp") if self.placement == "houlsby" else ("mlp",)
+        return [f"blocks.{i}.{half}" for i in range(model.num_layers) for half in halves]
+
+    def mistakes(self, config: Config) -> list[str]:
+        """What does not fit the rest of the config."""
+        tp = config.parallel.tp
+        return [f"peft.size={self.size} is not a multiple of parallel.tp={tp}"] if self.size % tp else []
+
+
+class PrefixConfig(PeftSection):
+    """``length`` trained keys and values ahead of the tokens in every layer (Li and Liang 2021), which take the first
+    ``length`` positions. ``reparameterize``: train them as an MLP's output, of so many hidden units, which is left out
+    of what is exported.
+    """
+
+    method: Literal["prefix"]
+    length: Positive = 16
+    reparameterize: Positive | None = None
+
+    def matched(self, model: ModelConfig) -> list[str]:
+        """What has a prefix."""
+        return [f"blocks.{i}.attention" for i in range(model.num_layers)]
+
+    def mistakes(self, config: Config) -> list[str]:
+        """What does not fit the rest of the config."""
+        needed, limit = self.length + config.data.seq_len, config.model.max_seq_len
+        if needed <= limit:
+            return []
+        return [
+            f"peft.length={self.length} + data.seq_len={config.data.seq_len} = {needed} positions exceed "
+            f"model.max_seq_len={limit}; the prefix takes the first"
+        ]
+
+
+METHODS: dict[str, type[PeftSection]] = {"lora": LoRAConfig, "adapter": AdapterConfig, "prefix": PrefixConfig}
+PeftConfig = Annotated[LoRAConfig | AdapterConfig | PrefixConfig, Field(discriminator="method")]
+
+
 _Line = Annotated[str, Field(pattern=r"^[^\n\r\x00]*$")]  # what becomes a line of a script, or a word of a command
 
 
@@ -345,6 +463,7 @@ class Config(Section):
     train: TrainConfig = TrainConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     init: InitConfig = InitConfig()
+    peft: PeftConfig | None = None
     launch: LaunchConfig = LaunchConfig()
 
     @property
@@ -361,6 +480,8 @@ class Config(Section):
                 f"train.global_batch_size={self.train.global_batch_size} must be a multiple of "
                 f"train.micro_batch_size={self.train.micro_batch_size}"
             )
+        if self.peft is not None and (mistakes := self.peft.mistakes(self)):
+            raise ValueError("\n".join(mistakes))
         return self
 
 
@@ -447,10 +568,19 @@ def parse_config(tree: dict[str, Any]) -> Config:
 
 def parse_model(tree: Any, where: str) -> ModelConfig:
     """Validate the ``model`` section that was found in ``where``. Raises ConfigError."""
+    return _parse_section(ModelConfig, "model", tree, where)
+
+
+def parse_peft(tree: Any, where: str) -> PeftConfig | None:
+    """Validate the ``peft`` section that was found in ``where``, if there is one. Raises ConfigError."""
+    return None if tree is None else _parse_section(PeftConfig, "peft", tree, where)
+
+
+def _parse_section(section: Any, name: str, tree: Any, where: str) -> Any:
     try:
-        return ModelConfig.model_validate(tree)
+        return TypeAdapter(section).validate_python(tree)
     except ValidationError as error:
-        lines = (_describe({**e, "loc": ("model", *e["loc"])}) for e in error.errors(include_url=False))
+        lines = (_describe({**e, "loc": (name, *e["loc"])}) for e in error.errors(include_url=False))
         raise ConfigError("\n".join(f"{where}: {line}" for line in lines)) from None
 
 
@@ -468,6 +598,10 @@ def load_config(name: str, overrides: Mapping[str, str]) -> Config:
         config = parse_config(tree)
     except ConfigError as error:
         raise ConfigError("\n".join([*mistakes, str(error)])) from None
+    if config.peft is not None and config.init.source is None:
+        mistakes.append("peft: init.from is missing: the model that is to be adapted")
+    if config.peft is not None and config.init.optimizer:
+        mistakes.append("init.optimizer: what peft trains is new, and that optimizer knows nothing of it")
     if mistakes:
         raise ConfigError("\n".join(mistakes))
     if config.model.vocab_size is None:
@@ -513,13 +647,20 @@ def _tokenizer_size(path: str | None) -> int:
 
 def _describe(error: Any) -> str:
     """One line for one pydantic error: key, problem, what was given, nearest valid."""
-    *parents, last = [str(part) for part in error["loc"]] or ["config"]
-    key = ".".join([*parents, last])
+    location = [str(part) for part in error["loc"]] or ["config"]
+    if location[0] == "peft":  # the method is named in between
+        location[1:2] = []
+    key = ".".join(location)
     given, message = error["input"], error["msg"].removeprefix("Value error, ")
     match error["type"]:
+        case "union_tag_not_found":
+            return f"{key}.method: missing; one of {', '.join(METHODS)}"
+        case "union_tag_invalid":
+            tag = error["ctx"]["tag"]
+            return f"{key}.method: expected {', '.join(METHODS)}, not {tag!r}{nearest(tag, METHODS)}"
         case "extra_forbidden":
             known = _keys(error["loc"][:-1])
-            return f"{key}: unknown key{nearest(last, known)}; known: {', '.join(known)}"
+            return f"{key}: unknown key{nearest(location[-1], known)}; known: {', '.join(known)}"
         case "missing":
             return f"{key}: missing"
         case "model_type" | "dict_type":
@@ -535,6 +676,8 @@ def _describe(error: Any) -> str:
 def _keys(location: tuple[str | int, ...]) -> Mapping[str, Any]:
     """The keys of the section at ``location``."""
     section: Any = Config
+    if location[:1] == ("peft",):
+        section, location = METHODS[str(location[1])], location[2:]
     for part in location:
         if isinstance(part, str):
             section = section.model_fields[part].annotation

@@ -3,25 +3,30 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import math
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from megatron_lite import checkpoint
+from megatron_lite import checkpoint, peft
+from megatron_lite.checkpoint import CheckpointSource, Source
+from megatron_lite.cli import nearest
+from megatron_lite.config import PrefixConfig
 from megatron_lite.data.template import ChatTemplate, find_template
 from megatron_lite.data.tokenizer import Tokenizer, carried_tokenizer, parse_object
 from megatron_lite.dist import random
 from megatron_lite.dist.env import read_rank
-from megatron_lite.dist.mesh import build_mesh, pick_device, process_group
+from megatron_lite.dist.mesh import Mesh, build_mesh, pick_device, process_group
 from megatron_lite.dist.shard import materialize, pieces_of
-from megatron_lite.errors import ConfigError
+from megatron_lite.errors import CheckpointError, ConfigError, DataError
 from megatron_lite.layers.attention import KeyValueCache
 from megatron_lite.models.decoder import Decoder
 from megatron_lite.parallel.plan import check_tp
+from megatron_lite.peft.prefix import fold
 from megatron_lite.trainer import DTYPES
 
 
@@ -89,7 +94,7 @@ def _generate(
     caches = [KeyValueCache() for _ in model.blocks]
     tokens = torch.tensor([prompt], device=device)
     produced: list[int] = []
-    room = model.config.max_seq_len - len(prompt)
+    room = longest_prompt(model) + 1 - len(prompt)
     for _ in range(min(sampling.max_new_tokens, room)):
         logits = model(tokens, caches=caches, dtype=dtype)
         token = int(choose(logits, sampling, len(prompt) + len(produced)))
@@ -106,10 +111,152 @@ def ends(tokenizer: Tokenizer, extras: Mapping[str, bytes]) -> set[int]:
     return {tokenizer.eos_id, *(named if isinstance(named, list) else [named])}
 
 
+def longest_prompt(model: Decoder) -> int:
+    """How many tokens a prompt may have so that there is room for one more."""
+    return model.config.max_seq_len - (0 if model.prefix is None else model.prefix.length) - 1
+
+
+@dataclass(frozen=True)
+class Request:
+    """A text to be continued, by the model as it is or with one of its adapters."""
+
+    prompt: str
+    adapter: str | None = None
+
+
+def read_requests(path: Path) -> list[Request]:
+    """One JSON object a line: ``prompt`` and, perhaps, ``adapter``. Raises DataError naming the line."""
+    found = []
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"cannot read {path}: {error}") from None
+    for number, line in enumerate(lines, 1):
+        try:
+            tree = json.loads(line)
+            if not isinstance(tree, dict) or not tree.keys() <= {"prompt", "adapter"}:
+                raise ValueError("expected an object with prompt and, perhaps, adapter")
+            prompt, adapter = tree.get("prompt"), tree.get("adapter")
+            if not isinstance(prompt, str) or not isinstance(adapter, str | None):
+                raise ValueError("prompt and adapter are texts")
+        except (ValueError, RecursionError) as error:
+            raise DataError(f"{path}:{number}: {error}") from None
+        found.append(Request(prompt, adapter))
+    return found
+
+
+class Models:
+    """A base in memory once and, by name, the adapters on it, each a model of its own whose frozen weights are the
+    base's very tensors. So every request may name another adapter, which costs nothing; what is computed together, in
+    one call of a model, has one adapter.
+    """
+
+    def __init__(
+        self, base: Source, mesh: Mesh, compute: torch.dtype, adapters: Mapping[str, CheckpointSource]
+    ) -> None:
+        check_tp(base.model, mesh.tp.size)
+        self.mesh, self.compute = mesh, compute
+        model = self._build(base)
+        if adapters:
+            model.to(compute)  # as it was when they were trained on it
+        else:
+            peft.apply(model, None, compute)
+        materialize(model, mesh.device)
+        self._load(base, model, [name for name, _ in model.named_parameters()])
+        self.by_name: dict[str | None, Decoder] = {None: model}
+        if adapters:
+            pieces = {f"model.{name}": piece for name, piece in pieces_of(model, mesh.tp).items()}
+            fingerprint = checkpoint.fingerprint(pieces, mesh.world)
+            for name, adapter in adapters.items():
+                checkpoint.check_base(adapter.checkpoint, fingerprint, base.path)
+                self.by_name[name] = self._adapted(base, adapter)
+
+    def _build(self, base: Source) -> Decoder:
+        with torch.device("meta"):
+            return Decoder(base.model, self.mesh.tp, sp=False)
+
+    def _adapted(self, base: Source, adapter: CheckpointSource) -> Decoder:
+        assert adapter.peft is not None
+        model = self._build(base)
+        peft.apply(model, adapter.peft.model_copy(update={"base_dtype": None}), self.compute)
+        materialize(model, self.mesh.device, dict(self.by_name[None].named_parameters()))
+        self._load(adapter, model, [name for name, p in model.named_parameters() if p.requires_grad])
+        if isinstance(adapter.peft, PrefixConfig):
+            fold(model, self.compute)
+        return model
+
+    def _load(self, source: Source, model: Decoder, names: Collection[str]) -> None:
+        pieces = {f"model.{n}": piece for n, piece in pieces_of(model, self.mesh.tp).items() if n in names}
+        model.requires_grad_(False)
+        checkpoint.agree(self.mesh.world, lambda: source.load(pieces), source.path)
+
+    def __getitem__(self, adapter: str | None) -> Decoder:
+        if adapter not in self.by_name:
+            known = [name for name in self.by_name if name is not None]
+            raise ConfigError(
+                f"no adapter {adapter!r}{nearest(str(adapter), known)}; loaded: {', '.join(known) or 'none'}"
+            )
+        return self.by_name[adapter]
+
+
+@contextlib.contextmanager
+def open_models(
+    path: Path, mesh: Mesh, dtype: torch.dtype | None, adapters: Mapping[str, Path], base: Path | None
+) -> Iterator[tuple[Models, dict[str, bytes], str | None]]:
+    """The models of a checkpoint, its small files, and the adapter that is meant where none is named.
+
+    ``path`` may be an adapter's: then its base is loaded, from where it was at training or from ``base``, and itself as
+    the adapter ``default``. Raises CheckpointError, also for adapters of another base.
+    """
+    with contextlib.ExitStack() as stack:
+
+        def opened(where: Path) -> Source:
+            return stack.enter_context(contextlib.closing(checkpoint.open_source(where, mesh.world)))
+
+        first, default = opened(path), None
+        found = {name: opened(where) for name, where in adapters.items()}
+        source = first
+        if first.peft is not None:
+            assert isinstance(first, CheckpointSource)
+            default, found = "default", {**found, "default": first}
+            where = base or (Path(first.base) if first.base else None)
+            if where is None or not where.exists():
+                raise CheckpointError(
+                    f"{first.path} is an adapter of {where}, which is not there; --base=PATH says where"
+                )
+            source = opened(where)
+        sources: dict[str, CheckpointSource] = {}
+        for name, adapter in found.items():
+            if not isinstance(adapter, CheckpointSource) or adapter.peft is None:
+                raise CheckpointError(f"{adapter.path} holds no adapter")
+            sources[name] = adapter
+        precision = next((adapter.precision for adapter in sources.values()), source.precision)
+        models = Models(source, mesh, dtype or DTYPES[precision], sources)
+        yield models, {**source.extras(), **first.extras()}, default
+
+
+def read_prompt(prompt: str, tokenizer: Tokenizer, template: ChatTemplate | None) -> list[int]:
+    """The tokens of a prompt or, with a template, of a conversation that it begins as the user's message. Raises
+    ConfigError."""
+    try:
+        text = prompt if template is None else template.prompt([{"role": "user", "content": prompt}])
+    except ValueError as error:
+        raise ConfigError(f"--prompt: {error}") from None
+    return tokenizer.encode(text, special=template is not None) or [tokenizer.eos_id]
+
+
 def generate_text(
-    path: Path, prompt: str, sampling: Sampling, dtype: torch.dtype | None = None, *, chat: bool = False
-) -> str | None:
-    """Load a checkpoint, split over as many ranks as were started, and continue ``prompt``; None but on rank 0.
+    path: Path,
+    requests: Sequence[Request],
+    sampling: Sampling,
+    dtype: torch.dtype | None = None,
+    *,
+    chat: bool = False,
+    adapters: Mapping[str, Path] | None = None,
+    base: Path | None = None,
+) -> Iterator[str]:
+    """Load a checkpoint and adapters on it, split over as many ranks as were started, and continue each prompt; nothing
+    but on rank 0.
 
     ``chat``: answer it as a user's message, through the chat template that the checkpoint has, with the answer alone.
     Raises CheckpointError for a checkpoint that does not verify or has no tokenizer, ConfigError for bad numbers.
@@ -120,25 +267,17 @@ def generate_text(
     with process_group(rank, device, timeout_seconds=600.0):
         mesh = build_mesh({"tp": rank.size}, device)
         assert mesh is not None
-        with contextlib.closing(checkpoint.open_source(path, mesh.world)) as source:
-            check_tp(source.model, rank.size)
-            extras = source.extras()
+        with open_models(path, mesh, dtype, adapters or {}, base) as (models, extras, default):
             tokenizer = carried_tokenizer(extras, path)
-            tokens = tokenizer.encode(prompt)
-            if chat:
-                template = ChatTemplate(find_template(extras, str(path)), tokenizer, f"{path}'s chat template")
-                try:
-                    tokens = tokenizer.encode(template.prompt([{"role": "user", "content": prompt}]), special=True)
-                except ValueError as error:
-                    raise ConfigError(f"--prompt: {error}") from None
-            compute = dtype or DTYPES[source.precision]
-            with torch.device("meta"):
-                model = Decoder(source.model, mesh.tp, sp=False).to(torch.promote_types(compute, torch.float32))
-            materialize(model, device)
-            weights = {f"model.{name}": piece for name, piece in pieces_of(model, mesh.tp).items()}
-            checkpoint.agree(mesh.world, lambda: source.load(weights), path)
-        tokens = tokens or [tokenizer.eos_id]
-        if len(tokens) >= source.model.max_seq_len:
-            raise ConfigError(f"the prompt has {len(tokens)} tokens; this model holds {source.model.max_seq_len}")
-        produced = generate(model, tokens, sampling, ends(tokenizer, extras), compute)
-    return tokenizer.decode(produced if chat else [*tokens, *produced]) if rank.rank == 0 else None
+            stop = ends(tokenizer, extras)
+            template = (
+                ChatTemplate(find_template(extras, str(path)), tokenizer, f"{path}'s chat template") if chat else None
+            )
+            for request in requests:
+                model = models[request.adapter or default]
+                tokens = read_prompt(request.prompt, tokenizer, template)
+                if len(tokens) > (limit := longest_prompt(model)):
+                    raise ConfigError(f"the prompt has {len(tokens)} tokens; this model takes {limit}")
+                produced = generate(model, tokens, sampling, stop, models.compute)
+                if rank.rank == 0:
+                    yield tokenizer.decode(produced if chat else [*tokens, *produced])

@@ -34,18 +34,19 @@ _PEAKS: dict[str, dict[torch.dtype, float]] = {
 }
 
 
-def flops_per_token(config: ModelConfig, seq_len: int) -> float:
+def flops_per_token(config: ModelConfig, seq_len: int, *, frozen: bool = False) -> float:
     """Forward and backward FLOPs of one token, after Chowdhery et al. 2022 (PaLM), appendix B.
 
     6 for each weight that takes part in a product (the output projection counts, the embedding lookup does not) plus
-    12 · layers · heads · head_dim · seq_len for attention scores and values, of which a causal mask uses half.
+    12 · layers · heads · head_dim · seq_len for attention scores and values, of which a causal mask uses half. Weights
+    that are ``frozen`` need no gradient of their own: 4 for each.
     """
     assert config.vocab_size and config.head_dim and config.num_kv_heads and config.ffn_size
     width = config.num_heads * config.head_dim
     attention = config.hidden_size * (2 * width + 2 * config.num_kv_heads * config.head_dim)
     mlp = (3 if config.family == "llama" else 2) * config.hidden_size * config.ffn_size
     weights = config.num_layers * (attention + mlp) + config.vocab_size * config.hidden_size
-    return 6 * weights + 6 * config.num_layers * width * seq_len
+    return (4 if frozen else 6) * weights + 6 * config.num_layers * width * seq_len
 
 
 def peak_flops(device: torch.device, dtype: torch.dtype) -> tuple[float, str]:

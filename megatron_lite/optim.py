@@ -37,13 +37,16 @@ def build_adamw(
         groups.append({"params": [], "weight_decay": config.weight_decay if decay else 0.0})
         size = 0
         for name, parameter in model.named_parameters():
-            if is_updated_whole(name, specs[name], config) or decays(name, specs[name]) != decay:
+            if not parameter.requires_grad or is_updated_whole(name, specs[name], config):
+                continue
+            if decays(name, specs[name]) != decay:
                 continue
             if size >= group_elements:
                 groups.append({**groups[-1], "params": []})
                 size = 0
             groups[-1]["params"].append(parameter)
             size += parameter.numel()
+    groups = [group for group in groups if group["params"]] or groups[:1]
     return torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, eps=config.eps, fused=True)
 
 

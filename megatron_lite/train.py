@@ -18,12 +18,14 @@ from megatron_lite.data.loader import Dataset, Loader, build_dataset
 from megatron_lite.data.tokenizer import TEMPLATE, load_tokenizer, tokenizer_files
 from megatron_lite.dist.env import Rank
 from megatron_lite.dist.mesh import Mesh, build_mesh, limit_waits, peer_failure, pick_device, process_group
+from megatron_lite.dist.shard import Piece
 from megatron_lite.errors import CheckpointError, DataError, Preempted
 from megatron_lite.faults import Faults
 from megatron_lite.generate import Sampling, generate
 from megatron_lite.lifetime import StopRequest, die, die_with_parent, identity, locked
 from megatron_lite.metrics import Reporter, flops_per_token, memory_bytes, peak_flops
-from megatron_lite.parallel.plan import Plan, bytes_per_parameter, picture
+from megatron_lite.parallel.plan import Plan, bytes_per_frozen_parameter, bytes_per_parameter, picture
+from megatron_lite.targets import summary
 from megatron_lite.trainer import StepResult, Trainer, TrainState
 from megatron_lite.watchdog import Stragglers, Watchdog
 
@@ -61,7 +63,8 @@ class Run:
         self.validation_data = build_dataset(data, seed, "validation", vocab) if self._evaluates else None
         checkpoint.prepare(self.checkpoints, mesh.world)
         self.found, self.source = self._find(), None
-        if self.found is None and config.init.source is not None:
+        self.base_fingerprint: str | None = None
+        if config.init.source is not None and (self.found is None or config.peft is not None):
             self.source = checkpoint.open_source(Path(config.init.source), mesh.world, trust=config.checkpoint.trust)
             self._check_same_model(self.source.model, self.source.path)
         self.extras = self._extras()
@@ -89,6 +92,8 @@ class Run:
             "layout": f"{config.parallel.engine} {self.plan.describe(config).partition(';')[0]}",
             "versions": {"megatron_lite": __version__, "torch": torch.__version__},
         }
+        if config.peft is not None:
+            content["base"] = self.base_fingerprint
         extras = {**self.extras, "config.yaml": to_yaml(config).encode()}
         pieces, world = self.trainer.engine.pieces(), self.mesh.world
         if self.saver is not None:
@@ -127,15 +132,17 @@ class Run:
 
     def start(self) -> None:
         """Continue from the checkpoint that was found, or give a new run the weights of ``init.from``, of which each
-        rank reads its own parts, in whatever form they are."""
+        rank reads its own parts, in whatever form they are. An adapter has the latter for its base in both cases."""
         world, engine = self.mesh.world, self.trainer.engine
+        if self.config.peft is not None:
+            self._load_base(engine.frozen())
         if self.found is not None:
             self.found.load(engine.pieces(), world)
             self.trainer.state = TrainState(**self.found.state()["train"])
             engine.loaded(self.trainer.state.updates)
             if self.lead:
                 logger.info("resumed %s: step %d", self.found.path, self.trainer.state.step)
-        elif self.source is not None:
+        elif self.source is not None and self.config.peft is None:
             with contextlib.closing(self.source) as source:
                 optimizer = self.config.init.optimizer
                 wanted = {n: p for n, p in engine.pieces().items() if optimizer or n.startswith("model.")}
@@ -144,6 +151,19 @@ class Run:
             engine.loaded(self.trainer.state.updates)
             if self.lead:
                 logger.info("%s", "\n".join([f"started from the weights of {source.path}", *source.notes]))
+
+    def _load_base(self, frozen: dict[str, Piece]) -> None:
+        """Read what an adapter is trained on, and refuse another than it was trained on so far."""
+        assert self.source is not None
+        path, world = self.source.path, self.mesh.world
+        with contextlib.closing(self.source) as source:
+            checkpoint.agree(world, lambda: source.load(frozen), path)
+        self.base_fingerprint = checkpoint.fingerprint(frozen, world)
+        if self.found is not None:
+            checkpoint.check_base(self.found, self.base_fingerprint, path)
+        self.trainer.engine.loaded(0)
+        if self.lead:
+            logger.info("%s", "\n".join([f"adapting {path} ({self.base_fingerprint[:12]})", *self.source.notes]))
 
     def _check_same_model(self, theirs: ModelConfig, path: Path) -> None:
         """Refuse weights of another shape than this run's model."""
@@ -167,7 +187,13 @@ class Run:
                 f"vs config {vocab} (tokenizer sha {str(digest)[:8]})"
                 + ("; data.force_tokenizer=true goes on with it" if content["vocab_size"] == vocab else "")
             )
-        self._check_same_model(checkpoint.CheckpointSource(found).model, path)
+        saved, peft = checkpoint.CheckpointSource(found), self.config.peft
+        self._check_same_model(saved.model, path)
+        if saved.peft != peft:
+            there, here = ({} if p is None else p.model_dump() for p in (saved.peft, peft))
+            keys = sorted(key for key in there.keys() | here.keys() if there.get(key) != here.get(key))
+            told = ", ".join(f"peft.{key} {there.get(key)} there, {here.get(key)} here" for key in keys)
+            raise CheckpointError(f"{path}: {told}")
         now = self.train_data.fingerprint
         if content["dataset"] != now and not self.config.data.allow_change:
             raise DataError(
@@ -179,7 +205,7 @@ class Run:
 
     def _open_reporter(self) -> None:
         state, device = self.trainer.state, self.mesh.device
-        self.flops = flops_per_token(self.config.model, self.config.data.seq_len)
+        self.flops = flops_per_token(self.config.model, self.config.data.seq_len, frozen=self.config.peft is not None)
         # Measured on every rank at once, as the ranks will compute.
         self.peak, source = peak_flops(device, self.trainer.compute_dtype)
         if self.config.train.peak_tflops:
@@ -189,11 +215,28 @@ class Run:
         logger.info("%s", self.plan.describe(self.config))
         for note in self.train_data.notes:
             logger.info("%s", note)
-        parameters = sum(math.prod(spec.shape) for spec in self.trainer.engine.specs.values())
+        engine = self.trainer.engine
+        parameters = sum(math.prod(spec.shape) for spec in engine.specs.values())
         if self.plan.tp * self.plan.dp > 1:
             logger.info("%s", picture(self.plan))
-        held = sum(math.prod(spec.local_shape(self.plan.tp)) for spec in self.trainer.engine.specs.values())
-        parts = {name: held * size / 2**20 for name, size in bytes_per_parameter(self.config, self.plan).items()}
+        sizes = {name: math.prod(spec.local_shape(self.plan.tp)) for name, spec in engine.specs.items()}
+        held = sum(sizes[name] for name in engine.trained)
+        costs = bytes_per_parameter(self.config, self.plan)
+        parts = {name: held * size / 2**20 for name, size in costs.items()}
+        if self.config.peft is not None:
+            frozen = sum(sizes.values()) - held
+            parts = {"frozen": frozen * bytes_per_frozen_parameter(self.config, self.plan) / 2**20, **parts}
+            trained = sum(math.prod(engine.specs[name].shape) for name in engine.trained)
+            logger.info(
+                "%s on %s", self.config.peft.method, ", ".join(summary(self.config.peft.matched(self.config.model)))
+            )
+            logger.info(
+                "trained: %s of %s parameters (%.3g %%), which saves %s MiB a rank of training all",
+                f"{trained:,}",
+                f"{parameters:,}",
+                100 * trained / parameters,
+                f"{frozen * sum(costs.values()) / 2**20 - parts['frozen']:,.1f}",
+            )
         logger.info(
             "memory a rank, MiB: %s = %s, and activations",
             " + ".join(f"{name} {size:,.1f}" for name, size in parts.items()),

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from megatron_lite import peft
 from megatron_lite.config import Config
 from megatron_lite.dist import comm, random, shard
 from megatron_lite.dist.mesh import Axis, Mesh
@@ -58,9 +59,9 @@ class Trainer:
     def __init__(self, config: Config, mesh: Mesh, plan: Plan, faults: Faults) -> None:
         self.config, self.mesh, self.plan, self.faults = config, mesh, plan, faults
         self.compute_dtype = DTYPES[config.train.precision]
-        master = torch.promote_types(self.compute_dtype, torch.float32)
         with torch.device("meta"):
-            self.model = Decoder(config.model, mesh.tp, sp=plan.sp).to(master)
+            self.model = Decoder(config.model, mesh.tp, sp=plan.sp)
+        peft.apply(self.model, config.peft, self.compute_dtype)
         shard.check_model(self.model, mesh.tp.size)
         _name_axes(self.model)
         apply_recompute(self.model.blocks, config.parallel.recompute)

@@ -5,6 +5,7 @@
 
 from megatron_lite.checkpoint.background import BackgroundSaver
 from megatron_lite.checkpoint.commit import committed, prepare, save
+from megatron_lite.checkpoint.fingerprint import check_base, fingerprint
 from megatron_lite.checkpoint.formats import open_source
 from megatron_lite.checkpoint.reading import Checkpoint, open_checkpoint
 from megatron_lite.checkpoint.retention import find, newest, prune
@@ -19,8 +20,10 @@ __all__ = [
     "Piece",
     "Source",
     "agree",
+    "check_base",
     "committed",
     "find",
+    "fingerprint",
     "newest",
     "open_checkpoint",
     "open_source",

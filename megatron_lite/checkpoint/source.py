@@ -18,7 +18,7 @@ from megatron_lite.checkpoint.manifest import overlap
 from megatron_lite.checkpoint.reading import Checkpoint
 from megatron_lite.checkpoint.shards import copy_box
 from megatron_lite.checkpoint.tensor_file import DTYPES, TensorFile
-from megatron_lite.config import ModelConfig, parse_model, parse_yaml
+from megatron_lite.config import ModelConfig, PeftConfig, parse_model, parse_peft, parse_yaml
 from megatron_lite.dist.shard import Piece, Tile
 from megatron_lite.errors import CheckpointError
 
@@ -32,7 +32,8 @@ class Info(NamedTuple):
 
 class Source(ABC):
     """Global tensors by name. ``model``: what they are the weights of. ``precision``: what it is to be computed in.
-    ``step``: of the optimizer. ``notes``: what a user should know."""
+    ``step``: of the optimizer. ``notes``: what a user should know. ``peft``: the section of the config, where the
+    tensors are an adapter's and not the model's own."""
 
     path: Path
     tensors: Mapping[str, Info]
@@ -40,6 +41,7 @@ class Source(ABC):
     precision: str = "float32"
     step: int = 0
     notes: Sequence[str] = ()
+    peft: PeftConfig | None = None
 
     @abstractmethod
     def read(self, name: str, tile: Tile) -> None:
@@ -66,7 +68,10 @@ class Source(ABC):
         tensor is missing or of another shape."""
         for name, piece in pieces.items():
             if name not in self.tensors:
-                raise CheckpointError(f"{self.path} lacks {name}")
+                only = (
+                    f" (it holds a {self.peft.method} adapter, not the model that this belongs to)" if self.peft else ""
+                )
+                raise CheckpointError(f"{self.path} lacks {name}{only}")
             shape, rows = self.tensors[name].shape, piece.shape[:1]
             if name in _VOCABULARY:
                 rows = (self.model.vocab_size or 0,)
@@ -82,7 +87,7 @@ _VOCABULARY = ("model.embedding.weight", "model.head.weight")
 
 
 class CheckpointSource(Source):
-    """A checkpoint of ours."""
+    """A checkpoint of ours. ``base``: where its adapter's base was found."""
 
     def __init__(self, checkpoint: Checkpoint) -> None:
         self.checkpoint, self.path = checkpoint, checkpoint.path
@@ -90,6 +95,8 @@ class CheckpointSource(Source):
         self.step = checkpoint.step
         saved = parse_yaml(checkpoint.extra("config.yaml").decode("utf-8", "replace"), f"{self.path}/config.yaml")
         self.model = parse_model(saved.get("model"), f"{self.path}/config.yaml")
+        self.peft = parse_peft(saved.get("peft"), f"{self.path}/config.yaml")
+        self.base = (saved.get("init") or {}).get("from")
         self.precision = (saved.get("train") or {}).get("precision", "float32")
         self._files: dict[str, TensorFile] = {}
 

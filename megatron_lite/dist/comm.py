@@ -184,3 +184,13 @@ def scatter_to(tensor: Tensor, axis: Axis, dim: int = 0) -> Tensor:
 def reduce_scatter_to(tensor: Tensor, axis: Axis, dim: int = 0) -> Tensor:
     """Sum partial results and keep one's own slice: reduce-scatter forward, all-gather backward."""
     return tensor if axis.size == 1 else _apply(_ReduceScatterTo, tensor, axis, dim)
+
+
+def enter_joined(x: Tensor, low: Tensor, axis: Axis, *, sp: bool) -> tuple[Tensor, Tensor]:
+    """Enter a parallel region with two tensors [tokens, …] in one collective, there and back: ``gather_from`` the slices
+    of tokens under ``sp``, else ``copy_to``."""
+    if axis.size == 1:
+        return x, low
+    joined = torch.cat((x, low), dim=1)
+    joined = gather_from(joined, axis) if sp else copy_to(joined, axis)
+    return joined[:, : x.shape[1]], joined[:, x.shape[1] :]

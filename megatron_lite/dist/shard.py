@@ -159,12 +159,16 @@ def pieces_of(model: nn.Module, tp: Axis) -> dict[str, Piece]:
     return {name: spec_of(p).piece(p.detach(), tp) for name, p in model.named_parameters()}
 
 
-def materialize(model: nn.Module, device: torch.device) -> None:
-    """Give the parameters of a model on the meta device memory on ``device``, uninitialised; their marks stay."""
-    for module in model.modules():
-        for name, parameter in module.named_parameters(recurse=False):
-            real = nn.Parameter(torch.empty_like(parameter, device=device))
-            setattr(module, name, attach(real, spec_of(parameter), parameter.init))  # type: ignore[attr-defined]
+def materialize(model: nn.Module, device: torch.device, shared: Mapping[str, nn.Parameter] | None = None) -> None:
+    """Give the parameters of a model on the meta device memory on ``device``, uninitialised; their marks stay. Those in
+    ``shared`` are there already, another model's, and become this one's, too."""
+    for prefix, module in model.named_modules():
+        for name, parameter in module.named_parameters(prefix, recurse=False):
+            if shared is not None and name in shared:
+                setattr(module, name.rpartition(".")[2], shared[name])
+                continue
+            real = nn.Parameter(torch.empty_like(parameter, device=device), parameter.requires_grad)
+            setattr(module, name.rpartition(".")[2], attach(real, spec_of(parameter), parameter.init))  # type: ignore[attr-defined]
 
 
 def check_model(model: nn.Module, size: int) -> None:

@@ -35,7 +35,8 @@ class Context:
     """What every block of one forward pass shares.
 
     ``angles``: rotary cosines and sines. ``mask``: [batch, 1, seq, keys], True where a query may look; None for plain
-    causal attention. ``seed``: of this micro batch's dropout masks, None in evaluation.
+    causal attention. ``seed``: of this micro batch's dropout masks, None in evaluation. ``prefix``: what all layers'
+    prefixes are made from, where they are (``peft/prefix.py``).
     """
 
     batch: int
@@ -43,6 +44,7 @@ class Context:
     mask: Tensor | None = None
     seed: int | None = None
     caches: list[KeyValueCache] | None = None
+    prefix: Tensor | None = None
 
 
 class Attention(nn.Module):
@@ -51,7 +53,8 @@ class Attention(nn.Module):
     [tokens, hidden] → the same, slices of the tokens under ``sp``. Each rank holds ``num_heads / tp`` query heads.
     With fewer key-value heads than ranks each rank projects a slice of a head; an all-gather (reduce-scatter
     backward) hands every rank the one head that its queries need. With ``qk_norm_eps`` each head's queries and keys are
-    normalised first (Henry et al. 2020); backward all-reduces those norms' gradients over tp.
+    normalised first (Henry et al. 2020); backward all-reduces those norms' gradients over tp. ``prefix``, where a
+    PEFT method sets it, makes keys and values that all queries see, each [local kv heads, length, head_dim].
     """
 
     def __init__(
@@ -79,6 +82,7 @@ class Attention(nn.Module):
         chunks = (num_heads * head_dim, num_kv_heads * head_dim, num_kv_heads * head_dim)
         self.qkv = ColumnParallelLinear(hidden_size, sum(chunks), tp, bias=qkv_bias, sp=sp, std=std, chunks=chunks)
         self.out = RowParallelLinear(num_heads * head_dim, hidden_size, tp, bias=bias, sp=sp, std=out_std)
+        self.prefix: nn.Module | None = None
         self.q_norm: RMSNorm | None = None
         self.k_norm: RMSNorm | None = None
         if qk_norm_eps is not None:  # one weight for all heads: its gradient is partial on each rank, as under sp
@@ -107,6 +111,10 @@ class Attention(nn.Module):
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
         if context.caches is not None:
             k, v = context.caches[self.layer].extend(k, v)
+        if self.prefix is not None:
+            first_k, first_v = self.prefix(context.prefix, k.dtype)
+            k = torch.cat((first_k.expand(k.shape[0], -1, -1, -1), k), dim=2)
+            v = torch.cat((first_v.expand(v.shape[0], -1, -1, -1), v), dim=2)
         dropout = self.dropout if context.seed is not None else 0.0
         if dropout > 0:
             assert context.seed is not None
@@ -118,7 +126,7 @@ class Attention(nn.Module):
         return attended.transpose(1, 2).reshape(qkv.shape[0], heads * self.head_dim)
 
     def forward(self, x: Tensor, context: Context) -> Tensor:
-        qkv = self.qkv(x)
+        qkv = self.qkv(x, context.seed)
         if self.gathers_kv:
             qkv = self._whole_kv_heads(qkv)
-        return self.out(self.core(qkv, context))
+        return self.out(self.core(qkv, context), context.seed)

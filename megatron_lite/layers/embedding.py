@@ -24,13 +24,20 @@ class VocabParallelEmbedding(nn.Module):
         spec = ShardSpec((padded_vocab_size, hidden_size), dim=0)
         self.weight = attach(nn.Parameter(torch.empty(spec.local_shape(tp.size))), spec, std)
 
-    def forward(self, tokens: Tensor, dtype: torch.dtype) -> Tensor:
+    def look_up(self, tokens: Tensor, table: Tensor, dtype: torch.dtype) -> Tensor:
+        """This rank's rows of a table for the tokens, zeros for those that lie with others."""
         flat = tokens.reshape(-1)
         if self.tp.size == 1:
-            return F.embedding(flat, self.weight).to(dtype)
-        rows = self.weight.shape[0]
+            return F.embedding(flat, table).to(dtype)
+        rows = table.shape[0]
         local = flat - self.tp.rank * rows
         elsewhere = (local < 0) | (local >= rows)
-        found = F.embedding(local.masked_fill(elsewhere, 0), self.weight).to(dtype)
-        found = found.masked_fill(elsewhere.unsqueeze(-1), 0)
+        found = F.embedding(local.masked_fill(elsewhere, 0), table).to(dtype)
+        return found.masked_fill(elsewhere.unsqueeze(-1), 0)
+
+    def reduce(self, found: Tensor) -> Tensor:
+        """Sum what the ranks found."""
         return comm.reduce_scatter_to(found, self.tp) if self.sp else comm.reduce_from(found, self.tp)
+
+    def forward(self, tokens: Tensor, dtype: torch.dtype) -> Tensor:
+        return self.reduce(self.look_up(tokens, self.weight, dtype))

@@ -66,7 +66,8 @@ class ColumnParallelLinear(nn.Module):
 
     In: [tokens, in_features], or [tokens / tp, in_features] under ``sp``. Out: [tokens, out_features / tp].
     ``chunks``: sizes of fused projections, each split separately. Forward: all-gather of x under ``sp``, else none.
-    Backward: reduce-scatter (``sp``) or all-reduce of x's gradient.
+    Backward: reduce-scatter (``sp``) or all-reduce of x's gradient. ``seed``: of the dropout that an adapted linear
+    (``peft/lora.py``) may have.
     """
 
     def __init__(
@@ -89,7 +90,12 @@ class ColumnParallelLinear(nn.Module):
             spec = ShardSpec((out_features,), dim=0, chunks=chunks)
             self.bias = attach(nn.Parameter(torch.empty(spec.local_shape(tp.size))), spec, 0.0)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def low_rank(self, x: Tensor, seed: int | None = None) -> tuple[Tensor, Tensor] | None:
+        """An update of W that is a product, for those who multiply by W themselves: x times its one factor [tokens, r]
+        (slices under ``sp``), and the other [out_features / tp, r]. None: there is none."""
+        return None
+
+    def forward(self, x: Tensor, seed: int | None = None) -> Tensor:
         weight = self.weight.to(x.dtype)
         bias = None if self.bias is None else self.bias.to(x.dtype)
         if self.tp.size == 1:
@@ -102,7 +108,7 @@ class RowParallelLinear(nn.Module):
 
     In: [tokens, in_features / tp]. Out: [tokens, out_features], or [tokens / tp, out_features] under ``sp``.
     Forward: reduce-scatter (``sp``) or all-reduce of y. Backward: all-gather (``sp``) or none. The bias is added once,
-    after the sum; under ``sp`` its gradient is partial and reduced on the way back.
+    after the sum; under ``sp`` its gradient is partial and reduced on the way back. ``seed``: as above.
     """
 
     def __init__(self, in_features: int, out_features: int, tp: Axis, *, bias: bool, sp: bool, std: float) -> None:
@@ -114,12 +120,17 @@ class RowParallelLinear(nn.Module):
         if bias:
             self.bias = attach(nn.Parameter(torch.empty(out_features)), ShardSpec((out_features,)), 0.0)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def reduce(self, y: Tensor) -> Tensor:
+        """Sum the ranks' partial products."""
+        return comm.reduce_scatter_to(y, self.tp) if self.sp else comm.reduce_from(y, self.tp)
+
+    def replicated(self, parameter: Tensor) -> Tensor:
+        """A parameter that every rank holds whole and uses after the sum: on its own tokens alone under ``sp``."""
+        return comm.copy_to(parameter, self.tp) if self.sp else parameter
+
+    def forward(self, x: Tensor, seed: int | None = None) -> Tensor:
         weight = self.weight.to(x.dtype)
         if self.tp.size == 1:
             return F.linear(x, weight, None if self.bias is None else self.bias.to(x.dtype))
-        y = F.linear(x, weight)
-        y = comm.reduce_scatter_to(y, self.tp) if self.sp else comm.reduce_from(y, self.tp)
-        if self.bias is None:
-            return y
-        return y + (comm.copy_to(self.bias, self.tp) if self.sp else self.bias).to(x.dtype)
+        y = self.reduce(F.linear(x, weight))
+        return y if self.bias is None else y + self.replicated(self.bias).to(x.dtype)

@@ -22,15 +22,27 @@ _CHUNK_ELEMENTS = 1 << 23  # logits held at once, on each rank
 
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, vocab_size: int, tp: Axis) -> Tensor:
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        targets: Tensor,
+        vocab_size: int,
+        tp: Axis,
+        low: Tensor | None,
+        factor: Tensor | None,
+    ) -> Tensor:
         rows = weight.shape[0]
         first = tp.rank * rows
         padding = max(0, first + rows - vocab_size)
-        with_grad = hidden.requires_grad or weight.requires_grad
+        needed = [tensor is not None and tensor.requires_grad for tensor in (hidden, weight, factor)]
         precise = torch.promote_types(hidden.dtype, torch.float32)
         matrix = weight.to(hidden.dtype)
-        grad_hidden = torch.empty_like(hidden) if with_grad else None
-        grad_weight = torch.zeros(weight.shape, dtype=precise, device=weight.device) if with_grad else None
+        grad_hidden = torch.empty_like(hidden) if any(needed) else None
+        grad_weight = weight.new_zeros(weight.shape, dtype=precise) if needed[1] else None
+        grad_low = grad_factor = None
+        if low is not None and factor is not None and any(needed):
+            grad_low, grad_factor = torch.empty_like(low), factor.new_zeros(factor.shape, dtype=precise)
         total = torch.zeros((), dtype=precise, device=hidden.device)
         size = max(1, _CHUNK_ELEMENTS // rows)
         for start in range(0, hidden.shape[0], size):
@@ -39,7 +51,10 @@ class _LinearCrossEntropy(torch.autograd.Function):
             local = target - first
             here = counted & (local >= 0) & (local < rows)
             index = local.masked_fill(~here, 0).unsqueeze(1)
-            logits = (chunk @ matrix.t()).to(precise)
+            product = chunk @ matrix.t()
+            if low is not None and factor is not None:
+                product.addmm_(low[start : start + size], factor.t())
+            logits = product.to(precise)
             if padding:
                 logits[:, max(0, rows - padding) :] = float("-inf")
             peak = comm.all_reduce(logits.amax(dim=1), tp, torch_dist.ReduceOp.MAX)
@@ -48,42 +63,67 @@ class _LinearCrossEntropy(torch.autograd.Function):
             logits.exp_()
             sums = comm.all_reduce(torch.stack((logits.sum(dim=1), picked)), tp)
             total += (sums[0].log() - sums[1]).masked_fill(~counted, 0).sum()
-            if grad_hidden is None or grad_weight is None:
+            if grad_hidden is None:
                 continue
             # softmax minus one-hot, zero where nothing is counted
             logits.mul_((counted / sums[0]).unsqueeze(1))
             logits.scatter_add_(1, index, -here.to(precise).unsqueeze(1))
             grad = logits.to(hidden.dtype)
             torch.mm(grad, matrix, out=grad_hidden[start : start + size])
-            if grad.dtype == precise:
-                grad_weight.addmm_(grad.t(), chunk)
-            else:
-                grad_weight.add_(grad.t() @ chunk)
+            if grad_weight is not None:
+                _accumulate(grad_weight, grad, chunk)
+            if low is not None and factor is not None and grad_low is not None and grad_factor is not None:
+                torch.mm(grad, factor, out=grad_low[start : start + size])
+                _accumulate(grad_factor, grad, low[start : start + size])
         if grad_weight is not None:
-            ctx.save_for_backward(grad_hidden, grad_weight.to(weight.dtype))
+            grad_weight = grad_weight.to(weight.dtype)
+        if grad_factor is not None and factor is not None:
+            grad_factor = grad_factor.to(factor.dtype)
+        ctx.save_for_backward(grad_hidden, grad_weight, grad_low, grad_factor)
         return total
 
     @staticmethod
     def backward(ctx: Any, scale: Tensor) -> tuple[Tensor | None, ...]:
-        grad_hidden, grad_weight = ctx.saved_tensors
         # In place, since these buffers are this call's own; autograd's version check refuses a second backward.
-        grad_hidden.mul_(scale.to(grad_hidden.dtype))
-        grad_weight.mul_(scale.to(grad_weight.dtype))
-        return grad_hidden, grad_weight, None, None, None
+        grad_hidden, grad_weight, grad_low, grad_factor = (
+            None if grad is None else grad.mul_(scale.to(grad.dtype)) for grad in ctx.saved_tensors
+        )
+        return grad_hidden, grad_weight, None, None, None, grad_low, grad_factor
+
+
+def _accumulate(into: Tensor, grad: Tensor, chunk: Tensor) -> None:
+    """Add a chunk's ``grad^T chunk`` to the gradient of a matrix."""
+    if grad.dtype == into.dtype:
+        into.addmm_(grad.t(), chunk)
+    else:
+        into.add_(grad.t() @ chunk)
 
 
 _linear_cross_entropy = torch.compiler.disable(_LinearCrossEntropy.apply)
 
 
 def linear_cross_entropy(
-    hidden: Tensor, weight: Tensor, targets: Tensor, vocab_size: int, tp: Axis, *, sp: bool
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    vocab_size: int,
+    tp: Axis,
+    *,
+    sp: bool,
+    low_rank: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
     """Sum of the cross entropies of ``hidden @ weight.T`` against ``targets``, a scalar of float32 or better.
 
     hidden: [tokens, hidden], or [tokens / tp, hidden] under ``sp``. weight: this rank's rows of the padded vocabulary;
     ids of ``vocab_size`` and above get no probability. targets: [tokens], ``IGNORED`` where there is none. The same
     value on every tp rank. Forward: per chunk one max and one sum all-reduce of [chunk] numbers (and an all-gather of
-    hidden under ``sp``). Backward: all-reduce or reduce-scatter of hidden's gradient.
+    hidden under ``sp``). Backward: all-reduce or reduce-scatter of hidden's gradient. ``low_rank``: an
+    update of the weight, as ``ColumnParallelLinear.low_rank`` gives it. No gradient is made for a frozen weight.
     """
-    hidden = comm.gather_from(hidden, tp) if sp else comm.copy_to(hidden, tp)
-    return _linear_cross_entropy(hidden, weight, targets.reshape(-1), vocab_size, tp)
+    low = factor = None
+    if low_rank is None:
+        hidden = comm.gather_from(hidden, tp) if sp else comm.copy_to(hidden, tp)
+    else:
+        low, factor = low_rank
+        hidden, low = comm.enter_joined(hidden, low, tp, sp=sp)
+    return _linear_cross_entropy(hidden, weight, targets.reshape(-1), vocab_size, tp, low, factor)

@@ -40,5 +40,5 @@ class MLP(nn.Module):
         gate, up = x.chunk(2, dim=-1)
         return F.silu(gate) * up
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.down(self.activation(self.up(x)))
+    def forward(self, x: Tensor, seed: int | None = None) -> Tensor:
+        return self.down(self.activation(self.up(x, seed)), seed)

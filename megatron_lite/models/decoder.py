@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -21,7 +22,11 @@ from megatron_lite.layers.positions import LearnedPositions, RotaryPositions
 
 
 class Block(nn.Module):
-    """Pre-norm attention and feed-forward, each with a residual: [tokens (/ tp under sp), hidden] → the same."""
+    """Pre-norm attention and feed-forward, each with a residual: [tokens (/ tp under sp), hidden] → the same.
+
+    ``attention_adapter``, ``mlp_adapter``: where a PEFT method sets one, it turns a half's input and output into what
+    joins the residual.
+    """
 
     def __init__(self, config: ModelConfig, layer: int, tp: Axis, *, sp: bool) -> None:
         super().__init__()
@@ -29,6 +34,8 @@ class Block(nn.Module):
         norm = LayerNorm if config.family == "gpt2" else RMSNorm
         out_std = config.init_std / (2 * config.num_layers) ** 0.5  # GPT-2's: residual branches add up to the stem
         self.layer, self.dropout, self.split = layer, config.dropout, tp.rank if sp else 0
+        self.attention_adapter: nn.Module | None = None
+        self.mlp_adapter: nn.Module | None = None
         self.attention_norm = norm(config.hidden_size, tp, sp=sp, eps=config.norm_eps)
         self.attention = Attention(
             config.hidden_size,
@@ -64,15 +71,24 @@ class Block(nn.Module):
         return random.dropout(x, self.dropout, random.mix(context.seed, 3 * self.layer + site, self.split))
 
     def forward(self, x: Tensor, context: Context) -> Tensor:
-        x = x + self._drop(self.attention(self.attention_norm(x), context), context, 1)
-        return x + self._drop(self.mlp(self.mlp_norm(x)), context, 2)
+        normed = self.attention_norm(x)
+        added = self.attention(normed, context)
+        if self.attention_adapter is not None:
+            added = self.attention_adapter(normed, added)
+        x = x + self._drop(added, context, 1)
+        normed = self.mlp_norm(x)
+        added = self.mlp(normed, context.seed)
+        if self.mlp_adapter is not None:
+            added = self.mlp_adapter(normed, added)
+        return x + self._drop(added, context, 2)
 
 
 class Decoder(nn.Module):
     """Embedding, blocks, norm, output projection tied or not.
 
     Built from the padded vocabulary; the true size bounds what the loss and the sampler can see. ``tp`` and ``sp`` are
-    handed to the layers, which own every collective.
+    handed to the layers, which own every collective. ``prefix``, where a PEFT method sets it: ``length`` keys and
+    values come before the tokens in every layer; called, it makes what the layers' own prefixes start from.
     """
 
     def __init__(self, config: ModelConfig, tp: Axis, *, sp: bool) -> None:
@@ -80,6 +96,7 @@ class Decoder(nn.Module):
         assert config.vocab_size and config.head_dim
         sp = sp and tp.size > 1
         self.config, self.tp, self.sp = config, tp, sp
+        self.prefix: Any = None
         vocab, hidden, std = config.padded_vocab_size, config.hidden_size, config.init_std
         self.embedding = VocabParallelEmbedding(vocab, hidden, tp, sp=sp, std=std)
         self.positions: LearnedPositions | None = None
@@ -126,6 +143,8 @@ class Decoder(nn.Module):
         if positions is None:
             seen = 0 if caches is None or caches[0].keys is None else caches[0].keys.shape[2]
             positions = torch.arange(seen, seen + length, device=tokens.device).expand(batch, length)
+        ahead = 0 if self.prefix is None else self.prefix.length
+        positions = positions + ahead
         x = self.embedding(tokens, dtype)
         if self.positions is not None:
             x = self.positions(x, positions)
@@ -138,6 +157,12 @@ class Decoder(nn.Module):
         if document_ids is not None:
             same = document_ids.unsqueeze(1) == document_ids.unsqueeze(2)
             context.mask = same.tril().unsqueeze(1)
+        elif ahead and length > 1:
+            context.mask = torch.ones(1, 1, length, length, dtype=torch.bool, device=tokens.device).tril()
+        if ahead:
+            context.prefix = self.prefix(dtype)
+            if context.mask is not None:
+                context.mask = nn.functional.pad(context.mask, (ahead, 0), value=True)
         for block in self.blocks:
             x = block(x, context)
         return self.norm(x)
@@ -162,9 +187,15 @@ class Decoder(nn.Module):
         weight = self.head_weight
         if targets is not None:
             assert self.config.vocab_size
-            return linear_cross_entropy(x, weight, targets, self.config.vocab_size, self.tp, sp=self.sp)
+            low_rank = None if self.head is None else self.head.low_rank(x, seed)
+            return linear_cross_entropy(
+                x, weight, targets, self.config.vocab_size, self.tp, sp=self.sp, low_rank=low_rank
+            )
         if self.sp:
             x = comm.all_gather(x, self.tp)
         last = x.view(tokens.shape[0], tokens.shape[1], -1)[:, -1]
-        logits = (last @ weight.to(last.dtype).t()).to(torch.promote_types(dtype, torch.float32))
+        logits = last @ weight.to(last.dtype).t()
+        if self.head is not None and (update := self.head.low_rank(last)) is not None:
+            logits = logits + update[0] @ update[1].t()
+        logits = logits.to(torch.promote_types(dtype, torch.float32))
         return comm.all_gather(logits, self.tp, dim=1)[:, : self.config.vocab_size]

@@ -46,7 +46,8 @@ class DataParallel(Engine):
         self.buckets: list[_Bucket] = []
         self._reducing = False
         if self.mesh.dp.size > 1:
-            self._fill_buckets(list(self.model.parameters()), config.parallel.bucket_mb * 2**20)
+            trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+            self._fill_buckets(trained, config.parallel.bucket_mb * 2**20)
 
     def piece(self, name: str, tensor: Tensor) -> Piece:
         return self.specs[name].piece(tensor, self.mesh.tp)

@@ -26,7 +26,8 @@ class Engine(ABC):
 
     The loss handed to ``backward`` is already divided by the global count of target tokens, so gradients are summed
     over micro batches and data-parallel ranks, never averaged. Weights, gradients and optimizer state are float32 (or
-    float64) whatever is computed in, and known by layout-free names.
+    float64) whatever is computed in, and known by layout-free names. What is frozen (``requires_grad`` is false) is
+    spread in the form it comes in, and has neither master, gradient nor state.
 
     The model comes on the meta device; ``spread`` gives each parameter the memory of this rank's part alone, and only
     then it gets its first values.
@@ -36,6 +37,7 @@ class Engine(ABC):
         self.model, self.mesh = model, mesh
         self.forward: Callable[..., Tensor] = model  # what training calls
         self.specs = {name: shard.spec_of(parameter) for name, parameter in model.named_parameters()}
+        self.trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
         inits = shard.inits_of(model)
         self.spread(config)
         self.parameters = dict(model.named_parameters())
@@ -98,8 +100,8 @@ class Engine(ABC):
 
     def local_moments(self, moment: str) -> dict[str, Tensor]:
         """This rank's memory of one of AdamW's moments."""
-        whole = self.matrices.names if self.matrices is not None else ()
-        return {name: local(self.state(p)[moment]) for name, p in self.parameters.items() if name not in whole}
+        names = self.trained - set(self.matrices.names if self.matrices is not None else ())
+        return {name: local(self.state(p)[moment]) for name, p in self.parameters.items() if name in names}
 
     def local_gradients(self) -> dict[str, Tensor]:
         """This rank's memory of the reduced gradients; between ``finish_gradients`` and ``step``."""
@@ -142,9 +144,13 @@ class Engine(ABC):
         self.publish()
 
     def pieces(self) -> dict[str, Piece]:
-        """What a checkpoint holds: weights as ``model.NAME``, optimizer state as ``optimizer.NAME.MOMENT``."""
-        weights = {f"model.{name}": piece for name, piece in self.weights().items()}
+        """What a checkpoint holds: trained weights as ``model.NAME``, optimizer state as ``optimizer.NAME.MOMENT``."""
+        weights = {f"model.{name}": piece for name, piece in self.weights().items() if name in self.trained}
         return weights | {f"optimizer.{name}": piece for name, piece in self.optimizer_state().items()}
+
+    def frozen(self) -> dict[str, Piece]:
+        """The weights that stay as they are, as ``model.NAME``: none, unless an adapter is trained."""
+        return {f"model.{name}": piece for name, piece in self.weights().items() if name not in self.trained}
 
 
 def local(tensor: Any) -> Tensor:

@@ -33,7 +33,8 @@ class FullyShardedDataParallel(Engine):
         device_mesh = self.mesh.device_mesh
         assert device_mesh is not None
         axes = ("dp_replicate", "dp_shard") if self.mesh.dp_replicate.size > 1 else ("dp_shard",)
-        compute, master = _DTYPES[config.train.precision], next(model.parameters()).dtype
+        compute = _DTYPES[config.train.precision]
+        master = next(parameter.dtype for parameter in model.parameters() if parameter.requires_grad)
 
         def divide(module: Any, dtype: torch.dtype | None, reshard: bool) -> None:
             policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=master, cast_forward_inputs=False)

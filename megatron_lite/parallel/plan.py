@@ -60,8 +60,22 @@ def bytes_per_parameter(config: Config, plan: Plan) -> dict[str, float]:
     return {"weights": compute, **parts} if zero == 2 else parts
 
 
+def bytes_per_frozen_parameter(config: Config, plan: Plan) -> float:
+    """What a rank keeps of each parameter of its tp shard that stays as it is: nothing but the weight."""
+    parallel, train = config.parallel, config.train
+    stored = (config.peft and config.peft.base_dtype) or train.precision
+    held = {"float64": 8.0, "float32": 4.0, "bfloat16": 2.0}[stored]
+    if plan.dp_shard == 1 or (parallel.engine == "deepspeed" and parallel.zero < 3):
+        return held
+    compute = {"float64": 8.0, "float32": 4.0, "bfloat16": 2.0}[train.precision]
+    return held / plan.dp_shard + (compute if parallel.zero == 2 else 0.0)
+
+
 def checkpoint_bytes(config: Config) -> int:
-    """What a checkpoint takes on disk, within some percent: weights and moments; small tensors are left out."""
+    """What a checkpoint takes on disk, within some percent: weights and moments; small tensors are left out,
+    and so is an adapter, which has but a few MB."""
+    if config.peft is not None:
+        return 0
     model = config.model
     assert model.num_kv_heads and model.head_dim and model.ffn_size
     attention = 2 * (model.num_heads + model.num_kv_heads) * model.head_dim
@@ -171,6 +185,23 @@ _OURS = {  # what DeepSpeed's config says twice
 }
 
 
+def _peft_mistakes(config: Config, dp: int) -> list[str]:
+    mistakes, peft = [], config.peft
+    if peft is None:
+        return []
+    if config.optim.name != "adamw":
+        mistakes.append(
+            f"optim.name={config.optim.name} is for a model's own matrices, not for what peft adds to them; use adamw"
+        )
+    computed = config.train.precision
+    if config.parallel.engine == "deepspeed" and dp > 1 and peft.base_dtype not in (None, computed):
+        mistakes.append(
+            f"peft.base_dtype={peft.base_dtype}: DeepSpeed holds all weights in what is computed in, "
+            f"train.precision={computed}; leave it out, or use engine=fsdp"
+        )
+    return mistakes
+
+
 def make_plan(config: Config, world_size: int) -> Plan:
     """Check the degrees against the model and the number of ranks. Raises ConfigError with every mistake."""
     tp, train = config.parallel.tp, config.train
@@ -190,7 +221,7 @@ def make_plan(config: Config, world_size: int) -> Plan:
             "train.compile, or no compilation"
         )
     zero, replicate = config.parallel.zero, config.parallel.dp_replicate
-    mistakes += _engine_mistakes(config, -(-world_size // tp))
+    mistakes += _engine_mistakes(config, -(-world_size // tp)) + _peft_mistakes(config, -(-world_size // tp))
     if zero == 1 and config.parallel.engine == "fsdp":
         mistakes.append(
             "parallel.zero=1: FSDP2 divides gradients wherever it divides optimizer state; parallel.zero=2 does both, "

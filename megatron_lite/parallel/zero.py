@@ -143,7 +143,7 @@ class DeepSpeedZeRO(Engine):
         self.zero: Any = self.engine.optimizer
         self.bf16 = isinstance(self.zero, BF16_Optimizer)  # what DeepSpeed makes of stage 1 with bfloat16
         if self.stage > 0:
-            self.fragments = {name: self._fragment(p) for name, p in self.model.named_parameters()}
+            self.fragments = {n: self._fragment(p) for n, p in self.model.named_parameters() if n in self.trained}
 
     def _materialize_divided(self, settings: dict[str, Any], bf16: bool, unit: ModelParallelUnit) -> None:
         """One layer at a time, each divided before the next, so that never all of the model is here."""
@@ -161,7 +161,9 @@ class DeepSpeedZeRO(Engine):
                 dtype=dtype,
                 mpu=unit,
             )
-        deepspeed.zero.register_external_parameter(self.model, self.model.head_weight)
+        model: Any = self.model
+        for parameter in (model.head or model.embedding).parameters():
+            deepspeed.zero.register_external_parameter(model, parameter)
 
     def make_optimizer(self, config: OptimConfig) -> torch.optim.Optimizer:
         return self.zero.optimizer if self.stage > 0 else self.zero
@@ -189,6 +191,9 @@ class DeepSpeedZeRO(Engine):
     def piece(self, name: str, tensor: Tensor) -> Piece:
         if self.stage == 0:
             return self.specs[name].piece(tensor, self.mesh.tp)
+        if name not in self.trained:
+            start = self.mesh.dp.rank * self.parameters[name].ds_tensor.ds_numel if self.stage == 3 else 0  # type: ignore[attr-defined]
+            return self.specs[name].piece(tensor, self.mesh.tp, start)
         fragment = self.fragments[name]
         return self.specs[name].piece(tensor, self.mesh.tp, fragment.start if fragment else 0)
 
@@ -200,7 +205,17 @@ class DeepSpeedZeRO(Engine):
         }
 
     def local_weights(self) -> dict[str, Tensor]:
-        return super().local_weights() if self.stage == 0 else self._parts(self.masters)
+        if self.stage == 0:
+            return super().local_weights()
+        trained = self._parts(self.masters)
+        return {n: trained[n] if n in trained else self._frozen_part(p) for n, p in self.parameters.items()}
+
+    def _frozen_part(self, parameter: Any) -> Tensor:
+        """This rank's memory of a parameter that the optimizer does not know: all of it, or a part at stage 3."""
+        if self.stage < 3:
+            return parameter.detach()
+        part = parameter.ds_tensor
+        return part.data[: max(0, min(part.ds_numel, parameter.ds_numel - self.mesh.dp.rank * part.ds_numel))]
 
     def local_moments(self, moment: str) -> dict[str, Tensor]:
         if self.stage == 0:
@@ -211,8 +226,9 @@ class DeepSpeedZeRO(Engine):
         if self.stage == 0:
             return super().local_gradients()
         found = {}
-        for name, parameter in dict[str, Any](self.parameters).items():
-            fragment, held = self.fragments[name], self.masters[0].new_empty(0)
+        for name, fragment in self.fragments.items():
+            parameter: Any = self.parameters[name]
+            held = self.masters[0].new_empty(0)
             if fragment and self.stage == 3:
                 held = self.zero._get_fp32_grad_state_partition(parameter, True)[0].view(-1)[: fragment.length]
             elif fragment and self.bf16:

@@ -46,7 +46,8 @@ class Layout:
             "parallel": {"tp": self.tp, **self.parallel},
             "train": {"micro_batch_size": GLOBAL_BATCH // self.dp // self.accumulation, "compile": self.compile},
         }
-        return parse_config({name: {**TREE[name], **own.get(name, {}), **changes.get(name, {})} for name in TREE})
+        names = [*TREE, *(name for name in changes if name not in TREE)]
+        return parse_config({n: {**TREE.get(n, {}), **own.get(n, {}), **changes.get(n, {})} for n in names})
 
 
 def ruffle(trainer: Trainer) -> None:

@@ -19,6 +19,10 @@ FEATURES: dict[str, dict[str, dict[str, Any]]] = {
     "offload=optimizer": {"parallel": {"offload": "optimizer"}},
     "offload=all": {"parallel": {"offload": "all"}},
     "Muon, Adafactor": {"optim": {"name": "muon"}},
+    "peft": {"peft": {"method": "lora"}},
+    "peft, base in float32": {"peft": {"method": "lora", "base_dtype": "float32"}},
+    "peft, compile": {"peft": {"method": "lora"}, "train": {"compile": True}},
+    "peft, Muon, Adafactor": {"peft": {"method": "lora"}, "optim": {"name": "muon"}},
 }
 HEAD = """\
 # What goes with what
@@ -38,6 +42,7 @@ def config(engine: str, zero: int, changes: dict[str, dict[str, Any]]) -> Any:
             "parallel": {"engine": engine, "zero": zero, **changes.get("parallel", {})},
             "train": train,
             "optim": changes.get("optim", {}),
+            "peft": changes.get("peft"),
         }
     )
 

@@ -20,13 +20,15 @@ from tests.kit.terminal import run_on_terminal
 VOCAB, SEQ_LEN = 64, 32
 
 
-def tiny_data(folder: Path) -> Path:
-    """A dataset of 400 short documents that a model can learn something from; returns its prefix."""
+def tiny_data(folder: Path, *, descending: bool = False) -> Path:
+    """A dataset of 400 short documents that a model can learn something from; returns its prefix. They count upwards by
+    1 to 3, or downwards."""
     rng = np.random.default_rng(7)
     with IndexedWriter(folder / "data", np.dtype(np.uint16)) as writer:
         for length in rng.integers(8, 60, size=400):
             start, stride = rng.integers(0, VOCAB), rng.integers(1, 4)
-            writer.add_document(((start + stride * np.arange(length)) % VOCAB).astype(np.uint16))
+            steps = stride * np.arange(length) * (-1 if descending else 1)
+            writer.add_document(((start + steps) % VOCAB).astype(np.uint16))
     return folder / "data"
 
 

@@ -36,6 +36,10 @@ LAYOUTS = {
     "deepspeed 3, dp 2 × tp 2": Layout(dp=2, tp=2, parallel={"engine": "deepspeed", "zero": 3, "deepspeed": DIVIDED}),
 }
 WHOLE_MATRICES = ["one process", "tp 4, sp", "ddp 2 × tp 2", "fsdp 3, dp 3", "fsdp 2, dp 2 × tp 2", "hybrid"]
+ADAPTERS = {
+    "lora": {"method": "lora", "targets": ["blocks.*"], "r": 3, "dora": True},
+    "prefix": {"method": "prefix", "length": 5, "reparameterize": 6},
+}
 BEFORE, AFTER, BATCH = 2, 3, 12  # steps, and a global batch that 1, 2, 3 and 4 divide
 # 99 of 104 rows are the vocabulary's; sizes that neither 3 nor 4 ranks divide evenly; tied and not.
 MODELS = {
@@ -47,6 +51,8 @@ MATRICES = {
     "adamw, gpt2": ("adamw", "gpt2", list(LAYOUTS)),
     "muon, llama": ("muon", "llama", WHOLE_MATRICES),
     "adafactor, llama": ("adafactor", "llama", WHOLE_MATRICES),
+    "lora": ("adamw", "llama", list(LAYOUTS)),
+    "prefix": ("adamw", "llama", list(LAYOUTS)),
 }
 
 
@@ -98,6 +104,8 @@ def run(rank: int, size: int, data: str, folder: str, matrix: str) -> dict[tuple
     """For each pair of layouts, the tensors that came out different and the largest relative difference of a loss."""
     optimizer, model, layouts = MATRICES[matrix]
     changes = {"optim": {"name": optimizer}, "model": MODELS[model]}
+    if matrix in ADAPTERS:  # the base is the same everywhere, as it follows from the seed
+        changes |= {"peft": ADAPTERS[matrix], "model": {**MODELS[model], "max_seq_len": 32}}
     found: dict[tuple[str, str], tuple[list[str], float]] = {}
     saved: dict[str, tuple[Path, dict[str, torch.Tensor], list[float]]] = {}
 

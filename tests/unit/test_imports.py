@@ -18,7 +18,8 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "data_tools": (M + "cli", M + "data", M + "dist.env"),
     M + "errors": (),
     M + "cli": (),
-    M + "config": (M + "cli", M + "data.tokenizer", M + "models.huggingface"),
+    M + "config": (M + "cli", M + "targets", M + "data.tokenizer", M + "models.huggingface"),
+    M + "targets": (M + "cli",),
     M + "data": (M + "dist.random", M + "layers.loss"),
     M + "dist": (),
     M + "layers": (M + "dist",),
@@ -37,8 +38,18 @@ THIRD_PARTY: dict[str, set[str]] = {  # besides the standard library; where ther
     M + "cli": {"fire"},
     M + "dist.env": set(),
     M + "config": {"pydantic", "omegaconf"},
+    M + "targets": set(),
 }
-NO_TORCH = ("launch", "data_tools", M + "config", M + "cli", M + "errors", M + "data.indexed", M + "dist.env")
+NO_TORCH = (
+    "launch",
+    "data_tools",
+    M + "config",
+    M + "targets",
+    M + "cli",
+    M + "errors",
+    M + "data.indexed",
+    M + "dist.env",
+)
 
 
 def sources() -> dict[str, ast.Module]:

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from megatron_lite.config import ModelConfig, load_config, parse_config, parse_yaml, read_yaml, to_yaml
+from megatron_lite.config import LoRAConfig, ModelConfig, load_config, parse_config, parse_yaml, read_yaml, to_yaml
 from megatron_lite.dist.mesh import Axis
 from megatron_lite.dist.shard import spec_of
 from megatron_lite.models.decoder import Decoder
@@ -40,6 +40,8 @@ def test_presets_have_the_published_number_of_parameters(name):
     assert count / 1e6 == pytest.approx(millions, abs=0.1)
     whole = parse_config({"model": config.model_dump(), "data": {"train": [{"path": "x"}], "seq_len": 64}})
     assert checkpoint_bytes(whole) == pytest.approx(12 * count, rel=0.01)  # weights and AdamW's moments, float32
+    adapted = whole.model_copy(update={"peft": LoRAConfig(method="lora")})
+    assert checkpoint_bytes(adapted) == 0  # next to nothing
 
 
 def test_a_preset_gives_way_to_the_config_and_the_config_to_the_command_line(tmp_path):

@@ -1,14 +1,18 @@
 """Text generation: the cache changes nothing, sampling draws from the set it should, and so on every rank."""
 
+import json
+
 import pytest
 import torch
 
-from megatron_lite.config import ModelConfig
+from megatron_lite import checkpoint, peft
+from megatron_lite.config import ModelConfig, parse_peft
 from megatron_lite.dist.mesh import Axis, build_mesh, solo_mesh
 from megatron_lite.dist.shard import initialize, inits_of, pieces_of
 from megatron_lite.dist.spawn import run_ranks
-from megatron_lite.errors import ConfigError
-from megatron_lite.generate import Sampling, choose, generate
+from megatron_lite.errors import CheckpointError, ConfigError, DataError
+from megatron_lite.faults import Faults
+from megatron_lite.generate import Sampling, choose, generate, open_models, read_requests
 from megatron_lite.models.decoder import Decoder
 
 VOCAB, LENGTH, PROMPT = 61, 32, [5, 17, 40, 2]
@@ -97,3 +101,77 @@ def test_numbers_that_make_no_sense_are_all_named():
     assert told.count("\n") == 3
     for flag in ("--max_new_tokens=0", "--temperature=nan", "--top_k=-1", "--top_p=0"):
         assert flag in told
+
+
+ADAPTERS = {
+    "lora": {"method": "lora", "targets": ["*"]},
+    "bottleneck": {"method": "adapter", "size": 4},
+    "prefix": {"method": "prefix", "length": 3, "reparameterize": 4},
+}
+
+
+def saved(folder, model, seed, method=None):
+    """A checkpoint of a base, or of an adapter on the base of seed 1, whose numbers depend on ``seed``."""
+    pieces = pieces_of(model, Axis("tp"))
+    if method is not None:
+        frozen = {f"model.{name}": pieces[name] for name, p in model.named_parameters() if not p.requires_grad}
+        base = checkpoint.fingerprint(frozen, Axis("world"))
+        pieces = {name: pieces[name] for name, p in model.named_parameters() if p.requires_grad}
+        initialize(pieces, dict.fromkeys(pieces, 0.3), seed)
+    tree = {"model": model.config.model_dump(mode="json"), "train": {"precision": "float64"}, "peft": method}
+    extras = {"config.yaml": json.dumps({**tree, "init": {"from": str(folder.parent / "base")}}).encode()}
+    state = {} if method is None else {"base": base}
+    checkpoint.prepare(folder, Axis("world"))
+    named = {f"model.{name}": piece for name, piece in pieces.items()}
+    return checkpoint.save(folder, 1, named, state, extras, Axis("world"), Faults.none())
+
+
+def with_adapter(method):
+    base = decoder("llama")
+    if method is not None:
+        peft.apply(base, parse_peft(method, ""), torch.float64)
+        initialize(pieces_of(base, Axis("tp")), inits_of(base), 1)
+    with torch.no_grad():  # what is loaded has no padding
+        base.embedding.weight[VOCAB:] = base.head.weight[VOCAB:] = 0.0
+    return base
+
+
+def test_adapters_share_a_base_and_each_request_names_its_own(tmp_path):
+    saved(tmp_path / "base", with_adapter(None), 1)
+    alone, paths = {None: produce(with_adapter(None), max_new_tokens=12)}, {}
+    for seed, (name, method) in enumerate(ADAPTERS.items(), 2):
+        model = with_adapter(method)
+        saved(tmp_path / name, model, seed, method)
+        alone[name], paths[name] = produce(model, max_new_tokens=12), tmp_path / name
+    assert len({tuple(tokens) for tokens in alone.values()}) == len(alone)
+
+    with open_models(tmp_path / "base", solo_mesh(), None, paths, None) as (models, _, default):
+        assert default is None
+        for name in (*alone, *reversed(alone)):
+            assert produce(models[name], max_new_tokens=12) == alone[name]
+        weights = {model.blocks[0].mlp.up.weight.data_ptr() for model in models.by_name.values()}
+        assert len(weights) == 1
+        with pytest.raises(ConfigError, match=r"no adapter 'loro' \(did you mean 'lora'\?\); loaded: lora, bottleneck"):
+            models["loro"]
+    with open_models(tmp_path / "lora", solo_mesh(), None, {}, None) as (models, _, default):
+        assert produce(models[default], max_new_tokens=12) == alone["lora"]
+
+
+def test_an_adapter_of_another_base_is_refused(tmp_path):
+    model = with_adapter(None)
+    with torch.no_grad():
+        model.norm.weight[3] += 0.1
+    saved(tmp_path / "base", model, 1)
+    saved(tmp_path / "lora", with_adapter(ADAPTERS["lora"]), 2, ADAPTERS["lora"])
+    refused = pytest.raises(CheckpointError, match="was trained on a base of fingerprint")
+    with refused, open_models(tmp_path / "lora", solo_mesh(), None, {}, None):
+        pass
+
+
+@pytest.mark.parametrize(
+    ("line", "problem"), [("{", "Expecting"), ('{"prompt": 3}', "are texts"), ('{"text": "x"}', "expected an object")]
+)
+def test_a_bad_request_is_named(tmp_path, line, problem):
+    (tmp_path / "r.jsonl").write_text('{"prompt": "a"}\n' + line)
+    with pytest.raises(DataError, match=rf"r\.jsonl:2: .*{problem}"):
+        read_requests(tmp_path / "r.jsonl")

@@ -1,0 +1,250 @@
+"""LoRA (Hu et al. 2021) and DoRA (Liu et al. 2024) on linears that are split over tensor-parallel ranks.
+
+``W + s B A``, A [r, in] and B [out, r] sharded as W is: where W's rows are split, so are B's, and A is replicated;
+where its columns are, A's are, and B is replicated. ``low = x A^T`` [tokens, r] travels as r more columns of the tensor
+that the linear gathers or reduces anyway, so an adapted linear makes the collectives of a plain one and no others, but
+for two: under sequence parallelism the gradient of the replicated factor is summed over tp, as that of a norm is; and
+DoRA sums the squares of a row's parts. The base's weight gets no gradient, and its input is not kept for one.
+
+The model fuses q, k, v and gate, up; each has factors of its own, which add to its own columns.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from itertools import accumulate
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from megatron_lite.config import LoRAConfig
+from megatron_lite.dist import comm, random
+from megatron_lite.dist.shard import ShardSpec, attach, spec_of
+from megatron_lite.layers.embedding import VocabParallelEmbedding
+from megatron_lite.layers.linear import ColumnParallelLinear, RowParallelLinear
+
+# What our fused linears hold, one below the other.
+_QKV = ("attention.q", "attention.k", "attention.v")
+_UP = ("mlp.gate", "mlp.up")
+
+
+class Update(NamedTuple):
+    """What is added to ``length`` local rows of a linear's weight from ``start`` on; parameters are ``lora_NAME_…``."""
+
+    name: str
+    start: int
+    length: int
+    r: int
+    scale: float
+
+
+class _Adapted(nn.Module):
+    """What the adapted linears share. ``site``: a number of its own for each one's dropout masks."""
+
+    updates: list[Update]
+    weight: nn.Parameter
+
+    def adapt(self, name: str, updates: list[Update], config: LoRAConfig) -> None:
+        """Take in the factors' shapes and the rest of the config."""
+        self.updates, self.dropout, self.dora = updates, config.dropout, config.dora
+        self.site = int.from_bytes(hashlib.sha256(name.encode()).digest()[:6], "little")
+
+    def add(self, name: str, spec: ShardSpec, size: int, init: float | str) -> None:
+        """One more trained parameter, this rank's part of it."""
+        parameter = nn.Parameter(torch.empty(spec.local_shape(size)))
+        self.register_parameter(name, attach(parameter, spec, init))
+
+    def factors(self, kind: str, dtype: torch.dtype) -> list[Tensor]:
+        """All ``a``, all ``b`` or all magnitudes (``m``), in order."""
+        return [getattr(self, f"lora_{update.name}_{kind}").to(dtype) for update in self.updates]
+
+    def a(self, dtype: torch.dtype) -> Tensor:
+        """A of all updates, one below the other: [sum of r, in]."""
+        factors = self.factors("a", dtype)
+        return factors[0] if len(factors) == 1 else torch.cat(factors)
+
+    def dropped(self, x: Tensor, seed: int | None, split: int) -> Tensor:
+        """``x`` as A sees it; ``split``: the rank where ranks hold different parts of it."""
+        if self.dropout == 0.0 or seed is None:
+            return x
+        return random.dropout(x, self.dropout, random.mix(seed, self.site, split))
+
+    @torch.no_grad()
+    def lengths(self, a: Tensor, b: Sequence[Tensor]) -> Tensor:
+        """The squared lengths of this rank's part of the rows of W and of W + s B A, [2, rows], from products with A
+        alone: neither B A nor the sum is made."""
+        weight = self.weight
+        plain = torch.linalg.vector_norm(weight, dim=1, dtype=torch.promote_types(a.dtype, torch.float32)).square()
+        moved = plain.clone()
+        crossed, squared = weight.to(a.dtype) @ a.t(), a @ a.t()
+        column = 0
+        for (_, start, length, r, scale), factor in zip(self.updates, b, strict=True):
+            rows, own = slice(start, start + length), slice(column, column + r)
+            moved[rows] += scale * (factor * (2 * crossed[rows, own] + scale * factor @ squared[own, own])).sum(1)
+            column += r
+        return torch.stack((plain, moved))
+
+    def magnitude(self, lengths: Tensor, trained: Sequence[Tensor]) -> Tensor:
+        """What each row's output is multiplied by, [rows]: the trained magnitude, which is relative to the frozen row's
+        length, over the length of the updated row, a constant in backward (section 4.3 there)."""
+        ratio = (lengths[0] / lengths[1]).sqrt().to(trained[0].dtype)
+        if len(trained) == 1 and trained[0].shape == ratio.shape:
+            return ratio * trained[0]
+        parts, row = [], 0
+        for update, magnitude in zip(self.updates, trained, strict=True):
+            parts += [ratio[row : update.start], magnitude * ratio[update.start : update.start + update.length]]
+            row = update.start + update.length
+        return torch.cat([*parts, ratio[row:]])
+
+
+class _AddProducts(torch.autograd.Function):
+    """``y[:, rows] += s · low[:, columns] B^T`` for every update, in place: one pass, whatever is fused."""
+
+    @staticmethod
+    def forward(ctx: Any, y: Tensor, low: Tensor, updates: list[Update], *b: Tensor) -> Tensor:
+        ctx.mark_dirty(y)
+        ctx.save_for_backward(low, *b)
+        ctx.updates, column = updates, 0
+        for (_, start, length, r, scale), factor in zip(updates, b, strict=True):
+            y[:, start : start + length].addmm_(low[:, column : column + r], factor.t(), alpha=scale)
+            column += r
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        low, *b = ctx.saved_tensors
+        grad_low, grads, column = torch.empty_like(low), [], 0
+        for (_, start, length, r, scale), factor in zip(ctx.updates, b, strict=True):
+            own, columns = grad[:, start : start + length], slice(column, column + r)
+            grad_low[:, columns] = scale * (own @ factor)
+            grads.append(scale * (own.t() @ low[:, columns]))
+            column += r
+        return grad, grad_low, None, *grads
+
+
+_add_products = torch.compiler.disable(_AddProducts.apply)
+
+
+class LoRAColumnLinear(_Adapted, ColumnParallelLinear):
+    """A column-parallel linear with updates: A replicated, B split as W's rows are.
+
+    Forward: ``low`` of this rank's tokens joins x in its all-gather (``sp``). Backward: their gradients are
+    reduce-scattered (``sp``) or all-reduced together.
+    """
+
+    def __init__(self, base: ColumnParallelLinear, name: str, updates: list[Update], config: LoRAConfig) -> None:
+        nn.Module.__init__(self)
+        self.tp, self.sp, self.weight, self.bias = base.tp, base.sp, base.weight, base.bias
+        self.adapt(name, updates, config)
+        size, width = self.tp.size, self.weight.shape[1]
+        for update in updates:
+            rows = update.length * size
+            self.add(f"lora_{update.name}_a", ShardSpec((update.r, width)), size, (3 * width) ** -0.5)
+            self.add(f"lora_{update.name}_b", ShardSpec((rows, update.r), dim=0), size, 0.0)
+            if self.dora:
+                self.add(f"lora_{update.name}_m", ShardSpec((rows,), dim=0), size, "ones")
+
+    def low(self, x: Tensor, seed: int | None) -> Tensor:
+        """x A^T of the tokens here."""
+        a = self.a(x.dtype)
+        split = self.tp.rank if self.sp else 0
+        return F.linear(self.dropped(x, seed, split), comm.copy_to(a, self.tp) if self.sp else a)
+
+    def low_rank(self, x: Tensor, seed: int | None = None) -> tuple[Tensor, Tensor]:
+        (update,), (b,) = self.updates, self.factors("b", x.dtype)
+        return self.low(x, seed), update.scale * b
+
+    def forward(self, x: Tensor, seed: int | None = None) -> Tensor:
+        x, low = comm.enter_joined(x, self.low(x, seed), self.tp, sp=self.sp)
+        weight, b = self.weight.to(x.dtype), self.factors("b", x.dtype)
+        bias = None if self.bias is None else self.bias.to(x.dtype)
+        y = _add_products(F.linear(x, weight, None if self.dora else bias), low, self.updates, *b)
+        if not self.dora:
+            return y
+        y = y * self.magnitude(self.lengths(self.a(x.dtype), b), self.factors("m", x.dtype))
+        return y if bias is None else y + bias
+
+
+class LoRARowLinear(_Adapted, RowParallelLinear):
+    """A row-parallel linear with an update: A split as W's columns are, B replicated.
+
+    This rank's share of ``low`` joins its share of y in the all-reduce or reduce-scatter (``sp``), and their gradients
+    return in one all-gather (``sp``).
+    """
+
+    def __init__(self, base: RowParallelLinear, name: str, updates: list[Update], config: LoRAConfig) -> None:
+        nn.Module.__init__(self)
+        self.tp, self.sp, self.weight, self.bias = base.tp, base.sp, base.weight, base.bias
+        self.adapt(name, updates, config)
+        (update,), (rows, width) = updates, spec_of(self.weight).shape
+        self.add(f"lora_{update.name}_a", ShardSpec((update.r, width), dim=1), self.tp.size, (3 * width) ** -0.5)
+        self.add(f"lora_{update.name}_b", ShardSpec((rows, update.r)), self.tp.size, 0.0)
+        if self.dora:
+            self.add(f"lora_{update.name}_m", ShardSpec((rows,)), self.tp.size, "ones")
+
+    def forward(self, x: Tensor, seed: int | None = None) -> Tensor:
+        (update,), (b,), a = self.updates, self.factors("b", x.dtype), self.a(x.dtype)
+        low = F.linear(self.dropped(x, seed, self.tp.rank), a)
+        y = F.linear(x, self.weight.to(x.dtype))
+        if self.tp.size > 1:
+            joined = self.reduce(torch.cat((y, low), dim=1))
+            y, low = joined[:, : y.shape[1]], joined[:, y.shape[1] :]
+        y = torch.addmm(y, low, self.replicated(b).t(), alpha=update.scale)
+        if self.dora:
+            lengths = comm.all_reduce(self.lengths(a, [b]), self.tp)
+            (magnitude,) = self.factors("m", x.dtype)
+            y = y * self.magnitude(lengths, [self.replicated(magnitude)])
+        return y if self.bias is None else y + self.replicated(self.bias).to(x.dtype)
+
+
+class LoRAEmbedding(_Adapted, VocabParallelEmbedding):
+    """An embedding with an update: A [vocab, r] split by vocabulary as the table is, B [hidden, r] replicated. What is
+    looked up in A joins what is in the table."""
+
+    def __init__(self, base: VocabParallelEmbedding, name: str, updates: list[Update], config: LoRAConfig) -> None:
+        nn.Module.__init__(self)
+        self.tp, self.sp, self.weight = base.tp, base.sp, base.weight
+        self.adapt(name, updates, config)
+        (update,), (rows, width) = updates, spec_of(self.weight).shape
+        self.add(f"lora_{update.name}_a", ShardSpec((rows, update.r), dim=0), self.tp.size, (3 * width) ** -0.5)
+        self.add(f"lora_{update.name}_b", ShardSpec((width, update.r)), self.tp.size, 0.0)
+
+    def forward(self, tokens: Tensor, dtype: torch.dtype) -> Tensor:
+        (update,), (a,), (b,) = self.updates, self.factors("a", dtype), self.factors("b", dtype)
+        found = torch.cat((self.look_up(tokens, self.weight, dtype), self.look_up(tokens, a, dtype)), dim=1)
+        joined, width = self.reduce(found), b.shape[0]
+        b = comm.copy_to(b, self.tp) if self.sp else b
+        return torch.addmm(joined[:, :width], joined[:, width:], b.t(), alpha=update.scale)
+
+
+def add_lora(model: Any, config: LoRAConfig) -> None:
+    """Put an adapted linear in the place of each that ``targets`` matches. Base parameters keep their names."""
+    matched = config.matched(model.config)
+
+    def adapt(parent: Any, own: str, name: str, parts: Sequence[str], kind: Any) -> None:
+        """``parent.own``, which is ``name`` to us and ``parts``, one below the other, to users."""
+        linear = getattr(parent, own)
+        spec, rows = spec_of(linear.weight), linear.weight.shape[0]
+        lengths = [chunk // linear.tp.size for chunk in spec.chunks] if spec.chunks else [rows]
+        starts = accumulate(lengths, initial=0)
+        updates = [
+            Update(part.rpartition(".")[2], start, length, config.rank_of(part), config.scale_of(part))
+            for part, start, length in zip(parts, starts, lengths, strict=False)
+            if part in matched
+        ]
+        if updates:
+            setattr(parent, own, kind(linear, name, updates, config))
+
+    for i, block in enumerate(model.blocks):
+        at = f"blocks.{i}"
+        qkv, up = ([f"{at}.{part}" for part in parts] for parts in (_QKV, _UP if block.mlp.gated else _UP[1:]))
+        adapt(block.attention, "qkv", f"{at}.attention.qkv", qkv, LoRAColumnLinear)
+        adapt(block.attention, "out", f"{at}.attention.out", [f"{at}.attention.o"], LoRARowLinear)
+        adapt(block.mlp, "up", f"{at}.mlp.up", up, LoRAColumnLinear)
+        adapt(block.mlp, "down", f"{at}.mlp.down", [f"{at}.mlp.down"], LoRARowLinear)
+    adapt(model, "embedding", "embedding", ["embedding"], LoRAEmbedding)
+    if model.head is not None:
+        adapt(model, "head", "head", ["head"], LoRAColumnLinear)

@@ -1,0 +1,54 @@
+"""The linears of a model under the names that users give them, and which of them a pattern means. No torch.
+
+The model fuses q, k and v, and gate and up; here each has a name of its own: ``blocks.3.attention.q``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from fnmatch import fnmatchcase
+
+from megatron_lite import cli
+
+ENDS = ("embedding", "head")
+_HALVES = {"attention": ("q", "k", "v", "o"), "mlp": ("gate", "up", "down")}
+
+
+def linear_names(num_layers: int, *, gated: bool) -> list[str]:
+    """Every linear that can be adapted, from the embedding to the projection."""
+    inside = [f"{half}.{name}" for half, names in _HALVES.items() for name in names if gated or name != "gate"]
+    return ["embedding", *(f"blocks.{i}.{name}" for i in range(num_layers) for name in inside), "head"]
+
+
+def matches(pattern: str, name: str) -> bool:
+    """Whether a pattern means this linear: a short name (``q``), or a glob over whole names (``blocks.[0-3].*``)."""
+    return fnmatchcase(name, pattern) or ("." not in pattern and fnmatchcase(name.rpartition(".")[2], pattern))
+
+
+def mistakes(key: str, patterns: Iterable[str], names: Iterable[str]) -> list[str]:
+    """A line for each pattern that means none of ``names``, with the nearest that are there."""
+    names = list(names)
+    short = list(dict.fromkeys(name.rpartition(".")[2] for name in names))
+    return [
+        f"{key}: {pattern!r} matches no module{cli.nearest(pattern, [*short, *names])}; there are {', '.join(short)}, "
+        f"and whole names such as {names[len(names) // 2]!r}"
+        for pattern in patterns
+        if not any(matches(pattern, name) for name in names)
+    ]
+
+
+def summary(names: Iterable[str]) -> list[str]:
+    """Names for a log: those of one kind together, with the blocks they are in (``blocks.0-31 attention.q``)."""
+    kinds: dict[str, list[int]] = {}
+    for name in names:
+        head, _, rest = name.partition(".")
+        index, _, kind = rest.partition(".")
+        kinds.setdefault(kind or head, []).extend([int(index)] if kind else [])
+    return [f"blocks.{_ranges(blocks)} {kind}" if blocks else kind for kind, blocks in kinds.items()]
+
+
+def _ranges(numbers: list[int]) -> str:
+    """``0-3,7`` for rising numbers."""
+    starts = [n for n in numbers if n - 1 not in numbers]
+    stops = [n for n in numbers if n + 1 not in numbers]
+    return ",".join(f"{a}" if a == b else f"{a}-{b}" for a, b in zip(starts, stops, strict=True))

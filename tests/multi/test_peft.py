@@ -1,0 +1,152 @@
+"""Every PEFT method under every engine and layout trains what one process trains, in float64 with clipping on."""
+
+from itertools import product
+
+import pytest
+import torch
+
+from megatron_lite.dist.spawn import run_ranks
+from tests.kit.parity import STEPS, TOLERANCE, Case, Layout, run_cases, train
+from tests.kit.tiny import tiny_data
+
+pytest.importorskip("deepspeed", reason="deepspeed is not installed (pip install '.[deepspeed]')")
+
+METHODS = {
+    "lora": {"method": "lora", "targets": ["*"], "ranks": {"v": 4, "blocks.1.mlp.*": 2}},
+    "lora on q and v": {"method": "lora", "targets": ["q", "v"], "rslora": True},
+    "dora": {"method": "lora", "targets": ["k", "o", "up", "down"], "dora": True},
+    "adapter": {"method": "adapter", "size": 8},
+    "parallel adapter": {"method": "adapter", "size": 8, "placement": "parallel", "scale": 4.0},
+    "prefix": {"method": "prefix", "length": 5},
+    "prefix by an mlp": {"method": "prefix", "length": 5, "reparameterize": 12},
+}
+SP = {"sp": True}
+ALL_DIVIDED = {"zero_optimization": {"stage3_param_persistence_threshold": 0}}  # else no tensor is large enough here
+ENGINES = {
+    "ddp": {},
+    "fsdp, zero 3": {"zero": 3},
+    "deepspeed, zero 2": {"engine": "deepspeed", "zero": 2},
+    "deepspeed, zero 3": {"engine": "deepspeed", "zero": 3, "deepspeed": ALL_DIVIDED},
+}
+OTHERS = {
+    "fsdp, zero 2": {"zero": 2},
+    "fsdp, hybrid": {"zero": 3, "dp_replicate": 2},
+    "deepspeed, zero 0": {"engine": "deepspeed", "zero": 0},
+    "deepspeed, zero 1": {"engine": "deepspeed", "zero": 1},
+}
+ROOM = {"max_seq_len": 32, "num_kv_heads": 2}
+
+
+def table() -> dict[str, Case]:
+    cases = {}
+
+    def add(method: str, title: str, layout: Layout, **changes: dict) -> None:
+        model = {**ROOM, **changes.pop("model", {})}
+        cases[f"{method}: {title}"] = Case(layout, {"peft": METHODS[method], "model": model, **changes})
+
+    for method in METHODS:
+        for engine, keys in ENGINES.items():
+            add(method, f"{engine}, dp 2 × tp 2, sp", Layout(dp=2, tp=2, parallel={**keys, **SP}))
+        add(method, "tp 2", Layout(tp=2))
+    for method, (engine, keys) in product(("lora", "adapter", "prefix by an mlp"), ENGINES.items()):
+        add(method, f"{engine}, dp 4, accumulation 2", Layout(dp=4, accumulation=2, parallel=keys))
+    for method, (engine, keys) in zip(METHODS, OTHERS.items(), strict=False):
+        add(method, engine, Layout(dp=4, parallel=keys))
+    for method in ("dora", "adapter", "prefix"):
+        recomputed = Layout(tp=2, parallel={**SP, "recompute": "full"})
+        add(method, "gpt2, tp 2, sp, recomputed", recomputed, model={"family": "gpt2"})
+    for method in ("lora", "prefix", "prefix by an mlp"):
+        add(method, "a kv head for two ranks", Layout(tp=4, parallel=SP))
+    add("prefix", "documents masked", Layout(tp=2, parallel=SP), data={"document_mask": True})
+    selective = {"recompute": "selective", "offload_activations": True, "zero": 3}
+    add("prefix by an mlp", "selective recomputation, offload", Layout(dp=2, tp=2, parallel=selective))
+    dropped, halves = {**METHODS["lora"], "dropout": 0.2}, Layout(accumulation=2)  # masks belong to micro batches
+    again = Layout(accumulation=2, parallel={"recompute": "full"})
+    for title, layout in {"dp 2": Layout(dp=2), "recomputed": again}.items():
+        cases[f"lora with dropout: {title}"] = Case(layout, {"peft": dropped, "model": ROOM}, halves)
+    return cases
+
+
+CASES = table()
+
+
+def forgets_the_sum_of_a(trainer):
+    """The replicated factor of a column-parallel linear keeps the gradient of this rank's tokens."""
+    linear = trainer.model.blocks[1].attention.qkv
+    linear.low = lambda x, seed: torch.nn.functional.linear(x, linear.a(x.dtype))
+
+
+def forgets_the_sum_of_b(trainer):
+    """So does that of a row-parallel one."""
+    trainer.model.blocks[1].mlp.down.replicated = lambda parameter: parameter
+
+
+def forgets_the_sum_of_a_bias(trainer):
+    """So does the bias of a bottleneck."""
+    trainer.model.blocks[0].mlp_adapter.up.replicated = lambda parameter: parameter
+
+
+def forgets_the_sum_of_a_prefix(trainer):
+    """A kv head that two ranks share gets the gradient of one."""
+    trainer.model.blocks[0].attention.prefix._whole = lambda parameter: parameter
+
+
+BUGS = {
+    forgets_the_sum_of_a: ("lora", Layout(tp=2, parallel=SP), "blocks.1.attention.qkv.lora_v_a"),
+    forgets_the_sum_of_b: ("lora", Layout(tp=2, parallel=SP), "blocks.1.mlp.down.lora_down_b"),
+    forgets_the_sum_of_a_bias: ("adapter", Layout(tp=2, parallel=SP), "blocks.0.mlp_adapter.up.bias"),
+    forgets_the_sum_of_a_prefix: ("prefix", Layout(tp=4), "blocks.0.attention.prefix.values"),
+}
+
+
+@pytest.fixture(scope="module")
+def rows(tmp_path_factory):
+    data = str(tiny_data(tmp_path_factory.mktemp("peft")))
+    planted = {
+        bug.__name__: Case(layout, {"peft": METHODS[method], "model": ROOM}, plant=bug)
+        for bug, (method, layout, _) in BUGS.items()
+    }
+    return run_ranks(run_cases, 4, data, {**CASES, **planted}, timeout=170)[0]
+
+
+@pytest.mark.timeout(180)
+@pytest.mark.parametrize("case", CASES)
+def test_equal(rows, case):
+    assert len(rows[case]) == 5 * STEPS
+    worst = max(rows[case], key=lambda row: row.difference)
+    assert worst.difference <= TOLERANCE, worst
+
+
+@pytest.mark.timeout(180)
+@pytest.mark.parametrize("bug", BUGS, ids=lambda bug: bug.__name__)
+def test_a_missing_reduction_is_found_where_it_is(rows, bug):
+    first = next(row for row in rows[bug.__name__] if row.first_beyond is not None)
+    assert (first.step, first.kind) == (1, "gradients")
+    assert first.first_beyond[0] == BUGS[bug][2]
+
+
+def bfloat16(rank: int, size: int, data: str) -> dict[str, list[float]]:
+    """Losses of a few steps in bfloat16 under every engine, and proof that the base never moved."""
+    found = {}
+    for engine, keys in {**ENGINES, **{k: v for k, v in OTHERS.items() if "hybrid" not in k}}.items():
+        changes = {"peft": METHODS["lora"], "model": ROOM, "train": {"precision": "bfloat16"}}
+        steps = train(Layout(dp=2, parallel=keys), data, changes, None, steps=4)
+        found[engine] = [float(step["loss/loss"]) for step in steps]
+        frozen = [name for name in steps[0] if name.startswith("weights/") and "lora" not in name]
+        assert frozen and all(steps[0][name].dtype == torch.bfloat16 for name in frozen)
+        assert all(torch.equal(steps[0][name], steps[-1][name]) for name in frozen)
+        trained = [name for name in steps[0] if name.startswith("weights/") and "lora" in name]
+        assert all(steps[0][name].dtype == torch.float32 for name in trained)
+        assert not any(torch.equal(steps[0][name], steps[-1][name]) for name in trained)
+        assert {name.partition("/")[2] for name in steps[0] if name.startswith("gradients/")} == {
+            name.partition("/")[2] for name in trained
+        }
+    return found
+
+
+@pytest.mark.timeout(180)
+def test_in_bfloat16_the_base_is_stored_in_it_and_never_moves(tmp_path):
+    found = run_ranks(bfloat16, 2, str(tiny_data(tmp_path)), timeout=170)[0]
+    assert found["ddp"][-1] < found["ddp"][0]
+    for losses in found.values():
+        assert losses == pytest.approx(found["ddp"], rel=4e-3)

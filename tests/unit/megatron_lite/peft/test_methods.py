@@ -1,0 +1,147 @@
+"""What each method is: nothing at the start, a prompt's keys and values, and enough to learn what the base cannot."""
+
+import pytest
+import torch
+
+from megatron_lite import peft
+from megatron_lite.config import parse_config
+from megatron_lite.data.loader import Loader, build_dataset
+from megatron_lite.dist.mesh import Axis, solo_mesh
+from megatron_lite.dist.shard import initialize, inits_of, pieces_of
+from megatron_lite.faults import Faults
+from megatron_lite.generate import Sampling, generate
+from megatron_lite.layers.attention import KeyValueCache
+from megatron_lite.models.decoder import Decoder
+from megatron_lite.parallel.plan import make_plan
+from megatron_lite.peft.prefix import fold
+from megatron_lite.trainer import Trainer
+from tests.kit.tiny import SEQ_LEN, VOCAB, tiny_data
+
+SOLO = Axis("tp")
+SIZES = {"vocab_size": VOCAB, "vocab_multiple": 8, "hidden_size": 32, "num_layers": 2, "num_heads": 4}
+FAMILIES = {"llama": {"num_kv_heads": 2}, "gpt2": {"family": "gpt2", "tie_embeddings": False}}
+IDENTICAL = {
+    "lora": {"method": "lora", "targets": ["*"]},
+    "dora": {"method": "lora", "targets": ["blocks.*"], "dora": True},
+    "houlsby": {"method": "adapter", "size": 16},
+    "pfeiffer": {"method": "adapter", "size": 16, "placement": "pfeiffer"},
+    "parallel": {"method": "adapter", "size": 16, "placement": "parallel", "scale": 4.0},
+}
+PREFIXES = {
+    "prefix": {"method": "prefix", "length": 6},
+    "by an mlp": {"method": "prefix", "length": 6, "reparameterize": 8},
+}
+TOKENS = torch.tensor([[5, 17, 40, 2, 33, 21, 60, 8, 9, 11]])
+
+
+def config(family="llama", method=None, **changes):
+    sections = {
+        "model": {**SIZES, "max_seq_len": 48, "init_std": 0.3, **FAMILIES[family]},
+        "data": {"train": [{"path": "x"}], "seq_len": SEQ_LEN},
+        "peft": method,
+    }
+    return parse_config({**sections, **changes})
+
+
+def decoder(family, method=None):
+    asked = config(family, method)
+    model = Decoder(asked.model, SOLO, sp=False)
+    peft.apply(model, asked.peft, torch.float64)
+    initialize(pieces_of(model, SOLO), inits_of(model), 1)  # by name: the base is the same with a method and without
+    return model
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("method", IDENTICAL)
+def test_at_the_start_it_is_the_base_to_the_last_bit(family, method):
+    base, model = decoder(family), decoder(family, IDENTICAL[method])
+    frozen = {name for name, parameter in model.named_parameters() if not parameter.requires_grad}
+    assert frozen == dict(base.named_parameters()).keys()
+    assert len(frozen) < len(dict(model.named_parameters()))
+    assert torch.equal(model(TOKENS, dtype=torch.float64), base(TOKENS, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_prefix_of_a_prompts_keys_and_values_is_that_prompt(family):
+    """Positions and masks are right when nobody can tell whether the prompt was read or trained."""
+    base, model, length = decoder(family), decoder(family, PREFIXES["prefix"]), PREFIXES["prefix"]["length"]
+    caches = [KeyValueCache() for _ in base.blocks]
+    base(TOKENS[:, :length], caches=caches, dtype=torch.float64)
+    with torch.no_grad():
+        for block, cache in zip(model.blocks, caches, strict=True):
+            block.attention.prefix.keys.copy_(cache.keys[0])
+            block.attention.prefix.values.copy_(cache.values[0])
+    want = base(TOKENS, dtype=torch.float64)
+    torch.testing.assert_close(model(TOKENS[:, length:], dtype=torch.float64), want, rtol=1e-12, atol=1e-12)
+    prompt = TOKENS[0].tolist()
+    read = generate(base, prompt, Sampling(max_new_tokens=20), (), torch.float64)
+    trained = generate(model, prompt[length:], Sampling(max_new_tokens=20), (), torch.float64)
+    assert read == trained and len(set(read)) > 3
+
+
+def test_a_folded_prefix_computes_the_same_without_its_mlp():
+    model = decoder("llama", PREFIXES["by an mlp"])
+    want = model(TOKENS, dtype=torch.float64)
+    fold(model, torch.float64)
+    assert not [name for name, _ in model.named_parameters() if name.startswith("prefix.")]
+    torch.testing.assert_close(model(TOKENS, dtype=torch.float64), want, rtol=1e-12, atol=1e-12)
+
+
+def trained(folder, data, steps, method=None, base=None, lr=1e-2):
+    """A trainer after some steps on ``data``, of which ``base`` gave the frozen weights, and its loss there before."""
+    sections = {
+        "data": {"train": [{"path": str(data)}], "seq_len": SEQ_LEN},
+        "optim": {"lr": lr, "weight_decay": 0.0, "schedule": "constant"},
+        "train": {"steps": steps, "global_batch_size": 16, "micro_batch_size": 16},
+    }
+    asked = config("llama", method, **sections)
+    trainer = Trainer(asked, solo_mesh(), make_plan(asked, 1), Faults.none())
+    if base is not None:
+        for name, weight in base.items():
+            trainer.engine.local_weights()[name].copy_(weight)
+    loader = Loader(
+        build_dataset(asked.data, 0, "train", VOCAB),
+        micro_batch_size=16,
+        num_micro_batches=1,
+        dp_rank=0,
+        dp_size=1,
+        consumed_samples=0,
+        prefetch=0,
+        device=torch.device("cpu"),
+    )
+    batches = [next(loader) for _ in range(4)]
+    before = trainer.evaluate(batches)
+    for _ in range(steps):
+        trainer.train_step(next(loader))
+    return trainer, before, trainer.evaluate(batches)
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    """Weights that have learned to count upwards, and data that counts downwards, on which they are lost."""
+    up, down = (tmp_path_factory.mktemp(name) for name in ("up", "down"))
+    trainer, _, after = trained(up, tiny_data(up), 80)
+    assert after < 1.6
+    return trainer.engine.local_weights(), tiny_data(down, descending=True)
+
+
+LEARNED = {  # learning rate, and the loss it has to get below: log(64) is 4.16, and the base's own 8 and more
+    "lora": (1e-2, 1.5),
+    "dora": (1e-2, 1.5),
+    "houlsby": (1e-2, 2.5),
+    "pfeiffer": (1e-2, 3.0),
+    "parallel": (1e-2, 3.5),
+    "prefix": (0.3, 5.0),
+    "by an mlp": (0.05, 5.5),
+}
+
+
+@pytest.mark.parametrize("method", LEARNED)
+def test_it_learns_what_the_frozen_base_does_not_know(base, tmp_path, method):
+    (weights, data), (lr, limit) = base, LEARNED[method]
+    trainer, before, after = trained(tmp_path, data, 60, {**IDENTICAL, **PREFIXES}[method], weights, lr)
+    assert before > 7
+    assert after < limit
+    now = trainer.engine.local_weights()
+    assert all(torch.equal(now[name], weight) for name, weight in weights.items())
+    assert {name.rpartition(".")[0] for name in trainer.engine.optimizer_state()} == trainer.engine.trained
