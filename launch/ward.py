@@ -66,7 +66,8 @@ class Contact:
         )
 
     def close(self) -> None:
-        self.stdin.close()
+        with contextlib.suppress(BrokenPipeError):  # of a question that did not reach it
+            self.stdin.close()
         try:
             self._child.wait(2)
         except subprocess.TimeoutExpired:
