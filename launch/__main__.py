@@ -12,8 +12,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from launch import LAUNCHERS, cli, k8s, slurm, submitted
-from launch import doctor as examination
+from launch import LAUNCHERS, cli, slurm, submitted
 from launch.cli import Flag
 from launch.elastic import Pool
 from launch.hostfile import MAX_SLOTS, Host, UsageError, nearest, read_hostfile, select
@@ -107,7 +106,7 @@ def plan(config: str, *, overrides: dict[str, str], **where: Any) -> int:
         try:
             shown = describe(LAUNCHERS[name](_shown(job)))
         except UsageError as error:
-            shown = f"not so: {error}"
+            shown = f"not possible: {error}"
         print(f"\n--via={name}\n{shown}")
     return 0
 
@@ -116,6 +115,8 @@ def manifest(config: str, *, nodes: int, nproc: int, max_restarts: int, override
     """Print a Kubernetes manifest that runs CONFIG on --nodes pods, for `kubectl apply -f -`.
 
     launch.k8s of the config says with which image, volumes, resources and secrets."""
+    from launch import k8s
+
     settings = check(config, tuple(Host(f"pod-{node}", nproc) for node in range(nodes)), overrides)
     print(k8s.documents(k8s.manifest(settings, nodes, nproc, max_restarts)), end="")
     return 0
@@ -130,6 +131,8 @@ def doctor(
     line each, with what to do, on stderr; a table of all checks on stdout. Exit code 0: ready, perhaps with warnings;
     otherwise that of the first check that fails: 2 versions, devices, clock, /dev/shm, limits or port, 5 a host cannot
     be reached or reach others, 7 the run's folder or disk."""
+    from launch import doctor as examination  # what only this command needs, so that others start at once
+
     where |= {"node_rank": None, "mpirun": None, "via": "torchrun"}
     hosts, _ = choose_hosts(where)
     if config is None and overrides:

@@ -16,6 +16,7 @@ from launch.report import PREEMPTED
 
 PORT = 29500
 _CONFIG = "/etc/megatron_lite"
+_DERIVED = ("mesh", "checkpoint_bytes")  # what `megatron_lite config --ranks` prints beside the config
 _FATAL = (2, 3, 4, 6)  # exit codes that would only come again: usage, data, checkpoint, a loss that is not finite
 
 
@@ -41,7 +42,7 @@ def manifest(settings: Mapping[str, Any], nodes: int, nproc: int, max_restarts: 
         "apiVersion": "v1",
         "kind": "ConfigMap",
         "metadata": {**meta, "name": f"{name}-config"},
-        "data": {"config.yaml": to_yaml({key: settings[key] for key in settings if key != "mesh"})},
+        "data": {"config.yaml": to_yaml({key: settings[key] for key in settings if key not in _DERIVED})},
     }
     if pytorch:
         return [config, _pytorch_job(meta, template, nodes, max_restarts)]

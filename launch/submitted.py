@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import re
 import shlex
 import shutil
 import subprocess
-import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -89,23 +89,28 @@ def logs(job: str, *, rank: int | None, follow: bool) -> int:
 
     Ends when it has shown what there is; with --follow, when the job has ended."""
     ids, log_dir = find(job)
-    known = [record for number in ids for record in records(number)]
-    if rank is not None and log_dir is not None:
+    if log_dir is None:
+        raise UsageError(f"Slurm knows no job {job} any more; give its run folder")
+    if rank is not None:
         path = log_dir / f"rank_{rank}.log"
-    elif known:
-        path = Path(known[-1]["StdOut"])
+    elif Path(job).is_dir():
+        path = max(
+            log_dir.glob("slurm-*.out"), key=lambda output: output.stat().st_mtime, default=log_dir / "slurm-*.out"
+        )
     else:
-        outputs = sorted((log_dir or Path()).glob("slurm-*.out"), key=lambda output: output.stat().st_mtime)
-        path = outputs[-1] if log_dir and outputs else Path(job)
+        path = Path(records(job)[-1]["StdOut"])
     shown = 0
     while True:
-        over = not follow or not any(_running(number) for number in ids)
+        over = not follow or not any(map(_running, ids))  # asked first: what comes after it is still shown
         with contextlib.suppress(FileNotFoundError), path.open("rb") as file:
             file.seek(shown)
             while chunk := file.read(65536):
                 shown += len(chunk)
-                sys.stdout.buffer.write(chunk)
-            sys.stdout.flush()
+                try:
+                    while chunk:
+                        chunk = chunk[os.write(1, chunk) :]
+                except BrokenPipeError:  # as in `| head`
+                    return 0
         if over:
             break
         time.sleep(_POLL_S)

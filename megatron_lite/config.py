@@ -275,9 +275,11 @@ class SshConfig(Section):
 class SlurmConfig(Section):
     """The job that ``launch --via=slurm`` submits. ``srun``: a task for each rank, or a torchrun on each node.
 
-    ``signal_seconds`` before the time limit the run saves, ends with 75 and, with ``requeue``, is queued again.
-    ``chain``: this many jobs, each after the one before. ``array``: as in ``sbatch --array``. ``setup``: lines of shell
-    before the run (modules, environments). ``extra``: further ``#SBATCH`` options. ``container``: as in
+    ``signal_seconds`` before the time limit the run saves, ends with 75 and, with ``requeue``, is queued again; also
+    after a lost rank or node, if there is a new checkpoint. ``chain``: this many jobs, each of which goes on where
+    those before it have stopped. ``array``: as in ``sbatch --array``; with ``%1`` its tasks are parts of one run, else
+    runs of their own, ``NAME-I`` with seed I. ``setup``: lines of shell before the run (modules, environments),
+    without ``${…}``. ``extra``: further options of sbatch, as in ``--mail-type=END``. ``container``: as in
     ``srun --container-image`` (enroot with pyxis).
     """
 

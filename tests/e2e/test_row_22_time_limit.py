@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.e2e.test_slurm import HEALED, LIMIT, output, start_again, submit
+from tests.e2e.test_slurm import HEALED, LIMIT, output, queued_again, submit
 from tests.kit.slurm import Slurm
 from tests.kit.tiny import TinyRuns, assert_same_run, checkpoint_steps
 
@@ -18,7 +18,8 @@ def test_the_run_saves_before_its_time_is_over_and_is_queued_again(
     faults = ";".join(f"sleep:step={step}:seconds=5:phase=fwd" for step in range(4, 12))
     (job,) = submit(slurm, tiny, tmp_path, *limits, HEALED, faults=faults)
     run_dir = tmp_path / "run"
-    start_again(slurm, job, "TimeLimit=10")
+    queued_again(slurm, job)
+    slurm.run(["scontrol", "update", f"JobId={job}", "TimeLimit=10"], timeout=20).expect(exit_code=0)
     assert "SIGUSR1: the ranks finish their step, save and exit" in output(run_dir, job)
     saved = checkpoint_steps(run_dir)[-1]
     slurm.wait(job, "COMPLETED", LIMIT)
