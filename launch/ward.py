@@ -66,7 +66,8 @@ class Contact:
         )
 
     def close(self) -> None:
-        self.stdin.close()
+        with contextlib.suppress(BrokenPipeError):  # of a question that did not reach it
+            self.stdin.close()
         try:
             self._child.wait(2)
         except subprocess.TimeoutExpired:
@@ -86,7 +87,7 @@ class Ward:
         self.contacts = [Contact(host, ssh) for host in hosts]
 
     def ask(self, request: Callable[[Host], Mapping[str, Any]], what: str) -> dict[str, dict[str, Any]]:
-        """The answers of all hosts to a question, by host; it waits for them side by side."""
+        """The answers of all hosts to a question, in the hosts' order; it waits for them side by side."""
         deadline, answers = time.monotonic() + self.seconds, dict[str, dict[str, Any]]()
         waiting = {contact.stdout.fileno(): contact for contact in self.contacts}
         outputs = select.poll()
@@ -108,7 +109,7 @@ class Ward:
                     outputs.unregister(number)
         for contact in waiting.values():
             self._lose(contact, f"timed out: no answer within {self.seconds:g} s to {what}")
-        return answers
+        return {contact.host.name: answers[contact.host.name] for contact in self.contacts}
 
     def _lose(self, contact: Contact, why: str) -> None:
         self.silent[contact.host.name] = why
