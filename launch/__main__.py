@@ -31,6 +31,7 @@ HOSTS = {
     "node_rank": Flag(cli.whole(0, 16383), None, "I", "start the I-th host's ranks alone; each host starts its own"),
     "rdzv": Flag(cli.endpoint, None, "HOST[:PORT]", "where ranks meet (default: the first host, a free port)"),
     "mpirun": Flag(cli.path, None, "FILE", "the mpirun of --via=mpirun (default: pip's, or the first on PATH)"),
+    "runner": Flag(cli.one_of(("pdsh", "openmpi")), "pdsh", "NAME", "how --via=deepspeed reaches hosts: pdsh, openmpi"),
     "via": Flag(cli.one_of(LAUNCHERS), "torchrun", "NAME", f"what starts them: {', '.join(LAUNCHERS)}"),
 }
 RUN = HOSTS | {
@@ -133,7 +134,7 @@ def doctor(
     be reached or reach others, 7 the run's folder or disk."""
     from launch import doctor as examination  # what only this command needs, so that others start at once
 
-    where |= {"node_rank": None, "mpirun": None, "via": "torchrun"}
+    where |= {"node_rank": None, "mpirun": None, "runner": "pdsh", "via": "torchrun"}
     hosts, _ = choose_hosts(where)
     if config is None and overrides:
         raise UsageError(f"--{next(iter(overrides))} overrides a key of CONFIG, and none is given")
@@ -158,6 +159,7 @@ def verify(*, via: str | None, dir: str, **where: Any) -> int:
         name="verify",
         rendezvous=where["rdzv"],
         mpirun=where["mpirun"],
+        runner=where["runner"],
         slurm=Slurm() if via == "slurm" else None,
     )
     if via == "slurm" and not slurm.allocated(os.environ):
@@ -255,6 +257,7 @@ def make_job(
         ssh=Ssh(launch["ssh"]["port"], tuple(launch["ssh"]["options"])),
         slurm=slurm.describe(launch["slurm"], os.environ) if where["via"] == "slurm" else None,
         mpirun=where["mpirun"],
+        runner=where["runner"],
     )
     return replace(job, env=_variables(job, launch["env"], launch["forward"]))
 

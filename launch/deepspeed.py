@@ -1,4 +1,4 @@
-"""Ranks through DeepSpeed's launcher, with its pdsh runner."""
+"""Ranks through DeepSpeed's launcher, over several hosts with its pdsh or its openmpi runner."""
 
 from __future__ import annotations
 
@@ -38,15 +38,23 @@ def command(job: Job) -> Launch:
                 f"--via=deepspeed: its launcher lets a shell read {path!r}; move it, or use --via=torchrun"
             )
     hostfile = job.log_dir / "hostfile"
-    shim, files = ordered(job, {}, "--stderr-fd=1", lease=True)
+    address, port = job.rendezvous or ("127.0.0.1", free_port())
+    openmpi = len(job.hosts) > 1 and job.runner == "openmpi"
+    meeting = {"MASTER_ADDR": address, "MASTER_PORT": str(port)} if openmpi else {}  # the other runner sets them
+    rank = ["--rank=OMPI_COMM_WORLD_RANK"] if openmpi else []
+    shim, files = ordered(job, meeting, "--stderr-fd=1", *rank, lease=True)
     files[hostfile] = "".join(f"{host.name} slots={_slots(host.devices, host.slots)}\n" for host in job.hosts)
     argv = [sys.executable, "-m", "deepspeed.launcher.runner", f"--hostfile={hostfile}", "--no_ssh_check"]
     if any(host.devices is not None for host in job.hosts):
+        if openmpi:
+            raise UsageError("--runner=openmpi: DeepSpeed's cannot choose devices; use --runner=pdsh, or --via=mpirun")
         chosen = (f"{host.name}:{','.join(map(str, host.devices or range(host.slots)))}" for host in job.hosts)
         argv.append(f"--include={'@'.join(chosen)}")
-    if len(job.hosts) > 1:
+    if openmpi:
+        root = " --allow-run-as-root" if os.geteuid() == 0 else ""
+        argv += ["--launcher=openmpi", f"--launcher_args=--bind-to none{root}"]
+    elif len(job.hosts) > 1:
         argv += ["--launcher=pdsh", "--launcher_args=-N"]  # -N: no host name before every line
-    address, port = job.rendezvous or ("127.0.0.1", free_port())
     argv += [f"--master_addr={address}", f"--master_port={port}", "--no_local_rank", "--module", *shim[1:]]
     env = {"DS_ENV_FILE": os.devnull, "PDSH_SSH_ARGS_APPEND": _ssh(job)}
     return Launch("deepspeed", [Command(argv, env, without=_EXPORTED)], files)

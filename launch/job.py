@@ -58,7 +58,8 @@ class Job:
     ``node``: start the ranks of this host alone, because somebody else starts the others'. ``rendezvous``: the address
     and port at which ranks meet, where that is decided beforehand. ``attempt`` counts automatic restarts from 0; from
     the first restart on, ``resume`` is appended to the program. ``name`` tells this job from every other one.
-    ``mpirun``: the one to use, where it is not the one that ``launch/mpirun.py`` finds.
+    ``runner``: what DeepSpeed's launcher reaches hosts with. ``mpirun``: the one to use, where it is not the one that
+    ``launch/mpirun.py`` finds.
     """
 
     program: tuple[str, ...]
@@ -72,6 +73,7 @@ class Job:
     rendezvous: tuple[str, int] | None = None
     ssh: Ssh = Ssh()
     slurm: Slurm | None = None
+    runner: str = "pdsh"
     mpirun: Path | None = None
 
     @property

@@ -52,7 +52,7 @@ def build(job: Job, mpirun: Path, flavour: str, major: int) -> Launch:
     shim, files = ordered(job, _library(mpirun, flavour), "--stderr-fd=1", f"--rank={_RANK[flavour]}")
     argv = [
         str(mpirun),
-        *(_open_mpi(job, major) if flavour == "Open MPI" else ["-launcher", "ssh", "-bind-to", "none"]),
+        *(_open_mpi(job, major) if flavour == "Open MPI" else _mpich(job)),
     ]
     for node, host in enumerate(job.hosts):
         argv += [":"] * (node > 0)
@@ -61,10 +61,16 @@ def build(job: Job, mpirun: Path, flavour: str, major: int) -> Launch:
             devices = [word for name, value in device_env(host).items() for word in ("-x", f"{name}={value}")]
             passed = [word for name in _passed() for word in ("-x", name)]
         else:
-            place, passed = ["-host", host.name, "-n", str(host.slots)], []
+            place, passed = ["-n", str(host.slots)], []
             devices = [word for name, value in device_env(host).items() for word in ("-env", name, value)]
         argv += [*place, *passed, *devices, sys.executable, *shim]
     return Launch("mpirun", [Command(argv)], files)
+
+
+def _mpich(job: Job) -> list[str]:
+    """Its contexts share one list of hosts, which they fill up in order."""
+    hosts = ",".join(f"{host.name}:{host.slots}" for host in job.hosts)
+    return ["-launcher", "ssh", "-bind-to", "none", "-hosts", hosts]
 
 
 def _open_mpi(job: Job, major: int) -> list[str]:

@@ -95,16 +95,28 @@ def needs(via: str, cluster: Cluster) -> None:
         pytest.skip(f"{via} needs hosts with names: run as root on Linux")
 
 
-@pytest.mark.parametrize("via", ["torchrun", pytest.param("deepspeed", marks=pytest.mark.slow), "mpirun", "MPICH"])
+@pytest.mark.parametrize(
+    "via",
+    [
+        "torchrun",
+        "mpirun",
+        "MPICH",
+        pytest.param("deepspeed", marks=pytest.mark.slow),
+        pytest.param("deepspeed openmpi", marks=pytest.mark.slow),
+    ],
+)
 def test_every_rank_is_where_the_plan_has_it(cluster: Cluster, tmp_path: Path, via: str) -> None:
     """Uneven hosts, the last one first, one of its slots left out."""
-    needs(via, cluster)
     other = [f"--mpirun={mpich().mpiexec}"] if via == "MPICH" else []
-    via = "mpirun" if via == "MPICH" else via
+    via, _, runner = ("mpirun" if via == "MPICH" else via).partition(" ")
+    needs(via, cluster)
+    other += [f"--runner={runner}"] if runner else []
     names = cluster.hosts
     hostfile = tmp_path / "hosts"
-    hostfile.write_text(f"{names[1]} slots=3\n{names[0]} slots=1\n")
-    flags = [f"--hostfile={hostfile}", f"--exclude={names[1]}:1", f"--via={via}", f"--dir={tmp_path}", *other]
+    slots = 2 if runner else 3  # it cannot leave one out
+    hostfile.write_text(f"{names[1]} slots={slots}\n{names[0]} slots=1\n")
+    other += [] if runner else [f"--exclude={names[1]}:1"]
+    flags = [f"--hostfile={hostfile}", f"--via={via}", f"--dir={tmp_path}", *other]
     result = cluster.run(0, [PYTHON, "-m", "launch", "verify", *flags], timeout=100)
     result.expect(exit_code=0, stdout=f"{via}: 3 ranks on 2 hosts, each where the plan has it")
     assert no_leftovers(cluster)

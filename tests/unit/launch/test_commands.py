@@ -94,9 +94,9 @@ def test_mpich_is_spelled_its_own_way_and_sees_chosen_devices() -> None:
         .commands[0]
         .argv
     )
-    assert argv[1:5] == ["-launcher", "ssh", "-bind-to", "none"]
-    assert argv[5:12] == ["-host", "node0", "-n", "2", "-env", "CUDA_VISIBLE_DEVICES", "1,3"]
-    assert argv[argv.index(":") + 1 :][:4] == ["-host", "node1", "-n", "1"]
+    assert argv[1:7] == ["-launcher", "ssh", "-bind-to", "none", "-hosts", "node0:2,node1:1"]
+    assert argv[7:12] == ["-n", "2", "-env", "CUDA_VISIBLE_DEVICES", "1,3"]
+    assert argv[argv.index(":") + 1 :][:2] == ["-n", "1"]
 
 
 def test_deepspeed_gets_one_plain_word_and_nothing_to_export(tmp_path: Path) -> None:
