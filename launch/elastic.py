@@ -12,14 +12,12 @@ from launch.hostfile import Host
 from launch.job import Ssh
 from launch.remote import ssh_argv
 
-_ANSWER_S = 10.0
-
 
 class Probe:
-    """Asks hosts, all at once and without waiting, whether ssh gets through to them."""
+    """Asks hosts, all at once and without waiting, whether ssh gets through to them in ``limit_s`` seconds."""
 
-    def __init__(self, hosts: Sequence[Host], ssh: Ssh) -> None:
-        self._since = time.monotonic()
+    def __init__(self, hosts: Sequence[Host], ssh: Ssh, limit_s: float = 10.0) -> None:
+        self._since, self._limit_s = time.monotonic(), limit_s
         quiet = {"stdin": subprocess.DEVNULL, "stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
         self._asked = {
             host: None if host.local else process.start(ssh_argv(host, ["true"], ssh), unblock=(), **quiet)
@@ -30,7 +28,7 @@ class Probe:
     def done(self) -> bool:
         """Whether every host has answered, or had its time."""
         waiting = [child for child in self._asked.values() if child and child.poll() is None]
-        if waiting and time.monotonic() - self._since > _ANSWER_S:
+        if waiting and time.monotonic() - self._since > self._limit_s:
             for child in waiting:
                 child.kill()
                 child.wait()

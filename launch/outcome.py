@@ -100,7 +100,8 @@ def _of_host(job: Job, host: Host, launcher: str, step: int | None, *, reachable
     """A host that cannot be reached, or ended without its ranks: what ssh, or else the launcher there, said last."""
     ranks = [place.rank for place in job.watched if place.host == host]
     said = ""
-    for log in (job.log_dir / f"ssh.{host.name}.log", launcher_log(job, launcher, host)):
+    logs = [job.log_dir / f"ssh.{host.name}.log", *([launcher_log(job, launcher, host)] if reachable else [])]
+    for log in logs:
         said = said or _end_of(log)
     span = f"rank {ranks[0]}" if len(ranks) == 1 else f"ranks {ranks[0]} to {ranks[-1]}"
     how = "was lost" if reachable else "cannot be reached any more"

@@ -30,6 +30,7 @@ _USAGE, _STORAGE = 2, 7
 _POLL_S = 0.1
 _ASK_AFTER_S = 1.0  # after the first failure, ranks that have not noticed are asked to stop …
 _KILL_AFTER_S = 8.0  # … and at last killed
+_ANSWER_S = 4.0  # for a host to answer, when it may be the reason of a failure
 _AGENT_LIMIT_S = 3.0  # for a launcher's own end, once every rank has ended
 _DEATH_LIMIT_S = 10.0  # for the kernel to end what was killed
 _QUICK_S, _LONGEST_WAIT_S = 60.0, 60.0  # attempts that end sooner than this are followed by ever longer waits
@@ -142,7 +143,9 @@ class _Attempt:
         self.agents: list[subprocess.Popen[bytes]] = []  # one for each of the launch's commands
         self.beaten = self.probed = time.monotonic()
         self.wished, self.beats = "", 0
-        self.probe: Probe | None = None
+        self.probe: Probe | None = None  # of hosts that are missing
+        self.unreachable: set[Host] = set()
+        self.search: Probe | None = None  # of hosts that may be the reason why ranks lost each other
 
     def run(self) -> Outcome:
         for stale in self.job.log_dir.glob("rank_*.*.json"):
@@ -158,12 +161,13 @@ class _Attempt:
                 self.agents.append(self._start(command))
             outcome = self._watch()
             endings = [agent.poll() for agent in self.agents]
+            self._look_for_the_lost()
         finally:
             self._kill_all()
         if outcome:
             return outcome
         ended = [(command.host, code) for command, code in zip(self.launch.commands, endings, strict=True)]
-        return judge(self.job, self.launch.name, ended, bool(self.stop_asked), self._unreachable())
+        return judge(self.job, self.launch.name, ended, bool(self.stop_asked), self.unreachable)
 
     def _start(self, command: Command) -> subprocess.Popen[bytes]:
         remote = command.stdin is not None
@@ -206,6 +210,8 @@ class _Attempt:
                 elif now - self.stop_asked > _SECOND_SIGNAL_S:
                     return Outcome(128 + received.si_signo, f"{name} again: ended at once, without saving")
             failed_at = failed_at or (now if reports.failures or self._host_lost(reports) else 0.0)
+            if failed_at and self._all_unreachable(reports):
+                break
             ended_at = ended_at or (now if len(reports.ended) == len(self.ranks) else 0.0)
             self._look_for_hosts(reports, now)
             if self.stop_asked or self.growing or (failed_at and now - failed_at > _ASK_AFTER_S):
@@ -214,10 +220,23 @@ class _Attempt:
                 break
         return None
 
-    def _unreachable(self) -> set[Host]:
-        """Hosts that ssh does not get through to, where ranks were lost and those of another host may be the reason."""
-        lost = self.job.distributed and any(report.secondary for report in self._reports().failures)
-        return set(self.job.hosts) - set(Probe(self.job.hosts, self.job.ssh).answered()) if lost else set()
+    def _all_unreachable(self, reports: Reports) -> bool:
+        """Whether no rank is left to wait for but on hosts that ssh does not get through to any more."""
+        if not self.job.distributed:
+            return False
+        if self.search is None:
+            self.search = Probe(self.job.hosts, self.job.ssh, _ANSWER_S)
+        if not self.search.done:
+            return False
+        self._look_for_the_lost()
+        return bool(self.unreachable) and all(
+            place.host in self.unreachable for place in self.job.watched if place.rank not in reports.ended
+        )
+
+    def _look_for_the_lost(self) -> None:
+        """Which hosts do not answer, where that was asked; waits for those that still have time to."""
+        if self.search is not None:
+            self.unreachable = set(self.job.hosts) - set(self.search.answered())
 
     def _reports(self) -> Reports:
         return Reports(self.job.log_dir, self.job.attempt, self.ranks)
@@ -275,14 +294,17 @@ class _Attempt:
         if self.job.distributed:
             with contextlib.suppress(OSError):
                 self._wish(END)
+        elsewhere = []  # what ends by itself, once it has ended what it started on other hosts
         for command, agent in zip(self.launch.commands, self.agents, strict=False):
+            if agent.stdin is not None or command.host is None:
+                elsewhere.append(agent)
             if agent.stdin is not None:
                 with contextlib.suppress(BrokenPipeError):
                     agent.stdin.close()
             elif command.stop is not None:
                 agent.send_signal(command.stop)
         deadline = time.monotonic() + (_AGENT_LIMIT_S if self.job.distributed else 0)
-        while any(agent.poll() is None for agent in self.agents) and time.monotonic() < deadline:
+        while any(agent.poll() is None for agent in elsewhere) and time.monotonic() < deadline:
             signal.sigtimedwait({signal.SIGCHLD}, _POLL_S)
         if left := process.kill_all(self.agents, _DEATH_LIMIT_S):
             say(f"warning: the kernel does not end {left} (waiting for a device or a file server?)")
