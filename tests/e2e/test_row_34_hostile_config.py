@@ -13,7 +13,7 @@ TRAIN_KEYS = (
     "steps, global_batch_size, micro_batch_size, precision, compile, log_every, eval_every, eval_steps, sample_every, "
     "sample_prompt, hang_timeout, skip_bad_batches, peak_tflops, profile"
 )
-SECTIONS = "run, model, data, optim, parallel, train, checkpoint, init, launch"
+SECTIONS = "run, model, data, optim, parallel, train, checkpoint, init, peft, launch"
 ALIASES = "c.yaml: YAML anchors and aliases (& and *) are not allowed in a config"
 NOT_FILLED = "c.yaml: ${…} is not filled in; write the value, or give it as --section.key=value"
 NO_SECTIONS = "c.yaml: expected sections such as 'model:' and 'train:'"

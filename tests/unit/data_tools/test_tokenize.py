@@ -189,11 +189,11 @@ def test_all_mistakes_are_told_at_once(tmp_path):
     assert str(caught.value).splitlines() == [
         "--workers=-1: expected 0 (one for each CPU) or more",
         "--on_error=halt: expected stop or skip",
-        "--long_documents=cut: expected split or truncate",
         "--max_document_tokens=1: expected 0 (no limit), or 2 or more",
         "--max_line_bytes=0: expected at least 1",
         f"--out={tmp_path}/: expected the beginning of the file names, such as data/web",
         "--max_bad=few: expected a share of the lines such as 0.1% or a number of lines",
+        "--long_documents=cut: expected split or truncate",
     ]
 
 
