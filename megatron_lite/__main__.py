@@ -180,6 +180,26 @@ def export_hf(
     convert.export_hf(Path(source), Path(destination), dtype, size, trust=trust)
 
 
+def merge_adapter(
+    adapter: str,
+    destination: str,
+    base: str | None = None,
+    to: str = "ours",
+    dtype: str = "stored",
+    unmerge: bool = False,
+    trust: bool = False,
+) -> None:
+    """Merge a LoRA or DoRA adapter (a checkpoint or a run) into its base, in float32, within bounded memory.
+
+    --base: where the base is, if it was moved. --to: ours (DESTINATION/step_00000000) or hf, a Hugging Face folder of
+    --dtype. Read back, and its logits compared. --unmerge takes the adapter out of a merged --base again.
+    """
+    from megatron_lite import convert
+
+    where = Path(base) if base is not None else None
+    convert.merge_adapter(Path(adapter), Path(destination), where, to, dtype, unmerge=unmerge, trust=trust)
+
+
 def average(sources: str, destination: str, last: int = 0, trust: bool = False) -> None:
     """The mean of the weights of several checkpoints, as DESTINATION/step_N of the last one.
 
@@ -206,6 +226,7 @@ COMMANDS: cli.Commands = {
         "import_deepspeed": import_deepspeed,
         "export_hf": export_hf,
         "average": average,
+        "merge_adapter": merge_adapter,
     },
 }
 

@@ -16,12 +16,13 @@ from omegaconf import OmegaConf
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
-from megatron_lite import checkpoint
+from megatron_lite import checkpoint, peft
 from megatron_lite.checkpoint import inspect as look
 from megatron_lite.checkpoint.deepspeed import DeepSpeedSource, is_deepspeed
 from megatron_lite.checkpoint.formats import open_source
 from megatron_lite.checkpoint.hf import HuggingFaceSource, export, is_hugging_face, read_model
 from megatron_lite.checkpoint.megatron import open_megatron
+from megatron_lite.checkpoint.merge import Merged
 from megatron_lite.checkpoint.rewrite import Advance, rewrite
 from megatron_lite.checkpoint.rewrite import diff as compare
 from megatron_lite.checkpoint.source import Average, CheckpointSource, Source
@@ -135,6 +136,58 @@ def average(paths: Sequence[Path], destination: Path, last: int, *, trust: bool)
     with contextlib.ExitStack() as stack:
         mean = Average([stack.enter_context(_opened(path, trust=trust)) for path in paths[::-1]])
         _write(mean, destination, mean.step, *weights_only(mean), 1, BLOCK_BYTES)
+
+
+def merge_adapter(
+    adapter: Path, destination: Path, base: Path | None, to: str, dtype: str, *, unmerge: bool, trust: bool
+) -> None:
+    """An adapter merged into its base, or taken out of a model again: a checkpoint of ours, or a Hugging Face folder,
+    read back, its logits compared with those of the base with the adapter beside it."""
+    if to not in ("ours", "hf"):
+        raise ConfigError(f"--to={to}: expected ours or hf")
+    if dtype not in EXPORT_DTYPES or (to == "ours" and dtype not in ("stored", "float32")):
+        raise ConfigError(f"--dtype={dtype}: expected {', '.join(EXPORT_DTYPES)}; float32 for a checkpoint of ours")
+    with contextlib.ExitStack() as stack:
+        opened = stack.enter_context(_opened(adapter, trust=trust))
+        if not isinstance(opened, CheckpointSource):
+            raise CheckpointError(f"{adapter} is no checkpoint of ours with an adapter")
+        where = base or (Path(opened.base) if opened.base else None)
+        if where is None or not where.exists():
+            raise CheckpointError(f"{adapter} is an adapter of {where}, which is not there; --base=PATH says where")
+        under = stack.enter_context(_opened(where, trust=trust, like=opened))
+        merged = Merged(under, opened, sign=-1 if unmerge else 1)
+        if to == "ours":
+            _write(merged, destination, 0, *weights_only(merged), 1, BLOCK_BYTES)
+        else:
+            export(merged, destination, EXPORT_DTYPES[dtype] or torch.float32, 5 << 30)
+        with _opened(destination, trust=trust, like=opened) as written:
+            told = "" if unmerge else f": {_same_as_beside(written, under, opened)}"
+        print(f"{destination}: {opened.path} {'taken out of' if unmerge else 'merged into'} {under.path}{told}")
+
+
+def _same_as_beside(written: Source, base: Source, adapter: CheckpointSource) -> str:
+    """Compare the logits of what was written with those of the base with the adapter beside it, which is how they were
+    trained. Raises CheckpointError."""
+    elements = sum(math.prod(info.shape) for info in base.tensors.values())
+    if elements > 2 << 30:
+        return f"its logits were not compared: {elements:,} parameters are too many to hold twice"
+    with torch.device("meta"):
+        beside = Decoder(base.model, Axis("tp"), sp=False)
+        peft.apply(beside, adapter.peft, torch.float32)
+    materialize(beside, torch.device("cpu"))
+    trained = {f"model.{name}" for name, parameter in beside.named_parameters() if parameter.requires_grad}
+    pieces = {f"model.{name}": piece for name, piece in pieces_of(beside, Axis("tp")).items()}
+    beside.requires_grad_(False)
+    base.load({name: piece for name, piece in pieces.items() if name not in trained})
+    adapter.load({name: piece for name, piece in pieces.items() if name in trained})
+    tokens = torch.arange(min(32, base.model.max_seq_len)).unsqueeze(0) * 7919 % (base.model.vocab_size or 1)
+    with torch.no_grad():
+        ours, want = load_model(written)(tokens), beside(tokens)
+    gap = float((ours - want).abs().max() / want.abs().max())
+    exact = all(info.dtype == torch.float32 for info in written.tensors.values())
+    if not gap < (1e-4 if exact else 0.1):
+        raise CheckpointError(f"{written.path} computes other logits than its parts, by {gap:.2g} of the largest")
+    return f"its logits are those of both together within {gap:.1g}"
 
 
 def export_hf(source: Path, destination: Path, dtype: str, shard_bytes: int, *, trust: bool) -> None:

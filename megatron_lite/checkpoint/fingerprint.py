@@ -27,19 +27,27 @@ def fingerprint(pieces: Mapping[str, Piece], world: Axis) -> str:
     can be taken of parts, in any order, wherever they lie. It tells apart what was mistaken for another, not what
     somebody made to be mistaken: that is what the digests of files are for. Padding (zeros) adds nothing.
     """
-    own = {name: (sum(map(_sum, piece.tiles, [piece.shape] * len(piece.tiles))),
-                  sum(math.prod(tile.shape) for tile in piece.tiles)) for name, piece in pieces.items()}  # fmt: skip
+    own = {
+        name: (sum(weigh(tile, piece.shape) for tile in piece.tiles), sum(math.prod(t.shape) for t in piece.tiles))
+        for name, piece in pieces.items()
+    }
     everyone = comm.gather_objects(own, world)
-    digest = hashlib.sha256()
-    for name in sorted(pieces):
+    sums = {}
+    for name, piece in pieces.items():
         # What several ranks hold is in the sum as often; Python's integers lose nothing.
-        copies = sum(held for _, held in (rank[name] for rank in everyone)) // math.prod(pieces[name].shape)
-        digest.update(f"{name} {sum(rank[name][0] for rank in everyone) // copies}\n".encode())
-    return digest.hexdigest()
+        copies = sum(rank[name][1] for rank in everyone) // math.prod(piece.shape)
+        sums[name] = sum(rank[name][0] for rank in everyone) // copies
+    return digest(sums)
 
 
-def _sum(tile: Tile, shape: tuple[int, ...]) -> int:
-    """One tile's share, below 2**36 an element, so that no block's sum leaves 63 bits."""
+def digest(sums: Mapping[str, int]) -> str:
+    """The fingerprint of tensors whose sums are known."""
+    lines = (f"{name} {sums[name]}\n".encode() for name in sorted(sums))
+    return hashlib.sha256(b"".join(lines)).hexdigest()
+
+
+def weigh(tile: Tile, shape: tuple[int, ...]) -> int:
+    """One tile's share of the sum of ``shape``: below 2**36 an element, so that no block's leaves 63 bits."""
     total, columns = 0, math.prod(tile.shape[1:])
     rows = max(1, _BLOCK // max(1, columns))
     for start in range(0, tile.shape[0], rows):

@@ -1,31 +1,16 @@
 """Text generation: the cache changes nothing, sampling draws from the set it should, and so on every rank."""
 
-import json
 
 import pytest
 import torch
 
-from megatron_lite import checkpoint, peft
-from megatron_lite.config import ModelConfig, parse_peft
-from megatron_lite.dist.mesh import Axis, build_mesh, solo_mesh
-from megatron_lite.dist.shard import initialize, inits_of, pieces_of
+from megatron_lite.dist.mesh import build_mesh, solo_mesh
 from megatron_lite.dist.spawn import run_ranks
 from megatron_lite.errors import CheckpointError, ConfigError, DataError
-from megatron_lite.faults import Faults
 from megatron_lite.generate import Sampling, choose, generate, open_models, read_requests
-from megatron_lite.models.decoder import Decoder
+from tests.kit.adapters import FAMILIES, LENGTH, decoder, saved
 
-VOCAB, LENGTH, PROMPT = 61, 32, [5, 17, 40, 2]
-FAMILIES = {"llama": {"num_kv_heads": 1}, "gpt2": {"family": "gpt2"}}
-
-
-def decoder(family, tp=None, sp=False):
-    sizes = {"vocab_size": VOCAB, "vocab_multiple": 8, "hidden_size": 32, "num_layers": 2, "num_heads": 4}
-    config = ModelConfig(**sizes, max_seq_len=LENGTH, init_std=0.3, **FAMILIES[family])
-    axis = tp or Axis("tp")
-    model = Decoder(config, axis, sp=sp).double()
-    initialize(pieces_of(model, axis), inits_of(model), 1)
-    return model
+PROMPT = [5, 17, 40, 2]
 
 
 def produce(model, **sampling):
@@ -110,30 +95,8 @@ ADAPTERS = {
 }
 
 
-def saved(folder, model, seed, method=None):
-    """A checkpoint of a base, or of an adapter on the base of seed 1, whose numbers depend on ``seed``."""
-    pieces = pieces_of(model, Axis("tp"))
-    if method is not None:
-        frozen = {f"model.{name}": pieces[name] for name, p in model.named_parameters() if not p.requires_grad}
-        base = checkpoint.fingerprint(frozen, Axis("world"))
-        pieces = {name: pieces[name] for name, p in model.named_parameters() if p.requires_grad}
-        initialize(pieces, dict.fromkeys(pieces, 0.3), seed)
-    tree = {"model": model.config.model_dump(mode="json"), "train": {"precision": "float64"}, "peft": method}
-    extras = {"config.yaml": json.dumps({**tree, "init": {"from": str(folder.parent / "base")}}).encode()}
-    state = {} if method is None else {"base": base}
-    checkpoint.prepare(folder, Axis("world"))
-    named = {f"model.{name}": piece for name, piece in pieces.items()}
-    return checkpoint.save(folder, 1, named, state, extras, Axis("world"), Faults.none())
-
-
 def with_adapter(method):
-    base = decoder("llama")
-    if method is not None:
-        peft.apply(base, parse_peft(method, ""), torch.float64)
-        initialize(pieces_of(base, Axis("tp")), inits_of(base), 1)
-    with torch.no_grad():  # what is loaded has no padding
-        base.embedding.weight[VOCAB:] = base.head.weight[VOCAB:] = 0.0
-    return base
+    return decoder("llama", method=method)
 
 
 def test_adapters_share_a_base_and_each_request_names_its_own(tmp_path):

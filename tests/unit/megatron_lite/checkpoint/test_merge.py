@@ -1,0 +1,72 @@
+"""An adapter merged into its base computes what both compute together; taken out again, it leaves the base."""
+
+import pytest
+import torch
+
+from megatron_lite import convert
+from megatron_lite.checkpoint import open_source
+from megatron_lite.checkpoint.hf import HuggingFaceSource
+from megatron_lite.errors import CheckpointError
+from tests.kit.adapters import decoder, saved
+
+METHODS = {
+    "lora": {"method": "lora", "targets": ["*"], "ranks": {"q": 4, "blocks.1.*": 2}, "alphas": {"v": 3.0}},
+    "rslora": {"method": "lora", "targets": ["blocks.*"], "rslora": True, "r": 3},
+    "dora": {"method": "lora", "targets": ["blocks.*"], "dora": True, "r": 3},
+}
+TOKENS = torch.tensor([[5, 17, 40, 2, 33, 21, 60, 8]])
+
+
+def logits(source):
+    with torch.no_grad():
+        return convert.load_model(source)(TOKENS)
+
+
+@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_it_computes_what_both_compute(tmp_path, name, family, capsys):
+    method = dict(METHODS[name])
+    if family == "gpt2" and name == "lora":
+        method["targets"] = ["blocks.*"]  # its ends are one tensor
+    saved(tmp_path / "base", decoder(family), 1)
+    beside = decoder(family, method=method)
+    saved(tmp_path / "adapter", beside, 2, method)
+    with torch.no_grad():
+        want = beside(TOKENS, dtype=torch.float64)
+        alone = logits(open_source(tmp_path / "base"))
+
+    convert.merge_adapter(tmp_path / "adapter", tmp_path / "ours", None, "ours", "stored", unmerge=False, trust=False)
+    assert "its logits are those of both together within" in capsys.readouterr().out
+    torch.testing.assert_close(logits(open_source(tmp_path / "ours")).double(), want, rtol=1e-4, atol=1e-4)
+    assert (want - alone).abs().max() > 0.1
+    convert.merge_adapter(tmp_path / "adapter", tmp_path / "hf", None, "hf", "float32", unmerge=False, trust=False)
+    convert.diff(tmp_path / "ours", tmp_path / "hf", 0.0, trust=False)
+    assert logits(HuggingFaceSource(tmp_path / "hf")).allclose(want.float(), rtol=1e-4, atol=1e-4)
+
+    again = (tmp_path / "adapter", tmp_path / "again", tmp_path / "ours", "ours", "stored")
+    if name == "dora":
+        with pytest.raises(CheckpointError, match="what DoRA scales by is not known once it is merged"):
+            convert.merge_adapter(*again, unmerge=True, trust=False)
+        return
+    convert.merge_adapter(*again, unmerge=True, trust=False)
+    convert.diff(tmp_path / "base", tmp_path / "again", 1e-5, trust=False)
+
+
+def test_what_cannot_be_merged_is_told(tmp_path):
+    saved(tmp_path / "base", decoder("llama"), 1)
+    saved(tmp_path / "other", decoder("llama", seed=7), 1)
+    lora, prefix = METHODS["rslora"], {"method": "prefix", "length": 3}
+    saved(tmp_path / "lora", decoder("llama", method=lora), 2, lora)
+    saved(tmp_path / "prefix", decoder("llama", method=prefix), 2, prefix)
+
+    def merged(adapter, base, match):
+        with pytest.raises(CheckpointError, match=match):
+            convert.merge_adapter(
+                tmp_path / adapter, tmp_path / "out", tmp_path / base, "ours", "stored", unmerge=False, trust=False
+            )
+        assert not (tmp_path / "out").exists()
+
+    merged("prefix", "base", r"peft\.method=prefix changes no weights: nothing to merge")
+    merged("base", "base", "holds no adapter")
+    merged("lora", "other", "was trained on a base of fingerprint [0-9a-f]{12}, but .* has [0-9a-f]{12}")
+    merged("lora", "none", "is an adapter of .*none, which is not there")
