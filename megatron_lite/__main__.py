@@ -200,6 +200,27 @@ def merge_adapter(
     convert.merge_adapter(Path(adapter), Path(destination), where, to, dtype, unmerge=unmerge, trust=trust)
 
 
+def import_peft(source: str, destination: str, base: str, trust: bool = False) -> None:
+    """Turn a LoRA or DoRA adapter of the peft library (a folder) into a checkpoint of ours, DESTINATION/step_00000000.
+
+    BASE: the model it belongs to, a Hugging Face folder, a checkpoint or a run. Nothing pickled is read.
+    """
+    from megatron_lite import convert
+
+    convert.import_peft(Path(source), Path(destination), Path(base), trust=trust)
+
+
+def export_peft(adapter: str, destination: str, base: str | None = None, trust: bool = False) -> None:
+    """Write a LoRA or DoRA adapter (a checkpoint or a run) as a folder of the peft library's; it is read back.
+
+    --base: where the base is, if it was moved.
+    """
+    from megatron_lite import convert
+
+    where = Path(base) if base is not None else None
+    convert.export_peft(Path(adapter), Path(destination), where, trust=trust)
+
+
 def average(sources: str, destination: str, last: int = 0, trust: bool = False) -> None:
     """The mean of the weights of several checkpoints, as DESTINATION/step_N of the last one.
 
@@ -227,6 +248,8 @@ COMMANDS: cli.Commands = {
         "export_hf": export_hf,
         "average": average,
         "merge_adapter": merge_adapter,
+        "import_peft": import_peft,
+        "export_peft": export_peft,
     },
 }
 

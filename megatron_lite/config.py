@@ -295,11 +295,14 @@ class LoRAConfig(PeftSection):
         """r of one linear."""
         return next((r for pattern, r in self.ranks.items() if targets.matches(pattern, name)), self.r)
 
+    def alpha_of(self, name: str) -> float:
+        """alpha of one linear."""
+        return next((a for pattern, a in self.alphas.items() if targets.matches(pattern, name)), self.alpha)
+
     def scale_of(self, name: str) -> float:
         """What B A is multiplied by there."""
-        alpha = next((a for pattern, a in self.alphas.items() if targets.matches(pattern, name)), self.alpha)
         r = self.rank_of(name)
-        return alpha / (math.sqrt(r) if self.rslora else r)
+        return self.alpha_of(name) / (math.sqrt(r) if self.rslora else r)
 
     def matched(self, model: ModelConfig) -> list[str]:
         """The linears of this model that are adapted."""

@@ -23,6 +23,8 @@ from megatron_lite.checkpoint.formats import open_source
 from megatron_lite.checkpoint.hf import HuggingFaceSource, export, is_hugging_face, read_model
 from megatron_lite.checkpoint.megatron import open_megatron
 from megatron_lite.checkpoint.merge import Merged
+from megatron_lite.checkpoint.peft_folder import PeftSource, adapter_state
+from megatron_lite.checkpoint.peft_folder import export_peft as export_adapter
 from megatron_lite.checkpoint.rewrite import Advance, rewrite
 from megatron_lite.checkpoint.rewrite import diff as compare
 from megatron_lite.checkpoint.source import Average, CheckpointSource, Source
@@ -147,14 +149,7 @@ def merge_adapter(
         raise ConfigError(f"--to={to}: expected ours or hf")
     if dtype not in EXPORT_DTYPES or (to == "ours" and dtype not in ("stored", "float32")):
         raise ConfigError(f"--dtype={dtype}: expected {', '.join(EXPORT_DTYPES)}; float32 for a checkpoint of ours")
-    with contextlib.ExitStack() as stack:
-        opened = stack.enter_context(_opened(adapter, trust=trust))
-        if not isinstance(opened, CheckpointSource):
-            raise CheckpointError(f"{adapter} is no checkpoint of ours with an adapter")
-        where = base or (Path(opened.base) if opened.base else None)
-        if where is None or not where.exists():
-            raise CheckpointError(f"{adapter} is an adapter of {where}, which is not there; --base=PATH says where")
-        under = stack.enter_context(_opened(where, trust=trust, like=opened))
+    with _with_base(adapter, base, trust=trust) as (opened, under):
         merged = Merged(under, opened, sign=-1 if unmerge else 1)
         if to == "ours":
             _write(merged, destination, 0, *weights_only(merged), 1, BLOCK_BYTES)
@@ -188,6 +183,38 @@ def _same_as_beside(written: Source, base: Source, adapter: CheckpointSource) ->
     if not gap < (1e-4 if exact else 0.1):
         raise CheckpointError(f"{written.path} computes other logits than its parts, by {gap:.2g} of the largest")
     return f"its logits are those of both together within {gap:.1g}"
+
+
+def import_peft(source: Path, destination: Path, base: Path, *, trust: bool) -> None:
+    """A checkpoint of ours with an adapter of the peft library's."""
+    with _opened(base, trust=trust) as under, contextlib.closing(PeftSource(source, under)) as adapter:
+        _write(adapter, destination, 0, *adapter_state(adapter, base), 1, BLOCK_BYTES)
+
+
+def export_peft(adapter: Path, destination: Path, base: Path | None, *, trust: bool) -> None:
+    """A folder of the peft library's with an adapter of ours, read back and compared."""
+    with _with_base(adapter, base, trust=trust) as (opened, under):
+        export_adapter(opened, under, under.path, destination)
+        with contextlib.closing(PeftSource(destination, under)) as written:
+            tensors = {name: info for name, info in opened.tensors.items() if name.startswith("model.")}
+            opened.tensors = tensors
+            odd, differences = compare(opened, written, BLOCK_BYTES, lambda done: None)
+            if odd or any(not difference.relative <= 1e-6 for difference in differences):
+                raise CheckpointError(f"{destination} is not what was written: the disk lies")
+        print(f"{destination}: {amount(_size(opened))}, {len(tensors)} tensors, read back")
+
+
+@contextlib.contextmanager
+def _with_base(adapter: Path, base: Path | None, *, trust: bool) -> Iterator[tuple[CheckpointSource, Source]]:
+    """An adapter and its base, from where that was at training or from ``base``."""
+    with _opened(adapter, trust=trust) as opened:
+        if not isinstance(opened, CheckpointSource):
+            raise CheckpointError(f"{adapter} is no checkpoint of ours with an adapter")
+        where = base or (Path(opened.base) if opened.base else None)
+        if where is None or not where.exists():
+            raise CheckpointError(f"{adapter} is an adapter of {where}, which is not there; --base=PATH says where")
+        with _opened(where, trust=trust, like=opened) as under:
+            yield opened, under
 
 
 def export_hf(source: Path, destination: Path, dtype: str, shard_bytes: int, *, trust: bool) -> None:

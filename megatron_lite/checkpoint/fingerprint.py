@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from megatron_lite.checkpoint.reading import Checkpoint
+from megatron_lite.checkpoint.source import Source
 from megatron_lite.dist import comm
 from megatron_lite.dist.mesh import Axis
 from megatron_lite.dist.shard import Piece, Tile
@@ -78,3 +79,20 @@ def check_base(adapter: Checkpoint, base: str, path: Path) -> None:
             f"{adapter.path} was trained on a base of fingerprint {str(wanted)[:12]}, but {path} has {base[:12]}: "
             "give the base it belongs to"
         )
+
+
+def fingerprint_of(source: Source) -> str:
+    """What ``fingerprint`` says of a model that is loaded from ``source``, of a block of rows at a time."""
+    sums = {}
+    for name, info in source.tensors.items():
+        if name.startswith("model."):
+            sums[name] = sum(weigh(tile, info.shape) for tile in _row_blocks(source, name, source.true_shape(name)))
+    return digest(sums)
+
+
+def _row_blocks(source: Source, name: str, shape: tuple[int, ...]) -> Iterator[Tile]:
+    rows = max(1, _BLOCK // max(1, math.prod(shape[1:])))
+    for start in range(0, shape[0], rows):
+        tile = Tile(torch.empty((min(rows, shape[0] - start), *shape[1:])), (start, *(0 for _ in shape[1:])))
+        source.read(name, tile)
+        yield tile

@@ -6,19 +6,16 @@ rectangle, and the factors' parts that belong to it, is in memory.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from megatron_lite.checkpoint.fingerprint import check_base, digest, weigh
+from megatron_lite.checkpoint.fingerprint import check_base, fingerprint_of
 from megatron_lite.checkpoint.source import CheckpointSource, Info, Source
 from megatron_lite.config import LoRAConfig, ModelConfig
 from megatron_lite.dist.shard import Tile
 from megatron_lite.errors import CheckpointError
-
-_BLOCK = 4 << 20  # elements
 
 
 class Update(NamedTuple):
@@ -120,19 +117,3 @@ def _part(source: Source, name: str, *place: slice | None) -> Tensor:
     part = torch.empty([s.stop - s.start for s in slices])
     source.read(name, Tile(part, tuple(s.start for s in slices)))
     return part
-
-
-def fingerprint_of(source: Source) -> str:
-    """What ``fingerprint`` says of a model that is loaded from ``source``, of a block of rows at a time."""
-    sums = {}
-    for name, info in source.tensors.items():
-        if name.startswith("model."):
-            sums[name] = sum(weigh(tile, info.shape) for tile in _blocks(source, name, source.true_shape(name)))
-    return digest(sums)
-
-
-def _blocks(source: Source, name: str, shape: tuple[int, ...]) -> Iterator[Tile]:
-    rows = max(1, _BLOCK // max(1, torch.Size(shape[1:]).numel()))
-    for start in range(0, shape[0], rows):
-        stop = min(start + rows, shape[0])
-        yield Tile(_part(source, name, slice(start, stop)), (start, *(0 for _ in shape[1:])))

@@ -55,7 +55,7 @@ class Source(ABC):
         """The shape of a tensor without the padding of the vocabulary."""
         shape = self.tensors[name].shape
         owner = name.partition(".")[2]
-        if owner.startswith(("embedding.weight", "head.weight")) and len(shape) == 2:
+        if owner.startswith(_PADDED) and len(shape) == 2:
             return (min(shape[0], self.model.vocab_size or shape[0]), shape[1])
         return shape
 
@@ -83,6 +83,7 @@ class Source(ABC):
                 tile.data[held:].zero_()
 
 
+_PADDED = ("embedding.weight", "head.weight", "embedding.lora_embedding_a", "head.lora_head_b")
 _VOCABULARY = ("model.embedding.weight", "model.head.weight")
 
 

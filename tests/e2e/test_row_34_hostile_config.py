@@ -163,7 +163,8 @@ COMMANDS = {
     "generate x --top_p=a": "--top_p=a: expected float",
     "ckpt inspct x": (
         "unknown command 'inspct' (did you mean 'inspect'?); there are: "
-        "inspect, verify, diff, reshard, import_hf, import_megatron, import_deepspeed, export_hf, average, merge_adapter"
+        "inspect, verify, diff, reshard, import_hf, import_megatron, import_deepspeed, export_hf, "
+        "average, merge_adapter, import_peft, export_peft"
     ),
     "ckpt reshard x y --max_ram=lots": "--max_ram=lots: expected a size such as 256M or 5G, and at least 64M",
     "ckpt reshard x y --max_ram=63M": "--max_ram=63M: expected a size such as 256M or 5G, and at least 64M",

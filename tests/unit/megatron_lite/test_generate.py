@@ -1,6 +1,5 @@
 """Text generation: the cache changes nothing, sampling draws from the set it should, and so on every rank."""
 
-
 import pytest
 import torch
 
