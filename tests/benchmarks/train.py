@@ -1,6 +1,7 @@
 """Training speed and memory of one rank against bare PyTorch and transformers, side by side.
 
     python tests/benchmarks/train.py [--dtype=float32] [--rounds=5] [--contenders=ours,bare]
+    python tests/benchmarks/train.py --contenders=ours,ours-lora,ours-prefix,transformers,transformers-lora
 
 Every contender trains the same 8-layer Llama on the same tokens, in its own process with the same number of threads.
 Processes are prepared first and then take turns, one step at a time, so that a slow moment of the machine meets all
@@ -21,9 +22,15 @@ from types import SimpleNamespace
 VOCAB, HIDDEN, LAYERS, HEADS, FFN, SEQ, BATCH = 32000, 512, 8, 8, 1376, 512, 4
 THREADS = 2
 LR = 1e-4
+PEFT = {  # of about the same number of trained parameters, but for the prefix
+    "lora": {"method": "lora", "r": 8},
+    "dora": {"method": "lora", "r": 8, "dora": True},
+    "adapter": {"method": "adapter", "size": 64},
+    "prefix": {"method": "prefix", "length": 16},
+}
 
 
-def bare(dtype: str, compiled: bool) -> Callable[[int], float]:
+def bare(dtype: str, mode: str) -> Callable[[int], float]:
     """A hand-written loop: SDPA, fused AdamW, autocast for bfloat16."""
     import torch
     import torch.nn.functional as F
@@ -67,11 +74,11 @@ def bare(dtype: str, compiled: bool) -> Callable[[int], float]:
             return F.cross_entropy(self.head(self.norm(x)).view(-1, VOCAB), targets.view(-1))
 
     model = Llama()
-    run = torch.compile(model) if compiled else model
+    run = torch.compile(model) if mode == "compiled" else model
     return _plain_loop(model, lambda tokens, targets: run(tokens, targets), dtype)
 
 
-def transformers(dtype: str, compiled: bool) -> Callable[[int], float]:
+def transformers(dtype: str, mode: str) -> Callable[[int], float]:
     """The same loop around transformers' LlamaForCausalLM."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
@@ -86,7 +93,12 @@ def transformers(dtype: str, compiled: bool) -> Callable[[int], float]:
         use_cache=False,
     )
     model = LlamaForCausalLM(config)
-    run = torch.compile(model) if compiled else model
+    if mode in ("lora", "dora"):
+        from peft import LoraConfig, get_peft_model
+
+        linears = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+        model = get_peft_model(model, LoraConfig(r=8, lora_alpha=16, target_modules=linears, use_dora=mode == "dora"))
+    run = torch.compile(model) if mode == "compiled" else model
     # transformers shifts the labels itself; the loss runs over one token less.
     return _plain_loop(model, lambda tokens, targets: run(input_ids=tokens, labels=tokens).loss, dtype)
 
@@ -94,7 +106,7 @@ def transformers(dtype: str, compiled: bool) -> Callable[[int], float]:
 def _plain_loop(model, loss_of, dtype: str) -> Callable[[int], float]:
     import torch
 
-    optimizer = torch.optim.AdamW(model.parameters(), lr=LR, fused=True)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=LR, fused=True)
     generator = torch.Generator().manual_seed(0)
 
     def step(_: int) -> float:
@@ -110,7 +122,7 @@ def _plain_loop(model, loss_of, dtype: str) -> Callable[[int], float]:
     return step
 
 
-def ours(dtype: str, compiled: bool) -> Callable[[int], float]:
+def ours(dtype: str, mode: str) -> Callable[[int], float]:
     """This project's train_step."""
     import torch
 
@@ -128,9 +140,13 @@ def ours(dtype: str, compiled: bool) -> Callable[[int], float]:
         "ffn_size": FFN,
         "max_seq_len": SEQ,
     }
-    train = {"global_batch_size": BATCH, "micro_batch_size": BATCH, "precision": dtype, "compile": compiled}
+    train = {"global_batch_size": BATCH, "micro_batch_size": BATCH, "precision": dtype, "compile": mode == "compiled"}
     data = {"train": [{"path": "unused"}], "seq_len": SEQ}
-    config = parse_config({"model": model, "data": data, "train": train, "optim": {"lr": LR, "schedule": "constant"}})
+    tree = {"model": model, "data": data, "train": train, "optim": {"lr": LR, "schedule": "constant"}}
+    if mode in PEFT:
+        model["max_seq_len"] += 16
+        tree |= {"peft": PEFT[mode], "init": {"from": "unused"}}
+    config = parse_config(tree)
     trainer = Trainer(config, solo_mesh(), make_plan(config, 1), Faults.none())
     generator = torch.Generator().manual_seed(0)
 
@@ -154,7 +170,7 @@ def _contender(pipe, name: str, dtype: str) -> None:
     torch.ones(8, 8) @ torch.ones(8, 8)
     maker, _, mode = name.partition("-")
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    step = MAKERS[maker](dtype, mode == "compiled")
+    step = MAKERS[maker](dtype, mode)
     while (number := pipe.recv()) is not None:
         began = time.perf_counter()
         loss = step(number)
