@@ -85,17 +85,18 @@ def write_file(path: Path, chunks: Iterable[Any], faults: Faults) -> FileEntry:
 
     The disk is set to work after every stretch rather than at the fsync, when there is nothing left to do beside it.
     """
-    digest, size = hashlib.sha256(), 0
+    digest, size, hashed = hashlib.sha256(), 0, None
     with path.open("xb", buffering=0) as file, ThreadPoolExecutor(1) as beside:
         for chunk in chunks:
             faults.file_operation(f"write {path.name}")
             rest = memoryview(chunk).cast("B")
+            if hashed:
+                hashed.result()
             hashed = beside.submit(digest.update, rest)
             while rest:
                 written = file.write(rest[:_STRETCH])
                 os.posix_fadvise(file.fileno(), size, written, os.POSIX_FADV_DONTNEED)  # dirty pages: begin to write
                 rest, size = rest[written:], size + written
-            hashed.result()
         faults.file_operation(f"fsync {path.name}")
         os.fsync(file.fileno())
     return FileEntry(size=size, sha256=digest.hexdigest())
