@@ -157,33 +157,38 @@ class _ReduceScatterTo(torch.autograd.Function):
         return all_gather(grad, ctx.axis, ctx.dim), None, None
 
 
-# Collectives stay out of compiled graphs: the pieces between them are compiled, the calls themselves run as written.
-_apply = torch.compiler.disable(lambda function, *args: function.apply(*args))
+# torch's own spelling of torch.compiler.disable waits until it is called to import the compiler, which takes as long as
+# torch itself; a command that does not train never needs it.
+@torch._disable_dynamo
+def apply(function: Any, *args: Any) -> Any:
+    """A ``torch.autograd.Function`` of collectives or of in-place work: the pieces between such calls are compiled, the
+    calls themselves run as written."""
+    return function.apply(*args)
 
 
 def copy_to(tensor: Tensor, axis: Axis) -> Tensor:
     """Enter a parallel region with a replicated tensor: identity forward, all-reduce of its gradient backward."""
-    return tensor if axis.size == 1 else _apply(_CopyTo, tensor, axis)
+    return tensor if axis.size == 1 else apply(_CopyTo, tensor, axis)
 
 
 def reduce_from(tensor: Tensor, axis: Axis) -> Tensor:
     """Leave a parallel region by summing partial results: all-reduce forward, identity backward."""
-    return tensor if axis.size == 1 else _apply(_ReduceFrom, tensor, axis)
+    return tensor if axis.size == 1 else apply(_ReduceFrom, tensor, axis)
 
 
 def gather_from(tensor: Tensor, axis: Axis, dim: int = 0) -> Tensor:
     """Gather slices of ``dim`` into a tensor used differently on every rank: all-gather, reduce-scatter backward."""
-    return tensor if axis.size == 1 else _apply(_GatherFrom, tensor, axis, dim)
+    return tensor if axis.size == 1 else apply(_GatherFrom, tensor, axis, dim)
 
 
 def scatter_to(tensor: Tensor, axis: Axis, dim: int = 0) -> Tensor:
     """Keep one's own slice of a replicated tensor: slice forward, all-gather backward."""
-    return tensor if axis.size == 1 else _apply(_ScatterTo, tensor, axis, dim)
+    return tensor if axis.size == 1 else apply(_ScatterTo, tensor, axis, dim)
 
 
 def reduce_scatter_to(tensor: Tensor, axis: Axis, dim: int = 0) -> Tensor:
     """Sum partial results and keep one's own slice: reduce-scatter forward, all-gather backward."""
-    return tensor if axis.size == 1 else _apply(_ReduceScatterTo, tensor, axis, dim)
+    return tensor if axis.size == 1 else apply(_ReduceScatterTo, tensor, axis, dim)
 
 
 def enter_joined(x: Tensor, low: Tensor, axis: Axis, *, sp: bool) -> tuple[Tensor, Tensor]:

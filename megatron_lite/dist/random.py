@@ -24,17 +24,19 @@ def mix(*numbers: int) -> int:
     return state >> 1
 
 
-@torch.compiler.disable
 def dropout(tensor: Tensor, probability: float, seed: int | None) -> Tensor:
     """Zero each element with ``probability`` and scale the rest; the identity without a seed (evaluation)."""
-    if probability == 0.0 or seed is None:
-        return tensor
+    return tensor if probability == 0.0 or seed is None else _drop(tensor, probability, seed)
+
+
+@torch._disable_dynamo
+def _drop(tensor: Tensor, probability: float, seed: int) -> Tensor:
     generator = torch.Generator(tensor.device).manual_seed(seed)
     keep = torch.empty_like(tensor).bernoulli_(1.0 - probability, generator=generator)
     return tensor * keep.div_(1.0 - probability)
 
 
-@torch.compiler.disable
+@torch._disable_dynamo
 def seed_default(seed: int, device: torch.device) -> None:
     """Seed the device's default generator, for kernels that draw from nothing else (attention dropout)."""
     generator = torch.cuda.default_generators[device.index or 0] if device.type == "cuda" else torch.default_generator

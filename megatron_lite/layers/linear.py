@@ -58,9 +58,6 @@ class _ColumnLinear(torch.autograd.Function):
         return grad_x, grad_weight, grad_bias, None, None
 
 
-_column_linear = torch.compiler.disable(_ColumnLinear.apply)
-
-
 class ColumnParallelLinear(nn.Module):
     """``y = x W^T + b`` with W split by output features; each rank computes its own columns of y.
 
@@ -100,7 +97,7 @@ class ColumnParallelLinear(nn.Module):
         bias = None if self.bias is None else self.bias.to(x.dtype)
         if self.tp.size == 1:
             return F.linear(x, weight, bias)
-        return _column_linear(x, weight, bias, self.tp, self.sp)
+        return comm.apply(_ColumnLinear, x, weight, bias, self.tp, self.sp)
 
 
 class RowParallelLinear(nn.Module):

@@ -99,9 +99,6 @@ def _accumulate(into: Tensor, grad: Tensor, chunk: Tensor) -> None:
         into.add_(grad.t() @ chunk)
 
 
-_linear_cross_entropy = torch.compiler.disable(_LinearCrossEntropy.apply)
-
-
 def linear_cross_entropy(
     hidden: Tensor,
     weight: Tensor,
@@ -126,4 +123,4 @@ def linear_cross_entropy(
     else:
         low, factor = low_rank
         hidden, low = comm.enter_joined(hidden, low, tp, sp=sp)
-    return _linear_cross_entropy(hidden, weight, targets.reshape(-1), vocab_size, tp, low, factor)
+    return comm.apply(_LinearCrossEntropy, hidden, weight, targets.reshape(-1), vocab_size, tp, low, factor)

@@ -125,9 +125,6 @@ class _AddProducts(torch.autograd.Function):
         return grad, grad_low, None, *grads
 
 
-_add_products = torch.compiler.disable(_AddProducts.apply)
-
-
 class LoRAColumnLinear(_Adapted, ColumnParallelLinear):
     """A column-parallel linear with updates: A replicated, B split as W's rows are.
 
@@ -161,7 +158,7 @@ class LoRAColumnLinear(_Adapted, ColumnParallelLinear):
         x, low = comm.enter_joined(x, self.low(x, seed), self.tp, sp=self.sp)
         weight, b = self.weight.to(x.dtype), self.factors("b", x.dtype)
         bias = None if self.bias is None else self.bias.to(x.dtype)
-        y = _add_products(F.linear(x, weight, None if self.dora else bias), low, self.updates, *b)
+        y = comm.apply(_AddProducts, F.linear(x, weight, None if self.dora else bias), low, self.updates, *b)
         if not self.dora:
             return y
         y = y * self.magnitude(self.lengths(self.a(x.dtype), b), self.factors("m", x.dtype))
