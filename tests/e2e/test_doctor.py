@@ -28,7 +28,7 @@ def doctor(cluster: Cluster, folder: Path, *flags: str, count: int = 2) -> Resul
     hostfile = folder / "hostfile"
     hostfile.write_text("".join(f"{host} slots=1\n" for host in cluster.hosts[:count]))
     argv = [PYTHON, "-m", "launch", "doctor", f"--hostfile={hostfile}", *flags]
-    return cluster.run(0, argv, timeout=110, env={"PYTHONPATH": str(REPOSITORY)}, cwd=folder)
+    return cluster.run(0, argv, timeout=280, env={"PYTHONPATH": str(REPOSITORY)}, cwd=folder)
 
 
 def inside(cluster: Cluster, index: int, *argv: str) -> None:

@@ -92,7 +92,7 @@ def run(rank: int, size: int, data: str):
 
 @pytest.fixture(scope="module")
 def found(tmp_path_factory):
-    return run_ranks(run, 4, str(tiny_data(tmp_path_factory.mktemp("matrices"))), timeout=110)[0]
+    return run_ranks(run, 4, str(tiny_data(tmp_path_factory.mktemp("matrices"))), timeout=280)[0]
 
 
 @pytest.mark.timeout(120)

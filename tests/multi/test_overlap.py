@@ -88,7 +88,7 @@ def step(rank: int, size: int, data: str) -> dict[str, tuple[float, float, list[
 
 @pytest.fixture(scope="module")
 def steps(tmp_path_factory):
-    return run_ranks(step, 2, str(tiny_data(tmp_path_factory.mktemp("overlap"))), timeout=100)[0]
+    return run_ranks(step, 2, str(tiny_data(tmp_path_factory.mktemp("overlap"))), timeout=280)[0]
 
 
 def passes(events: list[str]) -> list[list[str]]:

@@ -131,7 +131,7 @@ BUGS = {  # what is planted in which layout, and where it shows first
 def rows(tmp_path_factory):
     data = str(tiny_data(tmp_path_factory.mktemp("parity")))
     planted = {bug.__name__: Case(layout, plant=bug) for bug, (layout, _, _) in BUGS.items()}
-    return run_ranks(run_cases, 4, data, {**CASES, **planted}, timeout=110)[0]
+    return run_ranks(run_cases, 4, data, {**CASES, **planted}, timeout=280)[0]
 
 
 @pytest.mark.parametrize("case", CASES)

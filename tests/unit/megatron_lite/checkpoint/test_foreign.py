@@ -19,7 +19,7 @@ from tests.kit.foreign import save_with_megatron, train_with_deepspeed
 def test_what_deepspeed_wrote(tmp_path, stage, bf16, ranks):
     pytest.importorskip("deepspeed", reason="deepspeed is not installed (pip install '.[deepspeed]')")
     pytest.importorskip("transformers", reason="transformers is not installed (pip install '.[hf]')")
-    run_ranks(train_with_deepspeed, ranks, str(tmp_path), stage, bf16, timeout=100)
+    run_ranks(train_with_deepspeed, ranks, str(tmp_path), stage, bf16, timeout=280)
     want = torch.load(tmp_path / "want.pt")
     model, _ = read_model(tmp_path / "model")
     source = DeepSpeedSource(tmp_path / "ds", model)
@@ -52,7 +52,7 @@ def megatron(request, tmp_path_factory):
     """A folder with a model as Megatron saves it in both ways, and its logits."""
     pytest.importorskip("megatron.core", reason="megatron-core is not installed (pip install '.[dev]')")
     folder = tmp_path_factory.mktemp("megatron")
-    run_ranks(save_with_megatron, request.param[1], str(folder), request.param[0], timeout=100)
+    run_ranks(save_with_megatron, request.param[1], str(folder), request.param[0], timeout=280)
     return folder
 
 
