@@ -128,16 +128,16 @@ class TinyRuns:
         self.run(self.folder).expect(exit_code=0)
         return self.folder / "run"
 
-    def run(self, folder: Path, *flags: str, faults: str = "", slow: float = 0, timeout: float = 60) -> Result:
+    def run(self, folder: Path, *flags: str, faults: str = "", slow: float = 0, timeout: float = 120) -> Result:
         return run_job(self._argv(folder, flags), timeout=timeout, env=self._env(faults, slow))
 
     def start(
-        self, folder: Path, *flags: str, faults: str = "", slow: float = 0, timeout: float = 60
+        self, folder: Path, *flags: str, faults: str = "", slow: float = 0, timeout: float = 120
     ) -> AbstractContextManager[RunningJob]:
         return start_job(self._argv(folder, flags), timeout=timeout, env=self._env(faults, slow))
 
     def on_terminal(
-        self, folder: Path, typed: Sequence[tuple[str, bytes]], *flags: str, slow: float = 0, timeout: float = 60
+        self, folder: Path, typed: Sequence[tuple[str, bytes]], *flags: str, slow: float = 0, timeout: float = 120
     ) -> Result:
         return run_on_terminal(self._argv(folder, flags), typed, timeout=timeout, env=self._env("", slow))
 
