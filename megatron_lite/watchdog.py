@@ -33,6 +33,7 @@ from megatron_lite.dist.mesh import Axis, Mesh
 logger = logging.getLogger("megatron_lite")
 
 _TICK_S = 0.05
+_GIL_S = 2.0  # how much longer than hang_timeout this thread may be kept from looking, before C code dumps the stacks
 _KEPT = 20  # collectives of each group in a flight record, besides those that have not ended
 _WAITS = (comm.wait.__code__, comm.read.__code__)
 _PACKAGE = Path(__file__).parent
@@ -59,7 +60,9 @@ class Watchdog(threading.Thread):
     def watch(self, step: int) -> None:
         """``step`` begins; it may take ``hang_timeout``."""
         self._step, self._since, self._training = step, time.monotonic(), True
-        faulthandler.dump_traceback_later(self.hang_timeout, file=self.stacks)
+        # Only for a rank whose native code keeps the interpreter's lock, so that no thread of Python's can look: this dump
+        # takes no lock, and may crash where another thread's frames change under it.
+        faulthandler.dump_traceback_later(self.hang_timeout + _GIL_S, file=self.stacks)
 
     def pause(self) -> None:
         """What comes now (evaluating, saving, reporting) is no part of a step: its time is not taken."""
@@ -94,6 +97,8 @@ class Watchdog(threading.Thread):
                 self._recorded = False
                 self.path.unlink(missing_ok=True)
         elif not self._recorded:
+            faulthandler.cancel_dump_traceback_later()
+            faulthandler.dump_traceback(self.stacks)
             logger.warning("step %d made no progress for %.0f s; stacks: %s", self._step, stalled, self.stacks.name)
             self._record(list(_places(frame)), waiting=waiting)
 
