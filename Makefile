@@ -2,6 +2,8 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+# Two at a time: most tests wait for the start of processes, on one core at a time.
+PYTEST := $(BIN)/python -m pytest -n 2 --dist loadgroup
 
 .PHONY: demo test test-slow checks clean
 
@@ -33,11 +35,11 @@ demo: $(VENV)/.demo
 	@echo 'Go on:       $(BIN)/python -m launch run configs/demo.yaml --nproc=2 --train.steps=1200'
 
 test: $(VENV)/.dev
-	$(BIN)/python -m pytest
+	$(PYTEST)
 
 # Faults and recovery once more under the sharded engines.
 test-slow: $(VENV)/.dev
-	$(BIN)/python -m pytest -m slow
+	$(PYTEST) -m slow
 
 checks: $(VENV)/.dev
 	$(BIN)/ruff check .

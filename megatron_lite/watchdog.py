@@ -60,8 +60,8 @@ class Watchdog(threading.Thread):
     def watch(self, step: int) -> None:
         """``step`` begins; it may take ``hang_timeout``."""
         self._step, self._since, self._training = step, time.monotonic(), True
-        # Only for a rank whose native code keeps the interpreter's lock, so that no thread of Python's can look: this dump
-        # takes no lock, and may crash where another thread's frames change under it.
+        # For native code that keeps the interpreter's lock, so that no thread of Python's can look: this dump takes no
+        # lock, and may crash where another thread's frames change under it.
         faulthandler.dump_traceback_later(self.hang_timeout + _GIL_S, file=self.stacks)
 
     def pause(self) -> None:

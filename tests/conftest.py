@@ -1,6 +1,16 @@
-"""Every run draws the same examples, so that what passes once passes again; raise ``max_examples`` to search."""
+"""What all tests share: the same examples in every run, and which tests may run beside each other."""
 
+import pytest
 from hypothesis import settings
 
+# What passes once passes again; raise ``max_examples`` to search.
 settings.register_profile("repeatable", derandomize=True, deadline=None, database=None)
 settings.load_profile("repeatable")
+
+
+@pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the groups
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """A file's tests share what they set up, so one worker runs them; hosts are heavy, and made by one worker alone."""
+    for item in items:
+        hosts = {"cluster", "slurm", "two"} & set(getattr(item, "fixturenames", ()))
+        item.add_marker(pytest.mark.xdist_group("hosts" if hosts else str(item.path)))
