@@ -12,7 +12,7 @@ The model fuses q, k, v and gate, up; each has factors of its own, which add to 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from itertools import accumulate
 from typing import Any, NamedTuple
 
@@ -66,6 +66,20 @@ class _Adapted(nn.Module):
         factors = self.factors("a", dtype)
         return factors[0] if len(factors) == 1 else torch.cat(factors)
 
+    def b(self, dtype: torch.dtype) -> Tensor:
+        """s B of all updates, each in its own rows and columns: [rows, sum of r]."""
+        scaled = [update.scale * b for update, b in zip(self.updates, self.factors("b", dtype), strict=True)]
+        return scaled[0] if len(scaled[0]) == len(self.weight) else torch.block_diag(*self._filled(scaled, (0,)))
+
+    def _filled(self, parts: Sequence[Tensor], shape: tuple[int, ...], value: float = 0.0) -> Iterator[Tensor]:
+        """What belongs to the rows of each update, and to rows without one ``value`` in ``shape`` a row."""
+        row = 0
+        for update, part in zip(self.updates, parts, strict=True):
+            yield part.new_full((update.start - row, *shape), value)
+            yield part
+            row = update.start + update.length
+        yield parts[0].new_full((len(self.weight) - row, *shape), value)
+
     def dropped(self, x: Tensor, seed: int | None, split: int) -> Tensor:
         """``x`` as A sees it; ``split``: the rank where ranks hold different parts of it."""
         if self.dropout == 0.0 or seed is None:
@@ -73,56 +87,33 @@ class _Adapted(nn.Module):
         return random.dropout(x, self.dropout, random.mix(seed, self.site, split))
 
     @torch.no_grad()
-    def lengths(self, a: Tensor, b: Sequence[Tensor]) -> Tensor:
+    def lengths(self, a: Tensor, b: Tensor) -> Tensor:
         """The squared lengths of this rank's part of the rows of W and of W + s B A, [2, rows], from products with A
         alone: neither B A nor the sum is made."""
         weight = self.weight
         plain = torch.linalg.vector_norm(weight, dim=1, dtype=torch.promote_types(a.dtype, torch.float32)).square()
-        moved = plain.clone()
-        crossed, squared = weight.to(a.dtype) @ a.t(), a @ a.t()
-        column = 0
-        for (_, start, length, r, scale), factor in zip(self.updates, b, strict=True):
-            rows, own = slice(start, start + length), slice(column, column + r)
-            moved[rows] += scale * (factor * (2 * crossed[rows, own] + scale * factor @ squared[own, own])).sum(1)
-            column += r
-        return torch.stack((plain, moved))
+        return torch.stack((plain, plain + (b * (2 * (weight.to(a.dtype) @ a.t()) + b @ (a @ a.t()))).sum(1)))
 
     def magnitude(self, lengths: Tensor, trained: Sequence[Tensor]) -> Tensor:
         """What each row's output is multiplied by, [rows]: the trained magnitude, which is relative to the frozen row's
         length, over the length of the updated row, a constant in backward (section 4.3 there)."""
         ratio = (lengths[0] / lengths[1]).sqrt().to(trained[0].dtype)
-        if len(trained) == 1 and trained[0].shape == ratio.shape:
-            return ratio * trained[0]
-        parts, row = [], 0
-        for update, magnitude in zip(self.updates, trained, strict=True):
-            parts += [ratio[row : update.start], magnitude * ratio[update.start : update.start + update.length]]
-            row = update.start + update.length
-        return torch.cat([*parts, ratio[row:]])
+        return ratio * torch.cat(list(self._filled(trained, (), 1.0)))
 
 
-class _AddProducts(torch.autograd.Function):
-    """``y[:, rows] += s · low[:, columns] B^T`` for every update, in place: one pass, whatever is fused."""
+class _AddProduct(torch.autograd.Function):
+    """``y += low b^T``, in place: no other pass over what is as large as y."""
 
     @staticmethod
-    def forward(ctx: Any, y: Tensor, low: Tensor, updates: list[Update], *b: Tensor) -> Tensor:
+    def forward(ctx: Any, y: Tensor, low: Tensor, b: Tensor) -> Tensor:
         ctx.mark_dirty(y)
-        ctx.save_for_backward(low, *b)
-        ctx.updates, column = updates, 0
-        for (_, start, length, r, scale), factor in zip(updates, b, strict=True):
-            y[:, start : start + length].addmm_(low[:, column : column + r], factor.t(), alpha=scale)
-            column += r
-        return y
+        ctx.save_for_backward(low, b)
+        return y.addmm_(low, b.t())
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        low, *b = ctx.saved_tensors
-        grad_low, grads, column = torch.empty_like(low), [], 0
-        for (_, start, length, r, scale), factor in zip(ctx.updates, b, strict=True):
-            own, columns = grad[:, start : start + length], slice(column, column + r)
-            grad_low[:, columns] = scale * (own @ factor)
-            grads.append(scale * (own.t() @ low[:, columns]))
-            column += r
-        return grad, grad_low, None, *grads
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        low, b = ctx.saved_tensors
+        return grad, grad @ b, grad.t() @ low
 
 
 class LoRAColumnLinear(_Adapted, ColumnParallelLinear):
@@ -151,14 +142,13 @@ class LoRAColumnLinear(_Adapted, ColumnParallelLinear):
         return F.linear(self.dropped(x, seed, split), comm.copy_to(a, self.tp) if self.sp else a)
 
     def low_rank(self, x: Tensor, seed: int | None = None) -> tuple[Tensor, Tensor]:
-        (update,), (b,) = self.updates, self.factors("b", x.dtype)
-        return self.low(x, seed), update.scale * b
+        return self.low(x, seed), self.b(x.dtype)
 
     def forward(self, x: Tensor, seed: int | None = None) -> Tensor:
         x, low = comm.enter_joined(x, self.low(x, seed), self.tp, sp=self.sp)
-        weight, b = self.weight.to(x.dtype), self.factors("b", x.dtype)
+        weight, b = self.weight.to(x.dtype), self.b(x.dtype)
         bias = None if self.bias is None else self.bias.to(x.dtype)
-        y = comm.apply(_AddProducts, F.linear(x, weight, None if self.dora else bias), low, self.updates, *b)
+        y = comm.apply(_AddProduct, F.linear(x, weight, None if self.dora else bias), low, b)
         if not self.dora:
             return y
         y = y * self.magnitude(self.lengths(self.a(x.dtype), b), self.factors("m", x.dtype))
@@ -183,15 +173,15 @@ class LoRARowLinear(_Adapted, RowParallelLinear):
             self.add(f"lora_{update.name}_m", ShardSpec((rows,)), self.tp.size, "ones")
 
     def forward(self, x: Tensor, seed: int | None = None) -> Tensor:
-        (update,), (b,), a = self.updates, self.factors("b", x.dtype), self.a(x.dtype)
+        a, b = self.a(x.dtype), self.b(x.dtype)
         low = F.linear(self.dropped(x, seed, self.tp.rank), a)
         y = F.linear(x, self.weight.to(x.dtype))
         if self.tp.size > 1:
             joined = self.reduce(torch.cat((y, low), dim=1))
             y, low = joined[:, : y.shape[1]], joined[:, y.shape[1] :]
-        y = torch.addmm(y, low, self.replicated(b).t(), alpha=update.scale)
+        y = torch.addmm(y, low, self.replicated(b).t())
         if self.dora:
-            lengths = comm.all_reduce(self.lengths(a, [b]), self.tp)
+            lengths = comm.all_reduce(self.lengths(a, b), self.tp)
             (magnitude,) = self.factors("m", x.dtype)
             y = y * self.magnitude(lengths, [self.replicated(magnitude)])
         return y if self.bias is None else y + self.replicated(self.bias).to(x.dtype)
