@@ -62,7 +62,7 @@ class Run:
         self.train_data = build_dataset(data, seed, "train", vocab)
         self.validation_data = build_dataset(data, seed, "validation", vocab) if self._evaluates else None
         checkpoint.prepare(self.checkpoints, mesh.world)
-        self.found, self.source = self._find(), None
+        self.found, self.source = self._find(lazy=True), None
         self.base_fingerprint: str | None = None
         if config.init.source is not None and (self.found is None or config.peft is not None):
             self.source = checkpoint.open_source(Path(config.init.source), mesh.world, trust=config.checkpoint.trust)
@@ -118,14 +118,15 @@ class Run:
             checkpoint.prune(self.checkpoints, self.config.checkpoint.keep, self.config.checkpoint.keep_every)
             logger.info("saved %s", path)
 
-    def _find(self) -> checkpoint.Checkpoint | None:
-        """The checkpoint to go on from, checked against this config before a model is made."""
+    def _find(self, *, lazy: bool) -> checkpoint.Checkpoint | None:
+        """The checkpoint to go on from, checked against this config before a model is made. ``lazy``: its tensors are
+        verified when they are loaded."""
         wanted, world, trust = self.config.checkpoint.resume, self.mesh.world, self.config.checkpoint.trust
         found = None
         if wanted == "auto":
-            found = checkpoint.newest(self.checkpoints, world, trust=trust)
+            found = checkpoint.newest(self.checkpoints, world, trust=trust, lazy=lazy)
         elif wanted != "none":
-            found = checkpoint.open_checkpoint(checkpoint.find(Path(wanted)), world, trust=trust)
+            found = checkpoint.open_checkpoint(checkpoint.find(Path(wanted)), world, trust=trust, lazy=lazy)
         if found is not None:
             self._check_same_run(found)
         return found
@@ -137,7 +138,7 @@ class Run:
         if self.config.peft is not None:
             self._load_base(engine.frozen())
         if self.found is not None:
-            self.found.load(engine.pieces(), world)
+            self._load_found()
             self.trainer.state = TrainState(**self.found.state()["train"])
             engine.loaded(self.trainer.state.updates)
             if self.lead:
@@ -151,6 +152,19 @@ class Run:
             engine.loaded(self.trainer.state.updates)
             if self.lead:
                 logger.info("%s", "\n".join([f"started from the weights of {source.path}", *source.notes]))
+
+    def _load_found(self) -> None:
+        """Load the checkpoint that was found; where that is damaged, tell of it and load the last sound one instead."""
+        assert self.found is not None
+        pieces, world = self.trainer.engine.pieces(), self.mesh.world
+        self.found.check(pieces, world)
+        try:
+            self.found.load(pieces, world)
+        except CheckpointError:
+            self.found = self._find(lazy=False)
+            assert self.found is not None
+            self.found.load(pieces, world)
+            self.extras = self._extras()
 
     def _load_base(self, frozen: dict[str, Piece]) -> None:
         """Read what an adapter is trained on, and refuse another than it was trained on so far."""

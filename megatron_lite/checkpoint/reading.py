@@ -1,10 +1,10 @@
-"""Reading: nothing is loaded from a checkpoint before every byte of it has been verified."""
+"""Reading: every byte of a checkpoint is hashed before anything of it is used, or, to resume, while it is loaded."""
 
 from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,7 @@ from typing import Any
 from megatron_lite.checkpoint import manifest as manifest_file
 from megatron_lite.checkpoint.commit import STATE, step_of
 from megatron_lite.checkpoint.manifest import FileEntry, Manifest
-from megatron_lite.checkpoint.shards import check_pieces, fill
+from megatron_lite.checkpoint.shards import Reads, check_pieces, fill, reads
 from megatron_lite.checkpoint.storage import agree, amount, open_regular
 from megatron_lite.dist.mesh import Axis
 from megatron_lite.dist.shard import Piece
@@ -23,10 +23,11 @@ _MAX_READ_BYTES = 256 << 20  # of a manifest (a million boxes take about 80 MB),
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A verified checkpoint, ready to be loaded at any layout."""
+    """A checkpoint that can be loaded at any layout. ``unhashed``: files that ``load`` verifies as it reads them."""
 
     path: Path
     manifest: Manifest
+    unhashed: frozenset[str] = frozenset()
 
     @property
     def step(self) -> int:
@@ -50,39 +51,50 @@ class Checkpoint:
             raise CheckpointError(f"{file} is damaged (its SHA-256 does not agree)")
         return content
 
+    def check(self, pieces: Mapping[str, Piece], world: Axis, *, partial: bool = False) -> None:
+        """Refuse what ``load`` would, without a look at the tensors. Collective over ``world``."""
+        agree(world, lambda: check_pieces(self.manifest, pieces, partial, self.path), self.path)
+
     def load(self, pieces: Mapping[str, Piece], world: Axis, *, partial: bool = False) -> None:
         """Fill ``pieces`` in place from whatever layout was saved. Collective over ``world``.
 
         Float dtypes are converted to those of the pieces (fp32 masters into a bf16 model), others must be equal. Every
-        piece must be there, and unless ``partial`` nothing else may be. Raises CheckpointError on every rank.
+        piece must be there, and unless ``partial`` nothing else may be. Raises CheckpointError on every rank, when the
+        pieces may be filled in part.
         """
 
-        def load_own() -> None:
-            check_pieces(self.manifest, pieces, partial, self.path)
-            fill(self.path, self.manifest, pieces)
+        self.check(pieces, world, partial=partial)
+        wanted: Reads = {}
 
-        agree(world, load_own, self.path)
+        def look() -> dict[str, int]:
+            wanted.update(reads(self.manifest, pieces))
+            return {file: sum(tile.data.nbytes for *_, tile in some) for file, some in wanted.items()}
+
+        needs = agree(world, look, self.path)
+        own = _share({name: self.manifest.files[name] for name in self.unhashed}, needs, world.rank)
+        agree(world, lambda: _refuse_damaged(self.path, fill(self.path, self.manifest, wanted, own)), self.path)
 
 
-def open_checkpoint(path: Path, world: Axis | None = None, *, trust: bool = False) -> Checkpoint:
+def open_checkpoint(path: Path, world: Axis | None = None, *, trust: bool = False, lazy: bool = False) -> Checkpoint:
     """Verify the checkpoint at ``path`` and open it. Collective over ``world``: the ranks share the hashing.
 
-    ``trust``: all files are there in their sizes, and nothing is hashed. Otherwise it costs one full read (SHA-256:
-    about 1.5 GB/s for each rank). Raises CheckpointError on every rank, with one line for everything that is missing,
-    extra, of the wrong size or damaged.
+    It costs one full read (SHA-256: 1.5 to 1.8 GB/s for each rank). ``lazy``: files that hold tensors are hashed by
+    ``load``, as it reads them. ``trust``: all files are there in their sizes, and nothing is hashed. Raises
+    CheckpointError on every rank, with one line for everything that is missing, extra, of the wrong size or damaged.
     """
     world = world or Axis("world")
 
-    def verify_share() -> Manifest:
+    def verify_share() -> tuple[Manifest, frozenset[str]]:
         manifest = read_manifest(path)
-        problems = _listing_problems(path, manifest)
-        if not problems and not trust:
-            problems = _damaged(path, _share(manifest.files, world))
-        if problems:
+        if problems := _listing_problems(path, manifest):
             raise CheckpointError(f"{path}: {'; '.join(problems)}")
-        return manifest
+        shards = frozenset(box.file for tensor in manifest.tensors.values() for box in tensor.boxes)
+        later = shards if lazy and not trust else frozenset()
+        now = {} if trust else {name: entry for name, entry in manifest.files.items() if name not in later}
+        _refuse_damaged(path, _damaged(path, _share(now, [{}] * world.size, world.rank)))
+        return manifest, later
 
-    return Checkpoint(path, agree(world, verify_share, path)[world.rank])
+    return Checkpoint(path, *agree(world, verify_share, path)[world.rank])
 
 
 def read_manifest(path: Path) -> Manifest:
@@ -121,22 +133,29 @@ def _listing_problems(path: Path, manifest: Manifest) -> list[str]:
     return problems
 
 
-def _share(files: Mapping[str, FileEntry], world: Axis) -> dict[str, FileEntry]:
-    """This rank's files to hash: the largest first, each to the rank with the least so far."""
-    load = [0] * world.size
+def _share(files: Mapping[str, FileEntry], needs: Sequence[Mapping[str, int]], rank: int) -> dict[str, FileEntry]:
+    """The files that ``rank`` is to hash: the largest first, each to a rank with little to hash so far that ``needs``
+    (bytes of each file, by rank) much of it anyway."""
+    load = [0] * len(needs)
     share = {}
     for name in sorted(files, key=lambda n: (-files[n].size, n)):
-        rank = load.index(min(load))
-        load[rank] += files[name].size
-        if rank == world.rank:
+        hasher = min(range(len(needs)), key=lambda r: (load[r] - needs[r].get(name, 0), r))
+        load[hasher] += files[name].size
+        if hasher == rank:
             share[name] = files[name]
     return share
 
 
 def _damaged(path: Path, files: Mapping[str, FileEntry]) -> list[str]:
-    problems = []
+    damaged = []
     for name, entry in files.items():
         with open_regular(path / name) as file:
             if hashlib.file_digest(file, "sha256").hexdigest() != entry.sha256:
-                problems.append(f"{name} is damaged (its SHA-256 does not agree)")
-    return problems
+                damaged.append(name)
+    return damaged
+
+
+def _refuse_damaged(path: Path, names: Sequence[str]) -> None:
+    if names:
+        told = "; ".join(f"{name} is damaged (its SHA-256 does not agree)" for name in names)
+        raise CheckpointError(f"{path}: {told}")

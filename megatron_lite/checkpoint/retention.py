@@ -19,11 +19,13 @@ def _warn(line: str) -> None:
     print(f"warning: {line}", file=sys.stderr, flush=True)
 
 
-def newest(folder: Path, world: Axis, warn: Callable[[str], None] = _warn, *, trust: bool = False) -> Checkpoint | None:
+def newest(
+    folder: Path, world: Axis, warn: Callable[[str], None] = _warn, *, trust: bool = False, lazy: bool = False
+) -> Checkpoint | None:
     """The checkpoint to resume from: what ``latest`` names if it verifies, else the newest one before it that does.
 
-    None when there is none at all. Collective over ``world``; every rank verifies a share of each candidate. Rank 0
-    hands every checkpoint that had to be passed over to ``warn``.
+    None when there is none at all. Collective over ``world``; every rank verifies a share of each candidate, of which
+    ``lazy`` leaves the tensors to ``load``. Rank 0 hands every checkpoint that had to be passed over to ``warn``.
 
     Raises CheckpointError when there are checkpoints but none is sound: starting afresh must be the user's decision.
     """
@@ -31,7 +33,7 @@ def newest(folder: Path, world: Axis, warn: Callable[[str], None] = _warn, *, tr
     problems: list[MegatronLiteError] = []
     for path in gather_objects(_candidates(folder, tell) if world.rank == 0 else None, world)[0]:
         try:
-            checkpoint = open_checkpoint(path, world, trust=trust)
+            checkpoint = open_checkpoint(path, world, trust=trust, lazy=lazy)
         except (CheckpointError, StorageError) as error:
             problems.append(error)
             tell(f"passed over a checkpoint: {error}")

@@ -6,9 +6,10 @@ The file format is safetensors; the writer here streams one box at a time instea
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import math
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,6 +20,8 @@ from megatron_lite.checkpoint.manifest import BoxEntry, Manifest, TensorEntry, o
 from megatron_lite.checkpoint.tensor_file import DTYPE_NAMES, DTYPES, TensorFile, header
 from megatron_lite.dist.shard import Piece, Tile
 from megatron_lite.errors import CheckpointError
+
+Reads = dict[str, list[tuple[str, BoxEntry, Tile]]]
 
 
 class Holding(NamedTuple):
@@ -138,33 +141,60 @@ def check_pieces(manifest: Manifest, pieces: Mapping[str, Piece], partial: bool,
             raise CheckpointError(f"{where}: {name} has dtype {stored}, wanted {piece.dtype}")
 
 
-def fill(folder: Path, manifest: Manifest, pieces: Mapping[str, Piece]) -> None:
-    """Read this rank's boxes of every piece from whichever stored boxes they overlap, converting between float dtypes.
-
-    Only overlapping parts are read. Raises CheckpointError where a file contradicts the manifest.
-    """
-    wanted: dict[str, list[tuple[str, BoxEntry, Tile]]] = defaultdict(list)
+def reads(manifest: Manifest, pieces: Mapping[str, Piece]) -> Reads:
+    """Which stored boxes the tiles of ``pieces`` overlap, by file."""
+    wanted: Reads = defaultdict(list)
     for name, piece in pieces.items():
         for tile in piece.tiles:
             for entry in manifest.tensors[name].boxes:
                 if overlap(entry, tile) is not None:
                     wanted[entry.file].append((name, entry, tile))
-    for file, reads in sorted(wanted.items()):
-        with contextlib.closing(TensorFile(folder / file)) as stored, torch.no_grad():
-            for name, entry, tile in reads:
-                copy_box(stored, manifest.tensors[name], name, entry, tile)
+    return wanted
 
 
-def copy_box(stored: TensorFile, tensor: TensorEntry, name: str, entry: BoxEntry, tile: Tile) -> None:
-    """Read what a stored box and a tile have in common."""
+@torch.no_grad()
+def fill(folder: Path, manifest: Manifest, wanted: Reads, hashed: Collection[str] = ()) -> list[str]:
+    """Read what tiles and stored boxes have in common, converting between float dtypes, and return which of the files
+    ``hashed`` are not what the manifest says. Of other files only what is wanted is read.
+
+    Raises CheckpointError where a file contradicts the manifest.
+    """
+    damaged = []
+    for file in sorted(wanted.keys() | set(hashed)):
+        with contextlib.closing(TensorFile(folder / file)) as stored:
+            rectangles: dict[str, list[Any]] = defaultdict(list)
+            for name, entry, tile in wanted.get(file, ()):
+                key, source, target = common(stored, manifest.tensors[name], name, entry, tile)
+                rectangles[key].append((source, target))
+            if file in hashed:
+                digest = hashlib.sha256()
+                stored.read_all(rectangles, digest)
+                if digest.hexdigest() != manifest.files[file].sha256:
+                    damaged.append(file)
+            else:
+                for key, some in rectangles.items():
+                    for source, target in some:
+                        stored.read(key, source, target)
+    return damaged
+
+
+def common(
+    stored: TensorFile, tensor: TensorEntry, name: str, entry: BoxEntry, tile: Tile
+) -> tuple[str, tuple[slice, ...], torch.Tensor]:
+    """What a stored box and a tile have in common: the box's key, and the rectangle there and here."""
     key = tensor.key(name, entry)
     found = stored.tensors.get(key)
     if found is None or list(found.shape) != entry.shape or found.dtype != DTYPES[tensor.dtype]:
         raise CheckpointError(f"{stored.path}: {key!a} is not what the manifest says")
-    common = overlap(entry, tile)
-    assert common is not None
+    shared = overlap(entry, tile)
+    assert shared is not None
     source, target = (
-        tuple(slice(start - o, stop - o) for (start, stop), o in zip(common, offset, strict=True))
+        tuple(slice(start - o, stop - o) for (start, stop), o in zip(shared, offset, strict=True))
         for offset in (entry.offset, tile.offset)
     )
-    stored.read(key, source, tile.data[target])
+    return key, source, tile.data[target]
+
+
+def copy_box(stored: TensorFile, tensor: TensorEntry, name: str, entry: BoxEntry, tile: Tile) -> None:
+    """Read what a stored box and a tile have in common."""
+    stored.read(*common(stored, tensor, name, entry, tile))

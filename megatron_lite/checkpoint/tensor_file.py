@@ -7,12 +7,13 @@ meanwhile is an error instead of a SIGBUS.
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -39,6 +40,13 @@ DTYPES = {
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 MAX_HEADER_BYTES = 100_000_000  # the safetensors library reads no larger one
 BUFFER_BYTES = 16 << 20
+HASHED_BYTES = 256 << 10  # read at a time when it is hashed, too: what fits into a core's own cache
+
+
+class Digest(Protocol):
+    """Of hashlib."""
+
+    def update(self, data: Any, /) -> None: ...
 
 
 class Stored(NamedTuple):
@@ -84,34 +92,59 @@ class TensorFile:
             raise CheckpointError(f"{self.path}: ends before byte {offset + size}")
         return raw
 
-    def _fill(self, target: Tensor, offset: int) -> None:
-        """Read as many bytes as a contiguous tensor in CPU memory has."""
-        rest = target.view(-1).view(torch.uint8).numpy().data
+    def _fill(self, target: Tensor, offset: int, digest: Digest | None) -> None:
+        """Read as many bytes as a contiguous tensor in CPU memory has, and hash them while the processor has them."""
+        rest, most = target.view(-1).view(torch.uint8).numpy().data, HASHED_BYTES if digest else 1 << 30
         while rest:
-            count = os.preadv(self._file.fileno(), [rest[: 1 << 30]], offset)
+            count = os.preadv(self._file.fileno(), [rest[:most]], offset)
             if count == 0:
                 raise CheckpointError(f"{self.path}: ends before byte {offset + len(rest)}")
+            if digest:
+                digest.update(rest[:count])
             rest, offset = rest[count:], offset + count
 
     def read(self, name: str, place: Sequence[slice], into: Tensor) -> None:
         """Fill ``into`` with the rectangle at ``place`` of a tensor, converting between float dtypes."""
-        stored = self.tensors[name]
-        if into.numel() == 0:
-            return
+        self._read(self.tensors[name], [(place, into)], None)
+
+    def read_all(self, wanted: Mapping[str, Sequence[tuple[Sequence[slice], Tensor]]], digest: Digest) -> None:
+        """Fill every rectangle ``wanted`` of any tensor in one pass over all bytes of the file into ``digest``."""
+        size = os.fstat(self._file.fileno()).st_size
+        # The library has seen to it that tensors follow each other without a gap, to the end of the file.
+        self._fill(
+            torch.empty(min((t.start for t in self.tensors.values()), default=size), dtype=torch.uint8), 0, digest
+        )
+        for name, stored in sorted(self.tensors.items(), key=lambda item: item[1].start):
+            self._read(stored, wanted.get(name, ()), digest)
+
+    def _read(self, stored: Stored, wanted: Sequence[tuple[Sequence[slice], Tensor]], digest: Digest | None) -> None:
+        """Fill rectangles of a tensor from the rows that they are in; with ``digest``, pass all of its rows."""
         if not stored.shape:
-            stored, place, into = stored._replace(shape=(1,)), (slice(0, 1),), into.unsqueeze(0)
-        rows, columns = place[0], tuple(place[1:])
+            stored, wanted = stored._replace(shape=(1,)), [([slice(0, 1)], into.unsqueeze(0)) for _, into in wanted]
+        wanted = [(place, into) for place, into in wanted if into.numel() > 0]
         row_bytes = math.prod(stored.shape[1:]) * stored.dtype.itemsize
-        whole_rows = all((c.start, c.stop) == (0, n) for c, n in zip(columns, stored.shape[1:], strict=True))
-        if whole_rows and into.dtype == stored.dtype and into.is_contiguous() and into.device.type == "cpu":
-            self._fill(into, stored.start + rows.start * row_bytes)
-            return
-        step = max(1, BUFFER_BYTES // row_bytes)
-        for first in range(rows.start, rows.stop, step):
-            count = min(step, rows.stop - first)
-            buffer = torch.empty((count, *stored.shape[1:]), dtype=stored.dtype)
-            self._fill(buffer, stored.start + first * row_bytes)
-            into[first - rows.start : first - rows.start + count].copy_(buffer[(slice(None), *columns)])
+        cuts = {row for place, _ in wanted for row in (place[0].start, place[0].stop)}
+        for first, last in itertools.pairwise(sorted(cuts | ({0, stored.shape[0]} if digest else set()))):
+            reads = [
+                (p, into[first - p[0].start : last - p[0].start])
+                for p, into in wanted
+                if first in range(p[0].start, p[0].stop)
+            ]
+            if len(reads) == 1 and _lies_alike(stored, *reads[0]):
+                self._fill(reads[0][1], stored.start + first * row_bytes, digest)
+            elif reads or digest:
+                step = max(1, BUFFER_BYTES // max(1, row_bytes))
+                for row in range(first, last, step):
+                    buffer = torch.empty((min(step, last - row), *stored.shape[1:]), dtype=stored.dtype)
+                    self._fill(buffer, stored.start + row * row_bytes, digest)
+                    for (_, *columns), into in reads:
+                        into[row - first : row - first + len(buffer)].copy_(buffer[(slice(None), *columns)])
+
+
+def _lies_alike(stored: Stored, place: Sequence[slice], into: Tensor) -> bool:
+    """Whether ``into`` is in memory, byte for byte, what these rows are in the file."""
+    whole = all((c.start, c.stop) == (0, n) for c, n in zip(place[1:], stored.shape[1:], strict=True))
+    return whole and into.dtype == stored.dtype and into.is_contiguous() and into.device.type == "cpu"
 
 
 def header(tensors: Sequence[tuple[str, torch.dtype, Sequence[int]]], metadata: dict[str, str] | None = None) -> bytes:

@@ -10,7 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_lite.checkpoint import Piece, open_checkpoint, save
-from megatron_lite.checkpoint.manifest import BoxEntry, tiling_problem
+from megatron_lite.checkpoint.manifest import BoxEntry, FileEntry, tiling_problem
+from megatron_lite.checkpoint.reading import _share
 from megatron_lite.checkpoint.shards import DTYPES, holdings, plan
 from megatron_lite.config import parse_model
 from megatron_lite.dist.mesh import Axis
@@ -73,6 +74,16 @@ def test_replicas_are_written_once_and_the_work_is_spread():
     assert len(written) == 4 and max(written.values()) < 2 * min(written.values())
 
 
+def test_a_file_is_hashed_by_who_reads_it_and_the_work_is_spread():
+    files = {f"shard_{i}": FileEntry(size=100 + i, sha256="0" * 64) for i in range(4)}
+    same = [{f"shard_{3 - rank}": 100} for rank in range(4)]
+    assert [list(_share(files, same, rank)) for rank in range(4)] == [[f"shard_{3 - rank}"] for rank in range(4)]
+    merged = [dict.fromkeys(files, 50) for _ in range(2)]  # half of each
+    assert [len(_share(files, merged, rank)) for rank in range(2)] == [2, 2]
+    more = [dict.fromkeys(files, 10) for _ in range(8)]
+    assert sorted(len(_share(files, more, rank)) for rank in range(8)) == [0] * 4 + [1] * 4
+
+
 def test_pieces_that_do_not_make_a_whole_are_our_own_bug():
     halves = [holdings(cut(global_tensors(1), rank, 2)) for rank in range(2)]
     with pytest.raises(AssertionError, match=r"elements, the tensor"):
@@ -124,7 +135,7 @@ def test_any_tiling_is_read_by_any_other(tmp_path_factory, stored, data):
     for box in asked:
         into = torch.full(shape, float("nan"))
         piece = tiled(into, [box])
-        open_checkpoint(path).load({"x": piece}, SOLO)
+        open_checkpoint(path, lazy=data.draw(st.booleans())).load({"x": piece}, SOLO)
         place = piece.tiles[0].place
         assert torch.equal(into[place], whole[place])
         into[place] = float("nan")
