@@ -4,11 +4,11 @@
 
 Two ranks hold so much float32 state, divided by rows. ``save`` and ``load`` are this project's (hashed, fsynced,
 committed; verified as it is read), ``dcp`` are ``dcp.save`` (with fsync) and ``dcp.load``, ``raw`` is the disk: each
-rank writes its half and fsyncs, or reads it. ``stall`` is what a step waits for when saving is asynchronous. Contenders
-take turns; reads are from a warm cache, and (``cold``) from the disk. Then, once each: ``reshard`` rewrites a
-checkpoint of twice the size into two files within 256 MiB, its memory seen from outside; two tensor-parallel ranks read a
-Hugging Face folder by slices, and by one rank that scatters; a ZeRO 2 checkpoint is converted by ``import_deepspeed``, and by
-DeepSpeed into its universal form.
+rank writes its half and fsyncs, or reads it. ``stall`` is what a step waits for when saving is asynchronous.
+Contenders take turns; reads are from a warm cache, and (``cold``) from the disk. Then, once each: ``reshard``
+rewrites a checkpoint of twice the size into two files within 256 MiB, its memory seen from outside; two tensor-
+parallel ranks read a Hugging Face folder by slices, and by one rank that scatters; a ZeRO 2 checkpoint is converted
+by ``import_deepspeed``, and by DeepSpeed into its universal form.
 """
 
 from __future__ import annotations
