@@ -1,11 +1,11 @@
 """Throughput of two ranks over one, under every engine, beside a bare fully_shard loop and DeepSpeed's own engine.
 
-    python -m tests.benchmarks.engines [--rounds=3] [--contenders=ours-fsdp-3,bare-fsdp-3]
+    python -m tests.benchmarks.engines [--rounds=3] [--dtype=float32] [--contenders=ours-fsdp-3,bare-fsdp-3]
 
-One rank has two threads, each of two ranks has one; the model is the 8-layer Llama of train.py, in float32, the micro
-batch of a rank the same. ``ours`` is this project's train_step on its own model; ``bare`` a hand-written loop around
-transformers' LlamaForCausalLM. A ratio is over the same model on one rank. Contenders take turns, a world each;
-figures are medians over the rounds.
+One rank has two threads, each of two ranks has one; the model is the 8-layer Llama of train.py, the micro batch of a
+rank the same. ``ours`` is this project's train_step on its own model; ``bare`` a hand-written loop around transformers'
+LlamaForCausalLM, autocast for bfloat16; ``lora`` train LoRA on it, ``bare`` through the peft library. A ratio is over
+the same model on one rank. Contenders take turns, a world each; figures are medians over the rounds.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ os.environ["DS_ACCELERATOR"] = "cpu"
 import torch
 
 from megatron_lite.dist.spawn import run_ranks
-from tests.benchmarks.train import FFN, HEADS, HIDDEN, LAYERS, LR, SEQ, VOCAB
+from tests.benchmarks.train import FFN, HEADS, HIDDEN, LAYERS, LR, PEFT, SEQ, VOCAB, peft_lora
 
 BATCH, STEPS = 2, 3
 CONTENDERS = {  # whose model, on how many ranks, under which engine and stage
@@ -37,10 +37,14 @@ CONTENDERS = {  # whose model, on how many ranks, under which engine and stage
     "bare-fsdp-3": ("bare", 2, "fsdp", 3),
     "bare-deepspeed-1": ("bare", 2, "deepspeed", 1),
     "bare-deepspeed-3": ("bare", 2, "deepspeed", 3),
+    "ours-lora-ddp": ("ours-lora", 2, "fsdp", 0),
+    "ours-lora-fsdp-3": ("ours-lora", 2, "fsdp", 3),
+    "bare-ddp": ("bare", 2, "fsdp", 0),
+    "bare-lora-ddp": ("bare-lora", 2, "fsdp", 0),
 }
 
 
-def ours(size: int, engine: str, stage: int) -> Callable[[torch.Tensor], None]:
+def ours(size: int, engine: str, stage: int, method: str, dtype: str) -> Callable[[torch.Tensor], None]:
     from megatron_lite.config import parse_config
     from megatron_lite.dist.mesh import build_mesh
     from megatron_lite.faults import Faults
@@ -52,9 +56,10 @@ def ours(size: int, engine: str, stage: int) -> Callable[[torch.Tensor], None]:
         {
             "model": {"vocab_size": VOCAB, **sizes},
             "data": {"train": [{"path": "unused"}], "seq_len": SEQ},
-            "train": {"global_batch_size": BATCH * size, "micro_batch_size": BATCH},
+            "train": {"global_batch_size": BATCH * size, "micro_batch_size": BATCH, "precision": dtype},
             "optim": {"lr": LR, "schedule": "constant"},
             "parallel": {"engine": engine, "zero": stage},
+            **({"peft": PEFT[method], "init": {"from": "unused"}} if method else {}),
         }
     )
     plan = make_plan(config, size)
@@ -69,12 +74,14 @@ def ours(size: int, engine: str, stage: int) -> Callable[[torch.Tensor], None]:
     return step
 
 
-def bare(size: int, engine: str, stage: int) -> Callable[[torch.Tensor], None]:
+def bare(size: int, engine: str, stage: int, method: str, dtype: str) -> Callable[[torch.Tensor], None]:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     sizes = {"hidden_size": HIDDEN, "intermediate_size": FFN, "num_hidden_layers": LAYERS}
     config = LlamaConfig(vocab_size=VOCAB, num_attention_heads=HEADS, max_position_embeddings=SEQ, **sizes)
     model: Any = LlamaForCausalLM(config)
+    if method == "lora":
+        model = peft_lora(model)
     if engine == "deepspeed":
         import deepspeed
 
@@ -92,16 +99,20 @@ def bare(size: int, engine: str, stage: int) -> Callable[[torch.Tensor], None]:
             wrapped.step()
 
         return deepspeed_step
-    if size > 1:
+    if size > 1 and stage == 0:
+        model = torch.nn.parallel.DistributedDataParallel(model)
+    elif size > 1:
         from torch.distributed.fsdp import fully_shard
 
         for layer in model.model.layers:
             fully_shard(layer)
         fully_shard(model)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=LR, fused=True)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=LR, fused=True)
 
     def step(tokens: torch.Tensor) -> None:
-        model(input_ids=tokens, labels=tokens, use_cache=False).loss.backward()
+        with torch.autocast("cpu", torch.bfloat16, enabled=dtype == "bfloat16"):
+            loss = model(input_ids=tokens, labels=tokens, use_cache=False).loss
+        loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
@@ -109,11 +120,12 @@ def bare(size: int, engine: str, stage: int) -> Callable[[torch.Tensor], None]:
     return step
 
 
-def contend(rank: int, size: int, whose: str, engine: str, stage: int) -> float:
+def contend(rank: int, size: int, whose: str, engine: str, stage: int, dtype: str) -> float:
     """Tokens a second of the whole world, the first step apart."""
     torch.set_num_threads(2 // size)
     os.environ["LOCAL_RANK"] = str(rank)
-    step = {"ours": ours, "bare": bare}[whose](size, engine, stage)
+    whose, _, method = whose.partition("-")
+    step = {"ours": ours, "bare": bare}[whose](size, engine, stage, method, dtype)
     generator = torch.Generator().manual_seed(rank)
     batches = [torch.randint(0, VOCAB, (BATCH, SEQ + 1), generator=generator) for _ in range(STEPS + 1)]
     step(batches[0])
@@ -123,19 +135,19 @@ def contend(rank: int, size: int, whose: str, engine: str, stage: int) -> float:
     return size * BATCH * SEQ * STEPS / (time.perf_counter() - began)
 
 
-def main(rounds: int = 3, contenders: str = "") -> None:
-    names = contenders.split(",") if contenders else list(CONTENDERS)
+def main(rounds: int = 3, contenders: str = "", dtype: str = "float32") -> None:
+    names = contenders.split(",") if contenders else [name for name in CONTENDERS if "-lora" not in name]
     rates: dict[str, list[float]] = {name: [] for name in names}
     for _ in range(rounds):
         for name in names:
             whose, size, engine, stage = CONTENDERS[name]
-            rates[name].append(min(run_ranks(contend, size, whose, engine, stage, timeout=300)))
-            print(f"{name:<18}{rates[name][-1]:>8.0f} tokens/s", flush=True)
-    print(f"\n{'':<18}{'tokens/s':>10}{'over one rank':>15}")
+            rates[name].append(min(run_ranks(contend, size, whose, engine, stage, dtype, timeout=300)))
+            print(f"{name:<20}{rates[name][-1]:>8.0f} tokens/s", flush=True)
+    print(f"\n{'':<20}{'tokens/s':>10}{'over one rank':>15}")
     for name in names:
         one = rates.get(f"{name.split('-')[0]}-one", rates[name])
         ratio = statistics.median(rate / alone for rate, alone in zip(rates[name], one, strict=True))
-        print(f"{name:<18}{statistics.median(rates[name]):>10.0f}{ratio:>15.2f}")
+        print(f"{name:<20}{statistics.median(rates[name]):>10.0f}{ratio:>15.2f}")
 
 
 if __name__ == "__main__":

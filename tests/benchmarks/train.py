@@ -94,13 +94,18 @@ def transformers(dtype: str, mode: str) -> Callable[[int], float]:
     )
     model = LlamaForCausalLM(config)
     if mode in ("lora", "dora"):
-        from peft import LoraConfig, get_peft_model
-
-        linears = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-        model = get_peft_model(model, LoraConfig(r=8, lora_alpha=16, target_modules=linears, use_dora=mode == "dora"))
+        model = peft_lora(model, dora=mode == "dora")
     run = torch.compile(model) if mode == "compiled" else model
     # transformers shifts the labels itself; the loss runs over one token less.
     return _plain_loop(model, lambda tokens, targets: run(input_ids=tokens, labels=tokens).loss, dtype)
+
+
+def peft_lora(model, dora: bool = False):
+    """A model of transformers with the peft library's LoRA on every linear of its blocks."""
+    from peft import LoraConfig, get_peft_model
+
+    linears = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+    return get_peft_model(model, LoraConfig(r=8, lora_alpha=16, target_modules=linears, use_dora=dora))
 
 
 def _plain_loop(model, loss_of, dtype: str) -> Callable[[int], float]:
