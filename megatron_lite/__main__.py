@@ -7,7 +7,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from megatron_lite import cli
-from megatron_lite.config import load_config
+from megatron_lite.config import PACKED_BYTES, load_config
 from megatron_lite.dist.env import read_rank
 from megatron_lite.errors import ConfigError
 from megatron_lite.parallel.plan import checkpoint_bytes, make_plan, parse_side
@@ -60,20 +60,25 @@ def generate(
     adapter: str | None = None,
     requests: str | None = None,
     base: str | None = None,
+    base_dtype: str | None = None,
 ) -> None:
     """Continue a prompt with a checkpoint's model, or (--chat) answer it through the checkpoint's chat template.
 
     Temperature 0 is greedy. Under a launcher the model is split over its ranks, with the same tokens. An adapter's
     checkpoint comes with its base, which --base finds elsewhere. --adapters=NAME=RUN,NAME=RUN loads adapters onto one
     base; --adapter names the one to use, or --requests a file of {"prompt": …, "adapter": NAME} lines.
+    --base_dtype=int8 or nf4 keeps the model's own linears in memory as peft.base_dtype does in training.
     """
+    if base_dtype is not None and base_dtype not in PACKED_BYTES:
+        raise ConfigError(f"--base_dtype={base_dtype}{cli.nearest(base_dtype, PACKED_BYTES)}: expected int8 or nf4")
     named = {name: Path(path) for name, _, path in (part.partition("=") for part in adapters.split(",") if part)}
     from megatron_lite.generate import Request, Sampling, generate_text, read_requests
 
     asked = read_requests(Path(requests)) if requests else [Request(prompt, adapter)]
     sampling = Sampling(max_new_tokens, temperature, top_k, top_p, seed)
     where = Path(base) if base else None
-    for text in generate_text(Path(checkpoint), asked, sampling, chat=chat, adapters=named, base=where):
+    found = generate_text(Path(checkpoint), asked, sampling, chat=chat, adapters=named, base=where, packing=base_dtype)
+    for text in found:
         print(text, flush=True)
 
 

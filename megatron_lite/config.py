@@ -263,13 +263,25 @@ class CheckpointConfig(Section):
     background: bool = Field(default=False, alias="async")
 
 
+# Frozen weights in 8 or 4 bits (``dist/packing.py``): so many numbers of a row share a float32 scale, and take so many
+# bytes with it.
+PACKED_BLOCK = 64
+PACKED_BYTES = {"int8": 64 + 4, "nf4": 32 + 4}
+
+
 class PeftSection(Section):
     """Parameter-efficient fine-tuning of the model that ``init.from`` names, which stays as it is.
 
-    ``base_dtype``: what the base is stored in; None: what is computed in (``train.precision``).
+    ``base_dtype``: what the base is stored in; None: what is computed in (``train.precision``). ``int8``, ``nf4``: the
+    linears inside the blocks in 8 or 4 bits (QLoRA, Dettmers et al. 2023), the rest in what is computed in.
     """
 
-    base_dtype: Literal["float32", "bfloat16"] | None = None
+    base_dtype: Literal["float32", "bfloat16", "int8", "nf4"] | None = None
+
+    @property
+    def packing(self) -> str | None:
+        """How the base's linears are packed, if they are."""
+        return self.base_dtype if self.base_dtype in PACKED_BYTES else None
 
 
 class LoRAConfig(PeftSection):

@@ -25,7 +25,7 @@ from megatron_lite.dist.shard import materialize, pieces_of
 from megatron_lite.errors import CheckpointError, ConfigError, DataError
 from megatron_lite.layers.attention import KeyValueCache
 from megatron_lite.models.decoder import Decoder
-from megatron_lite.parallel.plan import check_tp
+from megatron_lite.parallel.plan import check_tp, packing_mistakes
 from megatron_lite.peft.prefix import fold
 from megatron_lite.trainer import DTYPES
 
@@ -148,28 +148,38 @@ def read_requests(path: Path) -> list[Request]:
 class Models:
     """A base in memory once and, by name, the adapters on it, each a model of its own whose frozen weights are the
     base's very tensors. So every request may name another adapter, which costs nothing; what is computed together, in
-    one call of a model, has one adapter.
+    one call of a model, has one adapter. ``packing``: of the base in memory, whatever they were trained on.
     """
 
     def __init__(
-        self, base: Source, mesh: Mesh, compute: torch.dtype, adapters: Mapping[str, CheckpointSource]
+        self,
+        base: Source,
+        mesh: Mesh,
+        compute: torch.dtype,
+        adapters: Mapping[str, CheckpointSource],
+        packing: str | None = None,
     ) -> None:
         check_tp(base.model, mesh.tp.size)
-        self.mesh, self.compute = mesh, compute
+        if mistakes := packing_mistakes(base.model, mesh.tp.size, packing):
+            raise ConfigError("\n".join(mistakes))
+        self.mesh, self.compute, self.packing = mesh, compute, packing
         model = self._build(base)
-        if adapters:
-            model.to(compute)  # as it was when they were trained on it
+        if adapters or packing:
+            model.requires_grad_(False).to(compute)  # as it was when they were trained on it
+            peft.pack_base(model, packing)
         else:
             peft.apply(model, None, compute)
         materialize(model, mesh.device)
-        self._load(base, model, [name for name, _ in model.named_parameters()])
         self.by_name: dict[str | None, Decoder] = {None: model}
-        if adapters:
-            pieces = {f"model.{name}": piece for name, piece in pieces_of(model, mesh.tp).items()}
-            fingerprint = checkpoint.fingerprint(pieces, mesh.world)
-            for name, adapter in adapters.items():
-                checkpoint.check_base(adapter.checkpoint, fingerprint, base.path)
-                self.by_name[name] = self._adapted(base, adapter)
+        pieces = {f"model.{name}": piece for name, piece in pieces_of(model, mesh.tp).items()}
+        model.requires_grad_(False)
+        if not adapters:
+            checkpoint.agree(mesh.world, lambda: base.load(pieces), base.path)
+            return
+        fingerprint = checkpoint.load_base(base, pieces, mesh.world)
+        for name, adapter in adapters.items():
+            checkpoint.check_base(adapter.checkpoint, fingerprint, base.path)
+            self.by_name[name] = self._adapted(base, adapter)
 
     def _build(self, base: Source) -> Decoder:
         with torch.device("meta"):
@@ -178,7 +188,7 @@ class Models:
     def _adapted(self, base: Source, adapter: CheckpointSource) -> Decoder:
         assert adapter.peft is not None
         model = self._build(base)
-        peft.apply(model, adapter.peft.model_copy(update={"base_dtype": None}), self.compute)
+        peft.apply(model, adapter.peft.model_copy(update={"base_dtype": self.packing}), self.compute)
         materialize(model, self.mesh.device, dict(self.by_name[None].named_parameters()))
         self._load(adapter, model, [name for name, p in model.named_parameters() if p.requires_grad])
         if isinstance(adapter.peft, PrefixConfig):
@@ -201,7 +211,12 @@ class Models:
 
 @contextlib.contextmanager
 def open_models(
-    path: Path, mesh: Mesh, dtype: torch.dtype | None, adapters: Mapping[str, Path], base: Path | None
+    path: Path,
+    mesh: Mesh,
+    dtype: torch.dtype | None,
+    adapters: Mapping[str, Path],
+    base: Path | None,
+    packing: str | None = None,
 ) -> Iterator[tuple[Models, dict[str, bytes], str | None]]:
     """The models of a checkpoint, its small files, and the adapter that is meant where none is named.
 
@@ -231,7 +246,7 @@ def open_models(
                 raise CheckpointError(f"{adapter.path} holds no adapter")
             sources[name] = adapter
         precision = next((adapter.precision for adapter in sources.values()), source.precision)
-        models = Models(source, mesh, dtype or DTYPES[precision], sources)
+        models = Models(source, mesh, dtype or DTYPES[precision], sources, packing)
         yield models, {**source.extras(), **first.extras()}, default
 
 
@@ -254,11 +269,13 @@ def generate_text(
     chat: bool = False,
     adapters: Mapping[str, Path] | None = None,
     base: Path | None = None,
+    packing: str | None = None,
 ) -> Iterator[str]:
     """Load a checkpoint and adapters on it, split over as many ranks as were started, and continue each prompt; nothing
     but on rank 0.
 
     ``chat``: answer it as a user's message, through the chat template that the checkpoint has, with the answer alone.
+    ``packing``: the model's own linears in memory in 8 or 4 bits.
     Raises CheckpointError for a checkpoint that does not verify or has no tokenizer, ConfigError for bad numbers.
     """
     sampling.check()
@@ -267,7 +284,7 @@ def generate_text(
     with process_group(rank, device, timeout_seconds=600.0):
         mesh = build_mesh({"tp": rank.size}, device)
         assert mesh is not None
-        with open_models(path, mesh, dtype, adapters or {}, base) as (models, extras, default):
+        with open_models(path, mesh, dtype, adapters or {}, base, packing) as (models, extras, default):
             tokenizer = carried_tokenizer(extras, path)
             stop = ends(tokenizer, extras)
             template = (

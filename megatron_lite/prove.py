@@ -97,7 +97,7 @@ def record(
     def note(kind: str, pieces: dict[str, Piece]) -> None:
         names = list(pieces) if kind == "weights" else list(reversed(pieces))  # backward ends at the embedding
         for some in _batches(names, pieces):
-            own = [[(tile.place, tile.data.cpu().clone()) for tile in pieces[name].tiles] for name in some]
+            own = [[(tile.place, tile.numbers.cpu().clone()) for tile in pieces[name].tiles] for name in some]
             for name, parts in zip(some, zip(*comm.gather_objects(own, mesh.world), strict=True), strict=True):
                 noted[f"{kind}/{name}"] = _whole(pieces[name], chain.from_iterable(parts))
 

@@ -171,8 +171,7 @@ class Run:
         assert self.source is not None
         path, world = self.source.path, self.mesh.world
         with contextlib.closing(self.source) as source:
-            checkpoint.agree(world, lambda: source.load(frozen), path)
-        self.base_fingerprint = checkpoint.fingerprint(frozen, world)
+            self.base_fingerprint = checkpoint.load_base(source, frozen, world)
         if self.found is not None:
             checkpoint.check_base(self.found, self.base_fingerprint, path)
         self.trainer.engine.loaded(0)
@@ -238,8 +237,9 @@ class Run:
         costs = bytes_per_parameter(self.config, self.plan)
         parts = {name: held * size / 2**20 for name, size in costs.items()}
         if self.config.peft is not None:
-            frozen = sum(sizes.values()) - held
-            parts = {"frozen": frozen * bytes_per_frozen_parameter(self.config, self.plan) / 2**20, **parts}
+            frozen = {name: size for name, size in sizes.items() if name not in engine.trained}
+            each = {n: bytes_per_frozen_parameter(self.config, self.plan, engine.specs[n].packing) for n in frozen}
+            parts = {"frozen": sum(size * each[name] for name, size in frozen.items()) / 2**20, **parts}
             trained = sum(math.prod(engine.specs[name].shape) for name in engine.trained)
             logger.info(
                 "%s on %s", self.config.peft.method, ", ".join(summary(self.config.peft.matched(self.config.model)))
@@ -249,7 +249,7 @@ class Run:
                 f"{trained:,}",
                 f"{parameters:,}",
                 100 * trained / parameters,
-                f"{frozen * sum(costs.values()) / 2**20 - parts['frozen']:,.1f}",
+                f"{sum(frozen.values()) * sum(costs.values()) / 2**20 - parts['frozen']:,.1f}",
             )
         logger.info(
             "memory a rank, MiB: %s = %s, and activations",

@@ -5,7 +5,7 @@
 
 from megatron_lite.checkpoint.background import BackgroundSaver
 from megatron_lite.checkpoint.commit import committed, prepare, save
-from megatron_lite.checkpoint.fingerprint import check_base, fingerprint
+from megatron_lite.checkpoint.fingerprint import check_base, fingerprint, load_base
 from megatron_lite.checkpoint.formats import open_source
 from megatron_lite.checkpoint.reading import Checkpoint, open_checkpoint
 from megatron_lite.checkpoint.retention import find, newest, prune
@@ -24,6 +24,7 @@ __all__ = [
     "committed",
     "find",
     "fingerprint",
+    "load_base",
     "newest",
     "open_checkpoint",
     "open_source",

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from megatron_lite.checkpoint.reading import Checkpoint
 from megatron_lite.checkpoint.source import Source
+from megatron_lite.checkpoint.storage import agree
 from megatron_lite.dist import comm
 from megatron_lite.dist.mesh import Axis
 from megatron_lite.dist.shard import Piece, Tile
@@ -20,25 +21,37 @@ from megatron_lite.errors import CheckpointError
 _BLOCK = 1 << 20  # elements at a time
 
 
+def load_base(source: Source, pieces: Mapping[str, Piece], world: Axis) -> str:
+    """Fill pieces from a base; its fingerprint as it is on disk, in whatever it is stored here. Collective over
+    ``world``. Raises CheckpointError on every rank."""
+    sums = dict.fromkeys(pieces, 0)
+
+    def note(name: str, tile: Tile) -> None:
+        sums[name] += weigh(tile, pieces[name].shape)
+
+    agree(world, lambda: source.load(pieces, note), source.path)
+    return fingerprint(pieces, world, sums)
+
+
 @torch.no_grad()
-def fingerprint(pieces: Mapping[str, Piece], world: Axis) -> str:
+def fingerprint(pieces: Mapping[str, Piece], world: Axis, sums: Mapping[str, int] | None = None) -> str:
     """A digest of global tensors from everybody's pieces of them. Collective over ``world``.
 
     Each element, rounded to bfloat16, is multiplied by a number that belongs to its place, and these are summed: a sum
     can be taken of parts, in any order, wherever they lie. It tells apart what was mistaken for another, not what
-    somebody made to be mistaken: that is what the digests of files are for. Padding (zeros) adds nothing.
+    somebody made to be mistaken: that is what the digests of files are for. Padding (zeros) adds nothing. ``sums``:
+    what the pieces here come to, where that is known.
     """
-    own = {
-        name: (sum(weigh(tile, piece.shape) for tile in piece.tiles), sum(math.prod(t.shape) for t in piece.tiles))
-        for name, piece in pieces.items()
-    }
+    if sums is None:
+        sums = {name: sum(weigh(tile, piece.shape) for tile in piece.tiles) for name, piece in pieces.items()}
+    own = {name: (sums[name], sum(math.prod(t.shape) for t in piece.tiles)) for name, piece in pieces.items()}
     everyone = comm.gather_objects(own, world)
-    sums = {}
+    whole = {}
     for name, piece in pieces.items():
         # What several ranks hold is in the sum as often; Python's integers lose nothing.
         copies = sum(rank[name][1] for rank in everyone) // math.prod(piece.shape)
-        sums[name] = sum(rank[name][0] for rank in everyone) // copies
-    return digest(sums)
+        whole[name] = sum(rank[name][0] for rank in everyone) // copies
+    return digest(whole)
 
 
 def digest(sums: Mapping[str, int]) -> str:

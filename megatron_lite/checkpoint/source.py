@@ -7,7 +7,8 @@ is not being resumed (conversion, comparison, averages, fine-tuning) reads one o
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import NamedTuple
 
@@ -63,9 +64,10 @@ class Source(ABC):
         """Close its files."""
 
     @torch.no_grad()
-    def load(self, pieces: Mapping[str, Piece]) -> None:
-        """Fill pieces in place; a vocabulary that is padded further gets zeros there. Raises CheckpointError where a
-        tensor is missing or of another shape."""
+    def load(self, pieces: Mapping[str, Piece], note: Callable[[str, Tile], None] | None = None) -> None:
+        """Fill pieces in place; a vocabulary that is padded further gets zeros there. ``note`` is shown all that was
+        read, before it is packed where it is to be. Raises CheckpointError where a tensor is missing or of another
+        shape."""
         for name, piece in pieces.items():
             if name not in self.tensors:
                 only = (
@@ -77,10 +79,12 @@ class Source(ABC):
                 rows = (self.model.vocab_size or 0,)
             if piece.shape != shape and (name not in _VOCABULARY or piece.shape[1:] != shape[1:]):
                 raise CheckpointError(f"{self.path}: {name} has shape {shape}, wanted {piece.shape}")
-            for tile in piece.tiles:
+            for tile in chain.from_iterable(tile.writable() for tile in piece.tiles):
                 held = max(0, rows[0] - tile.offset[0]) if rows else 1
                 self.read(name, Tile(tile.data[:held], tile.offset))
                 tile.data[held:].zero_()
+                if note is not None:
+                    note(name, tile)
 
 
 _PADDED = ("embedding.weight", "head.weight", "embedding.lora_embedding_a", "head.lora_head_b")

@@ -15,7 +15,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from megatron_lite.config import PACKED_BLOCK, PACKED_BYTES
 from megatron_lite.dist.mesh import Axis
+from megatron_lite.dist.packing import pack, unpack
 
 
 @dataclass(frozen=True)
@@ -24,16 +26,25 @@ class ShardSpec:
 
     ``shape``: the global shape. ``dim``: the dim that is split, or None where every rank holds the whole.
     ``chunks``: sizes along ``dim`` that are split separately and whose parts are concatenated (fused q, k, v; gate
-    and up); None for one chunk.
+    and up); None for one chunk. ``packing``: how a frozen matrix is stored, where not as it is (``packing.py``).
     """
 
     shape: tuple[int, ...]
     dim: int | None = None
     chunks: tuple[int, ...] | None = None
+    packing: str | None = None
 
     def __post_init__(self) -> None:
         assert self.dim is None or 0 <= self.dim < len(self.shape)
         assert self.chunks is None or (self.dim is not None and sum(self.chunks) == self.shape[self.dim])
+
+    @property
+    def stored(self) -> ShardSpec:
+        """How its memory is split: of a packed matrix, bytes [rows, blocks, bytes of a block]."""
+        if self.packing is None:
+            return self
+        rows, columns = self.shape
+        return ShardSpec((rows, columns // PACKED_BLOCK, PACKED_BYTES[self.packing]), self.dim, self.chunks)
 
     def local_shape(self, size: int) -> tuple[int, ...]:
         """The shape of the tensor that each of ``size`` ranks holds."""
@@ -56,6 +67,10 @@ class ShardSpec:
     def piece(self, local: Tensor, tp: Axis, start: int = 0) -> Piece:
         """What ``local`` is of the global tensor: this rank's part along ``tp``, or, where that is divided further, a
         contiguous stretch of its elements from the ``start``-th on (in any shape)."""
+        if self.packing is not None:
+            stored = self.stored.piece(local, tp, start).tiles
+            packed = [PackedTile(t.data, (t.offset[0], t.offset[1] * PACKED_BLOCK), self.packing) for t in stored]
+            return Piece(self.shape, torch.float32, packed)
         assert local.is_contiguous(), "tiles have to be views"
         shape, flat = self.local_shape(tp.size), local.view(-1)
         tiles: list[Tile] = []
@@ -88,7 +103,52 @@ class Tile:
     @property
     def place(self) -> tuple[slice, ...]:
         """Its slices in the global tensor."""
-        return tuple(slice(o, o + n) for o, n in zip(self.offset, self.data.shape, strict=True))
+        return tuple(slice(o, o + n) for o, n in zip(self.offset, self.shape, strict=True))
+
+    @property
+    def numbers(self) -> Tensor:
+        """Its elements, to be read."""
+        return self.data
+
+    def put(self, first: int, numbers: Tensor) -> None:
+        """Write its rows from ``first`` on."""
+        self.data[first : first + len(numbers)].copy_(numbers)
+
+    def writable(self) -> Iterator[Tile]:
+        """Tiles whose data are to be written in place, one after the other, before the next is asked for."""
+        yield self
+
+
+@dataclass(frozen=True)
+class PackedTile(Tile):
+    """A rectangle of a packed matrix: ``data`` are its bytes, [rows, blocks, bytes of a block], all else says where its
+    numbers lie."""
+
+    packing: str
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        rows, blocks, _ = self.data.shape
+        return rows, blocks * PACKED_BLOCK
+
+    @property
+    def numbers(self) -> Tensor:
+        return unpack(self.data, self.packing, torch.float32)
+
+    def put(self, first: int, numbers: Tensor) -> None:
+        self.data[first : first + len(numbers)].copy_(pack(numbers, self.packing))
+
+    def writable(self) -> Iterator[Tile]:
+        """A few rows at a time, packed when the next are asked for: so its numbers are never all here."""
+        (rows, columns), (row, column) = self.shape, self.offset
+        step = max(1, _WRITABLE // max(1, columns))
+        for first in range(0, rows, step):
+            part = torch.empty(min(step, rows - first), columns, device=self.data.device)
+            yield Tile(part, (row + first, column))
+            self.put(first, part)
+
+
+_WRITABLE = 1 << 22  # numbers
 
 
 @dataclass(frozen=True)
@@ -176,7 +236,7 @@ def check_model(model: nn.Module, size: int) -> None:
     for name, parameter in model.named_parameters():
         spec = getattr(parameter, "shard_spec", None)
         assert spec is not None, f"parameter {name} has no ShardSpec; the layer that owns it must attach one"
-        want = spec.local_shape(size)
+        want = spec.stored.local_shape(size)
         assert tuple(parameter.shape) == want, f"parameter {name} is {tuple(parameter.shape)}, its spec says {want}"
 
 
@@ -202,8 +262,7 @@ def fill_normal(piece: Piece, name: str, seed: int, std: float) -> None:
         block = torch.empty((stop - start, *piece.shape[1:]), device="cpu").normal_(0.0, std, generator=generator)
         for tile in parts:
             first, last = max(start, tile.offset[0]), min(stop, tile.offset[0] + tile.shape[0])
-            into = tile.data[first - tile.offset[0] : last - tile.offset[0]]
-            into.copy_(block[(slice(first - start, last - start), *tile.place[1:])])
+            tile.put(first - tile.offset[0], block[(slice(first - start, last - start), *tile.place[1:])])
 
 
 @torch.no_grad()

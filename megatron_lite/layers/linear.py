@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -11,21 +12,45 @@ from torch import Tensor, nn
 
 from megatron_lite.dist import comm
 from megatron_lite.dist.mesh import Axis
-from megatron_lite.dist.shard import ShardSpec, attach
+from megatron_lite.dist.packing import unpack
+from megatron_lite.dist.shard import ShardSpec, attach, spec_of
+
+
+def _plain(weight: Tensor, packing: str | None, dtype: torch.dtype) -> Tensor:
+    """A weight as a matrix, whatever it is stored in."""
+    return weight.to(dtype) if packing is None else unpack(weight, packing, dtype)
+
+
+class _PackedLinear(torch.autograd.Function):
+    """``x @ weight.T + bias`` of frozen parameters. The weight is unpacked for each product, and dropped after it: from
+    forward to backward only its bytes are there."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, packed: Tensor, bias: Tensor | None, packing: str) -> Tensor:
+        ctx.save_for_backward(packed)
+        ctx.packing = packing
+        return F.linear(x, unpack(packed, packing, x.dtype), bias)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        (packed,) = ctx.saved_tensors
+        return grad @ unpack(packed, ctx.packing, grad.dtype), None, None, None
 
 
 class _ColumnLinear(torch.autograd.Function):
     """``x @ weight.T + bias`` whose backward overlaps the input gradient's collective with the weight's gradient.
 
     Only the rank's own slice of x is kept under sequence parallelism; backward gathers it again while the input
-    gradient is computed.
+    gradient is computed. A packed weight is frozen, and unpacked in both.
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, tp: Axis, sp: bool) -> Tensor:
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, tp: Axis, sp: bool, packing: str | None
+    ) -> Tensor:
         ctx.save_for_backward(x, weight)
-        ctx.tp, ctx.sp, ctx.has_bias = tp, sp, bias is not None
-        return F.linear(comm.all_gather(x, tp) if sp else x, weight, bias)
+        ctx.tp, ctx.sp, ctx.has_bias, ctx.packing = tp, sp, bias is not None, packing
+        return F.linear(comm.all_gather(x, tp) if sp else x, _plain(weight, packing, x.dtype), bias)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
@@ -40,7 +65,7 @@ class _ColumnLinear(torch.autograd.Function):
             gathering = torch_dist.all_gather_single(whole_x, x.contiguous(), group=tp.group, async_op=True)
         grad_x = reducing = partial = None
         if need_x:
-            partial = grad @ weight
+            partial = grad @ _plain(weight, ctx.packing, grad.dtype)
             if sp:
                 grad_x = torch.empty_like(x)
                 tp.note()
@@ -55,10 +80,35 @@ class _ColumnLinear(torch.autograd.Function):
         grad_bias = grad.sum(0) if ctx.has_bias and need_bias else None
         if reducing is not None:
             comm.wait(reducing)
-        return grad_x, grad_weight, grad_bias, None, None
+        return grad_x, grad_weight, grad_bias, None, None, None
 
 
-class ColumnParallelLinear(nn.Module):
+class _Linear(nn.Module):
+    """What both linears share: a weight, stored as it is or packed, and the products with it on this rank alone."""
+
+    tp: Axis
+    weight: nn.Parameter
+    packing: str | None = None
+
+    def pack(self, packing: str) -> None:
+        """Store the frozen weight packed from now on. It gets its numbers afterwards."""
+        spec, init = replace(spec_of(self.weight), packing=packing), self.weight.init  # type: ignore[attr-defined]
+        memory = torch.empty(spec.stored.local_shape(self.tp.size), dtype=torch.uint8, device=self.weight.device)
+        self.weight = attach(nn.Parameter(memory, requires_grad=False), spec, init)
+        self.packing = packing
+
+    def matrix(self, dtype: torch.dtype) -> Tensor:
+        """This rank's weight."""
+        return _plain(self.weight, self.packing, dtype)
+
+    def product(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        """``x W^T + b``, without communication."""
+        if self.packing is None:
+            return F.linear(x, self.weight.to(x.dtype), bias)
+        return comm.apply(_PackedLinear, x, self.weight, bias, self.packing)  # type: ignore[no-any-return]
+
+
+class ColumnParallelLinear(_Linear):
     """``y = x W^T + b`` with W split by output features; each rank computes its own columns of y.
 
     In: [tokens, in_features], or [tokens / tp, in_features] under ``sp``. Out: [tokens, out_features / tp].
@@ -93,14 +143,14 @@ class ColumnParallelLinear(nn.Module):
         return None
 
     def forward(self, x: Tensor, seed: int | None = None) -> Tensor:
-        weight = self.weight.to(x.dtype)
         bias = None if self.bias is None else self.bias.to(x.dtype)
         if self.tp.size == 1:
-            return F.linear(x, weight, bias)
-        return comm.apply(_ColumnLinear, x, weight, bias, self.tp, self.sp)
+            return self.product(x, bias)
+        weight = self.weight if self.packing else self.weight.to(x.dtype)
+        return comm.apply(_ColumnLinear, x, weight, bias, self.tp, self.sp, self.packing)
 
 
-class RowParallelLinear(nn.Module):
+class RowParallelLinear(_Linear):
     """``y = x W^T + b`` with W split by input features; partial products are summed over the ranks.
 
     In: [tokens, in_features / tp]. Out: [tokens, out_features], or [tokens / tp, out_features] under ``sp``.
@@ -126,8 +176,7 @@ class RowParallelLinear(nn.Module):
         return comm.copy_to(parameter, self.tp) if self.sp else parameter
 
     def forward(self, x: Tensor, seed: int | None = None) -> Tensor:
-        weight = self.weight.to(x.dtype)
         if self.tp.size == 1:
-            return F.linear(x, weight, None if self.bias is None else self.bias.to(x.dtype))
-        y = self.reduce(F.linear(x, weight))
+            return self.product(x, None if self.bias is None else self.bias.to(x.dtype))
+        y = self.reduce(self.product(x, None))
         return y if self.bias is None else y + self.replicated(self.bias).to(x.dtype)

@@ -56,7 +56,7 @@ class FullyShardedDataParallel(Engine):
 
     def piece(self, name: str, tensor: Tensor) -> Piece:
         spec, tp, dp = self.specs[name], self.mesh.tp, self.mesh.dp_shard
-        rows, *others = spec.local_shape(tp.size)
+        rows, *others = spec.stored.local_shape(tp.size)
         # FSDP2 cuts as torch.chunk does: equal parts, the last ones shorter or empty.
         first = min(rows, -(-rows // dp.size) * dp.rank)
         return spec.piece(tensor, tp, first * math.prod(others))

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from importlib.util import find_spec
 
 from megatron_lite import cli
-from megatron_lite.config import Config, ModelConfig, apply_overrides, parse_config
+from megatron_lite.config import PACKED_BLOCK, PACKED_BYTES, Config, ModelConfig, apply_overrides, parse_config
 from megatron_lite.errors import ConfigError
 
 
@@ -60,15 +61,18 @@ def bytes_per_parameter(config: Config, plan: Plan) -> dict[str, float]:
     return {"weights": compute, **parts} if zero == 2 else parts
 
 
-def bytes_per_frozen_parameter(config: Config, plan: Plan) -> float:
-    """What a rank keeps of each parameter of its tp shard that stays as it is: nothing but the weight."""
-    parallel, train = config.parallel, config.train
-    stored = (config.peft and config.peft.base_dtype) or train.precision
-    held = {"float64": 8.0, "float32": 4.0, "bfloat16": 2.0}[stored]
+def bytes_per_frozen_parameter(config: Config, plan: Plan, packing: str | None = None) -> float:
+    """What a rank keeps of each parameter of its tp shard that stays as it is, and is packed or not: nothing but the
+    weight."""
+    parallel, train, peft = config.parallel, config.train, config.peft
+    sizes = {"float64": 8.0, "float32": 4.0, "bfloat16": 2.0}
+    if packing is not None:
+        held = used = PACKED_BYTES[packing] / PACKED_BLOCK
+    else:
+        held, used = sizes.get((peft and peft.base_dtype) or "", sizes[train.precision]), sizes[train.precision]
     if plan.dp_shard == 1 or (parallel.engine == "deepspeed" and parallel.zero < 3):
         return held
-    compute = {"float64": 8.0, "float32": 4.0, "bfloat16": 2.0}[train.precision]
-    return held / plan.dp_shard + (compute if parallel.zero == 2 else 0.0)
+    return held / plan.dp_shard + (used if parallel.zero == 2 else 0.0)
 
 
 def checkpoint_bytes(config: Config) -> int:
@@ -185,6 +189,51 @@ _OURS = {  # what DeepSpeed's config says twice
 }
 
 
+def _linears(model: ModelConfig) -> dict[str, tuple[int, int, bool]]:
+    """A block's linears: rows, columns, and whether tensor parallelism splits the columns."""
+    assert model.num_kv_heads and model.head_dim and model.ffn_size
+    hidden, ffn, heads = model.hidden_size, model.ffn_size, model.num_heads * model.head_dim
+    return {
+        "attention.qkv": (heads + 2 * model.num_kv_heads * model.head_dim, hidden, False),
+        "attention.o": (hidden, heads, True),
+        "mlp.up": ((2 if model.family == "llama" else 1) * ffn, hidden, False),
+        "mlp.down": (hidden, ffn, True),
+    }
+
+
+def packing_mistakes(model: ModelConfig, tp: int, packing: str | None) -> list[str]:
+    """The linears whose rows, or this rank's parts of them, are no whole blocks."""
+    if packing is None:
+        return []
+    mistakes = []
+    for name, (_, columns, split) in _linears(model).items():
+        parts = tp if split else 1
+        if columns % (parts * PACKED_BLOCK):
+            fits = [str(n) for n in degrees_that_fit(model) if n < tp and not packing_mistakes(model, n, packing)]
+            fix = f"use tp {' or '.join(fits)}" if fits else "use bfloat16"
+            over = f" over parallel.tp={tp}" if parts > 1 else ""
+            mistakes.append(
+                f"peft.base_dtype={packing}: {name} has {columns} input features{over}, which are no whole blocks of "
+                f"{PACKED_BLOCK}; {fix}"
+            )
+    return mistakes
+
+
+def _cut_blocks(config: Config, dp: int) -> list[str]:
+    """DeepSpeed's stage 3 divides bytes, wherever that cuts."""
+    tp, model = config.parallel.tp, config.model
+    blocks = {name: rows * columns // tp // PACKED_BLOCK for name, (rows, columns, _) in _linears(model).items()}
+    cut = [name for name, count in blocks.items() if count % dp]
+    common = math.gcd(*blocks.values())
+    near = max((n for n in range(1, dp + 1) if common % n == 0), default=1)
+    return [
+        f"peft.base_dtype={config.peft and config.peft.packing}: dp {dp} does not divide the {blocks[name]} blocks of "
+        f"{PACKED_BLOCK} numbers in {name}, and DeepSpeed's ZeRO 3 would cut within one; use dp {near}, zero 2, or "
+        "engine=fsdp"
+        for name in cut[:1]
+    ]
+
+
 def _peft_mistakes(config: Config, dp: int) -> list[str]:
     mistakes, peft = [], config.peft
     if peft is None:
@@ -194,7 +243,10 @@ def _peft_mistakes(config: Config, dp: int) -> list[str]:
             f"optim.name={config.optim.name} is for a model's own matrices, not for what peft adds to them; use adamw"
         )
     computed = config.train.precision
-    if config.parallel.engine == "deepspeed" and dp > 1 and peft.base_dtype not in (None, computed):
+    mistakes += packing_mistakes(config.model, config.parallel.tp, peft.packing)
+    if config.parallel.engine == "deepspeed" and config.parallel.zero == 3 and peft.packing:
+        mistakes += _cut_blocks(config, dp)
+    if config.parallel.engine == "deepspeed" and dp > 1 and peft.base_dtype not in (None, computed, peft.packing):
         mistakes.append(
             f"peft.base_dtype={peft.base_dtype}: DeepSpeed holds all weights in what is computed in, "
             f"train.precision={computed}; leave it out, or use engine=fsdp"

@@ -147,12 +147,13 @@ class DeepSpeedZeRO(Engine):
 
     def _materialize_divided(self, settings: dict[str, Any], bf16: bool, unit: ModelParallelUnit) -> None:
         """One layer at a time, each divided before the next, so that never all of the model is here."""
+        trained = next(parameter for parameter in self.model.parameters() if parameter.requires_grad)
+        dtype = torch.bfloat16 if bf16 else trained.dtype
         for module in self.model.modules():
             if not module._parameters:
                 continue
             materialize(module, self.mesh.device)
-            dtype = torch.bfloat16 if bf16 else next(module.parameters()).dtype
-            module.to(dtype)
+            module.to(dtype)  # what is packed stays as it is
             Init(
                 module,
                 self.mesh.dp.group,

@@ -12,7 +12,7 @@ The model fuses q, k, v and gate, up; each has factors of its own, which add to 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import accumulate
 from typing import Any, NamedTuple
 
@@ -46,6 +46,7 @@ class _Adapted(nn.Module):
 
     updates: list[Update]
     weight: nn.Parameter
+    matrix: Callable[[torch.dtype], Tensor]
 
     def adapt(self, name: str, updates: list[Update], config: LoRAConfig) -> None:
         """Take in the factors' shapes and the rest of the config."""
@@ -90,9 +91,9 @@ class _Adapted(nn.Module):
     def lengths(self, a: Tensor, b: Tensor) -> Tensor:
         """The squared lengths of this rank's part of the rows of W and of W + s B A, [2, rows], from products with A
         alone: neither B A nor the sum is made."""
-        weight = self.weight
+        weight = self.matrix(a.dtype)
         plain = torch.linalg.vector_norm(weight, dim=1, dtype=torch.promote_types(a.dtype, torch.float32)).square()
-        return torch.stack((plain, plain + (b * (2 * (weight.to(a.dtype) @ a.t()) + b @ (a @ a.t()))).sum(1)))
+        return torch.stack((plain, plain + (b * (2 * (weight @ a.t()) + b @ (a @ a.t()))).sum(1)))
 
     def magnitude(self, lengths: Tensor, trained: Sequence[Tensor]) -> Tensor:
         """What each row's output is multiplied by, [rows]: the trained magnitude, which is relative to the frozen row's
@@ -146,9 +147,9 @@ class LoRAColumnLinear(_Adapted, ColumnParallelLinear):
 
     def forward(self, x: Tensor, seed: int | None = None) -> Tensor:
         x, low = comm.enter_joined(x, self.low(x, seed), self.tp, sp=self.sp)
-        weight, b = self.weight.to(x.dtype), self.b(x.dtype)
+        b = self.b(x.dtype)
         bias = None if self.bias is None else self.bias.to(x.dtype)
-        y = comm.apply(_AddProduct, F.linear(x, weight, None if self.dora else bias), low, b)
+        y = comm.apply(_AddProduct, self.product(x, None if self.dora else bias), low, b)
         if not self.dora:
             return y
         y = y * self.magnitude(self.lengths(self.a(x.dtype), b), self.factors("m", x.dtype))
@@ -175,7 +176,7 @@ class LoRARowLinear(_Adapted, RowParallelLinear):
     def forward(self, x: Tensor, seed: int | None = None) -> Tensor:
         a, b = self.a(x.dtype), self.b(x.dtype)
         low = F.linear(self.dropped(x, seed, self.tp.rank), a)
-        y = F.linear(x, self.weight.to(x.dtype))
+        y = self.product(x, None)
         if self.tp.size > 1:
             joined = self.reduce(torch.cat((y, low), dim=1))
             y, low = joined[:, : y.shape[1]], joined[:, y.shape[1] :]
