@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
-import time
 from collections.abc import Iterable, Mapping
 from functools import lru_cache
 from pathlib import Path
-
-import psutil
 
 from data_tools.tokenizer import train
 from tests.kit.jobs import PYTHON, REPOSITORY, Result, RunningJob, start_job
@@ -50,11 +46,8 @@ def data_tools(
 
 
 def ended(job: RunningJob) -> Result:
-    """The result of a job that has workers: multiprocessing's own helper process may take a moment to follow it."""
-    with contextlib.suppress(psutil.TimeoutExpired):
-        job.process.wait(max(0.0, job.deadline - time.monotonic()))
-        job.wait_gone(3)
-    return job.finish()
+    """The result of a job that has workers: multiprocessing has a helper process of its own."""
+    return job.finish(grace=3)
 
 
 def dataset_bytes(prefix: Path) -> tuple[bytes, bytes]:

@@ -142,11 +142,14 @@ class RunningJob:
             time.sleep(0.05)
         return time.monotonic() - began
 
-    def finish(self) -> Result:
-        """Wait for the end (at most until the job's time is over) and look for what it left behind."""
+    def finish(self, grace: float = 0.0) -> Result:
+        """Wait for the end (at most until the job's time is over) and look for what it left behind, of which helpers
+        that are not ours may take ``grace`` seconds to follow it."""
         with contextlib.suppress(psutil.TimeoutExpired):
             self.process.wait(max(0.0, self.deadline - time.monotonic()))
         seconds, exit_code = time.monotonic() - self.began, self.process.poll()
+        if exit_code is not None and grace:
+            self.wait_gone(grace)
         return Result(
             self.argv, exit_code, self.stdout, self.stderr, seconds, self.kill() if exit_code is not None else []
         )
