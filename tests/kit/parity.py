@@ -55,7 +55,7 @@ def ruffle(trainer: Trainer) -> None:
     for piece in trainer.engine.weights().values():
         wave = 0.01 * torch.arange(math.prod(piece.shape), dtype=torch.float64).sin().view(piece.shape)
         for tile in piece.tiles:
-            tile.data.add_(wave[tile.place])
+            tile.put(0, tile.numbers + wave[tile.place])
     trainer.engine.publish()
 
 
