@@ -20,11 +20,16 @@ FAMILIES: dict[str, dict[str, Any]] = {"llama": {"num_kv_heads": 1}, "gpt2": {"f
 
 
 def decoder(
-    family: str, tp: Axis | None = None, sp: bool = False, method: dict[str, Any] | None = None, seed: int = 1
+    family: str,
+    tp: Axis | None = None,
+    sp: bool = False,
+    method: dict[str, Any] | None = None,
+    seed: int = 1,
+    hidden: int = 32,
 ) -> Decoder:
     """A model in float64; with ``method`` the same one frozen, and its adapter beside it."""
-    sizes = {"vocab_size": VOCAB, "vocab_multiple": 8, "hidden_size": 32, "num_layers": 2, "num_heads": 4}
-    config = ModelConfig(**sizes, max_seq_len=LENGTH, init_std=0.3, **FAMILIES[family])
+    sizes = {"vocab_size": VOCAB, "vocab_multiple": 8, "hidden_size": hidden, "num_layers": 2, "num_heads": 4}
+    config = ModelConfig(**sizes, ffn_size=4 * hidden, max_seq_len=LENGTH, init_std=0.3, **FAMILIES[family])
     axis = tp or Axis("tp")
     model = Decoder(config, axis, sp=sp).double()
     peft.apply(model, parse_peft(method, ""), torch.float64)

@@ -21,6 +21,7 @@ FEATURES: dict[str, dict[str, dict[str, Any]]] = {
     "Muon, Adafactor": {"optim": {"name": "muon"}},
     "peft": {"peft": {"method": "lora"}},
     "peft, base in float32": {"peft": {"method": "lora", "base_dtype": "float32"}},
+    "peft, base in 8 or 4 bits": {"peft": {"method": "lora", "base_dtype": "nf4"}},
     "peft, compile": {"peft": {"method": "lora"}, "train": {"compile": True}},
     "peft, Muon, Adafactor": {"peft": {"method": "lora"}, "optim": {"name": "muon"}},
 }

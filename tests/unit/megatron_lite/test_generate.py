@@ -3,7 +3,9 @@
 import pytest
 import torch
 
+from megatron_lite.config import PACKED_BYTES
 from megatron_lite.dist.mesh import build_mesh, solo_mesh
+from megatron_lite.dist.shard import spec_of
 from megatron_lite.dist.spawn import run_ranks
 from megatron_lite.errors import CheckpointError, ConfigError, DataError
 from megatron_lite.generate import Sampling, choose, generate, open_models, read_requests
@@ -127,6 +129,44 @@ def test_an_adapter_of_another_base_is_refused(tmp_path):
     saved(tmp_path / "lora", with_adapter(ADAPTERS["lora"]), 2, ADAPTERS["lora"])
     refused = pytest.raises(CheckpointError, match="was trained on a base of fingerprint")
     with refused, open_models(tmp_path / "lora", solo_mesh(), None, {}, None):
+        pass
+
+
+def packed(mesh, folder, packing):
+    """What an adapter and its base produce, stored so."""
+    with open_models(folder / "lora", mesh, None, {}, None, packing) as (models, _, default):
+        return [produce(models[name], max_new_tokens=16) for name in (default, None)]
+
+
+def packed_on_two_ranks(rank, size, folder):
+    mesh = build_mesh({"tp": size}, torch.device("cpu"))
+    return [packed(mesh, folder, packing) for packing in PACKED_BYTES]
+
+
+def test_on_a_packed_base_one_rank_and_two_produce_what_was_trained(tmp_path):
+    """The adapter is of the base on disk, however that was stored in training."""
+    method = {"method": "lora", "targets": ["q", "o", "up", "down"]}
+    base, adapter = decoder("llama", hidden=128), decoder("llama", hidden=128, method=method)
+    saved(tmp_path / "base", base, 1)
+    saved(tmp_path / "lora", adapter, 2, {**method, "base_dtype": "int8"})
+    found = [packed(solo_mesh(), tmp_path, packing) for packing in PACKED_BYTES]
+    assert run_ranks(packed_on_two_ranks, 2, tmp_path, timeout=60) == [found, found]
+    for packing, (adapted, alone) in zip(PACKED_BYTES, found, strict=True):
+        model = decoder("llama", hidden=128, method={**method, "base_dtype": packing})
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                if spec_of(parameter).packing is None:
+                    parameter.copy_(adapter.get_parameter(name))
+        assert adapted == produce(model, max_new_tokens=16) != alone
+    assert packed(solo_mesh(), tmp_path, None)[1] == produce(base, max_new_tokens=16)
+
+
+def test_a_base_whose_rows_are_no_blocks_is_not_packed(tmp_path):
+    saved(tmp_path / "base", decoder("llama"), 1)
+    with (
+        pytest.raises(ConfigError, match=r"nf4: attention\.qkv has 32 input features, which are no whole blocks of 64"),
+        open_models(tmp_path / "base", solo_mesh(), None, {}, None, "nf4"),
+    ):
         pass
 
 

@@ -6,11 +6,11 @@ import pytest
 
 from megatron_lite.config import parse_config
 from megatron_lite.errors import ConfigError
-from megatron_lite.parallel.plan import Plan, make_plan, picture
+from megatron_lite.parallel.plan import Plan, bytes_per_frozen_parameter, make_plan, picture
 from tests.kit import plans
 
 
-def config(model=None, parallel=None, train=None, optim=None):
+def config(model=None, parallel=None, train=None, optim=None, peft=None):
     sizes = {"vocab_size": 300, "hidden_size": 48, "num_heads": 6, "num_kv_heads": 2, "ffn_size": 96}
     return parse_config(
         {
@@ -18,6 +18,7 @@ def config(model=None, parallel=None, train=None, optim=None):
             "data": {"train": [{"path": "x"}], "seq_len": 32},
             "parallel": parallel or {},
             "optim": optim or {},
+            "peft": peft,
             "train": {"global_batch_size": 24, "micro_batch_size": 2, **(train or {})},
         }
     )
@@ -72,6 +73,41 @@ def test_what_is_not_divided_is_said(parallel, world, told):
 def test_what_cannot_work_is_refused_with_the_numbers(changes, world, message):
     with pytest.raises(ConfigError, match=message):
         make_plan(config(**changes), world)
+
+
+NF4 = {"method": "lora", "base_dtype": "nf4"}
+BLOCKS = {"hidden_size": 192, "num_heads": 6, "num_kv_heads": 6, "ffn_size": 768}
+
+
+@pytest.mark.parametrize(
+    ("changes", "world", "message"),
+    [
+        ({}, 1, r"nf4: attention\.qkv has 48 input features, which are no whole blocks of 64; use bfloat16"),
+        (
+            {"model": BLOCKS, "parallel": {"tp": 2}},
+            2,
+            r"nf4: attention\.o has 192 input features over parallel\.tp=2, which are no whole blocks of 64; use tp 1",
+        ),
+        (
+            {"model": {**BLOCKS, "hidden_size": 128, "head_dim": 64}, "parallel": {"engine": "deepspeed", "zero": 3}},
+            10,
+            r"nf4: dp 10 does not divide the 2304 blocks of 64 numbers in attention\.qkv.* use dp 8, zero 2, or engine=f",
+        ),
+    ],
+)
+def test_a_base_that_cannot_be_packed_is_refused(changes, world, message):
+    with pytest.raises(ConfigError, match=message):
+        make_plan(config(peft=NF4, **changes), world)
+
+
+def test_a_packed_base_takes_its_bytes():
+    """Gathered whole at zero 2, a part of it at zero 3; what is not packed is in what is computed in."""
+    asked = config(model=BLOCKS, peft=NF4, parallel={"zero": 3}, train={"precision": "bfloat16"})
+    plan = make_plan(asked, 4)
+    assert bytes_per_frozen_parameter(asked, plan, "nf4") == 0.5625 / 4
+    assert bytes_per_frozen_parameter(asked, plan) == 2 / 4
+    asked = config(model=BLOCKS, peft=NF4, parallel={"zero": 2}, train={"precision": "bfloat16"})
+    assert bytes_per_frozen_parameter(asked, plan, "nf4") == 0.5625 * 1.25
 
 
 def test_fewer_kv_heads_than_ranks_work_when_they_divide():
