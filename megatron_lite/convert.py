@@ -161,14 +161,15 @@ def merge_adapter(
 
 
 def _same_as_beside(written: Source, base: Source, adapter: CheckpointSource) -> str:
-    """Compare the logits of what was written with those of the base with the adapter beside it, which is how they were
-    trained. Raises CheckpointError."""
+    """Compare the logits of what was written with those of the base, as it is on disk, with the adapter beside it.
+    Raises CheckpointError."""
+    assert adapter.peft is not None
     elements = sum(math.prod(info.shape) for info in base.tensors.values())
     if elements > 2 << 30:
         return f"its logits were not compared: {elements:,} parameters are too many to hold twice"
     with torch.device("meta"):
         beside = Decoder(base.model, Axis("tp"), sp=False)
-        peft.apply(beside, adapter.peft, torch.float32)
+        peft.apply(beside, adapter.peft.model_copy(update={"base_dtype": None}), torch.float32)
     materialize(beside, torch.device("cpu"))
     trained = {f"model.{name}" for name, parameter in beside.named_parameters() if parameter.requires_grad}
     pieces = {f"model.{name}": piece for name, piece in pieces_of(beside, Axis("tp")).items()}

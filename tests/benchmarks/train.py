@@ -27,6 +27,8 @@ PEFT = {  # of about the same number of trained parameters, but for the prefix
     "dora": {"method": "lora", "r": 8, "dora": True},
     "adapter": {"method": "adapter", "size": 64},
     "prefix": {"method": "prefix", "length": 16},
+    "lora-nf4": {"method": "lora", "r": 8, "base_dtype": "nf4"},
+    "lora-int8": {"method": "lora", "r": 8, "base_dtype": "int8"},
 }
 
 
@@ -151,6 +153,8 @@ def ours(dtype: str, mode: str) -> Callable[[int], float]:
     if mode in PEFT:
         model["max_seq_len"] += 16
         tree |= {"peft": PEFT[mode], "init": {"from": "unused"}}
+        if "base_dtype" in PEFT[mode]:
+            model["ffn_size"] = -(-FFN // 64) * 64  # whole blocks: 2 % more
     config = parse_config(tree)
     trainer = Trainer(config, solo_mesh(), make_plan(config, 1), Faults.none())
     generator = torch.Generator().manual_seed(0)

@@ -1,5 +1,6 @@
 """An adapter's life: trained on a base, resumed to the last bit, and refused by every other base."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -48,3 +49,28 @@ def test_trained_resumed_and_refused(tmp_path: Path) -> None:
         4, stderr=r"\Aerror: \S+ lacks model\.\S+ \(it holds a lora adapter, not the model that this belongs to\)"
     )
     train(tmp_path, "other", *LORA).expect(2, stderr=r"\Aerror: peft: init\.from is missing")
+
+
+@pytest.mark.timeout(300)
+def test_on_a_base_in_4_bits_it_belongs_to_the_base_on_disk(tmp_path: Path) -> None:
+    tiny_config(tmp_path, tiny_data(tmp_path), model__hidden_size=64, model__ffn_size=192)
+    train(tmp_path, "base", "--train.steps=3").expect(0)
+    on_base = [*LORA, f"--init.from={tmp_path}/base", "--train.precision=bfloat16"]
+    plain = train(tmp_path, "plain", *on_base, "--train.steps=1").expect(0)
+    packed = train(tmp_path, "run", *on_base, "--peft.base_dtype=nf4")
+    # 2 · (4 · 64 · 64 + 3 · 64 · 192) numbers in 36 / 64 bytes each, 8,512 in 2.
+    packed.expect(0, stdout=r"memory a rank, MiB: frozen 0\.1 \+ weights 0\.0 \+ ")
+    prints = [re.search(r"adapting \S+ \(([0-9a-f]{12})\)", result.stdout)[1] for result in (plain, packed)]
+    assert prints[0] == prints[1]
+    assert losses(tmp_path / "run")[12] < losses(tmp_path / "run")[1]
+
+    on_packed = [*on_base, "--peft.base_dtype=nf4"]
+    start = tmp_path / "run" / "checkpoints" / "step_00000006"
+    train(tmp_path, "again", *on_packed, f"--checkpoint.resume={start}").expect(0, stdout=r"resumed \S+ step 6")
+    last = "checkpoints/step_00000012/shard_00000.safetensors"
+    assert (tmp_path / "again" / last).read_bytes() == (tmp_path / "run" / last).read_bytes()
+
+    merge = [PYTHON, "-m", "megatron_lite", "ckpt", "merge_adapter", f"{tmp_path}/run", f"{tmp_path}/merged"]
+    run_job(merge, timeout=100).expect(0)
+    merged, base = (read_manifest(next(path.glob("**/step_*"))) for path in (tmp_path / "merged", tmp_path / "base"))
+    assert merged.tensors.keys() == {name for name in base.tensors if name.startswith("model.")}

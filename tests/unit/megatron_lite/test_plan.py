@@ -91,7 +91,7 @@ BLOCKS = {"hidden_size": 192, "num_heads": 6, "num_kv_heads": 6, "ffn_size": 768
         (
             {"model": {**BLOCKS, "hidden_size": 128, "head_dim": 64}, "parallel": {"engine": "deepspeed", "zero": 3}},
             10,
-            r"nf4: dp 10 does not divide the 2304 blocks of 64 numbers in attention\.qkv.* use dp 8, zero 2, or engine=f",
+            r"nf4: dp 10 does not divide the 2304 blocks of 64 numbers in attention\.qkv.* use dp 8, zero 2, or engine",
         ),
     ],
 )

@@ -105,6 +105,13 @@ def test_every_layout_holds_the_same_bytes(packing, spec, size, dp):
     assert all(torch.equal(target, want) for target in found)
 
 
+def test_a_large_matrix_is_written_a_few_rows_at_a_time():
+    spec = ShardSpec((70_000, 64), packing="nf4")
+    (tile,) = spec.piece(torch.empty(spec.stored.shape, dtype=torch.uint8), Axis("tp")).tiles
+    parts = [part.shape for part in tile.writable()]
+    assert len(parts) == 2 and sum(rows for rows, _ in parts) == 70_000
+
+
 def read_from(whole):
     def write(piece):
         for tile in piece.tiles:
