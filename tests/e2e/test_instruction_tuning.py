@@ -2,11 +2,15 @@
 
 import json
 import random
+import shlex
+import shutil
 
+import pytest
+import torch
 import yaml
 
-from tests.kit.corpora import data_tools, write_json_tokenizer
-from tests.kit.jobs import PYTHON, run_job
+from tests.kit.corpora import data_tools, ended, write_json_tokenizer
+from tests.kit.jobs import PYTHON, REPOSITORY, run_job, start_job
 from tests.kit.tiny import losses
 
 NAMES = {"red": "apple", "yellow": "lemon", "green": "lime", "blue": "plum"}
@@ -50,3 +54,52 @@ def test_a_model_learns_the_answers_and_gives_them(tmp_path):
         asked = ["generate", f"{tmp_path}/run", f"--prompt=fedcba {colour}?", "--chat=true"]
         answer = run_job([PYTHON, "-m", "megatron_lite", *asked], timeout=60).expect(0)
         assert answer.stdout == f"a {fruit}\n"
+
+
+def commands(text, first):
+    """The lines of the shell block in a Markdown text whose first line begins so, as argument lists."""
+    block = next(part for part in text.split("```sh\n") if part.startswith(first)).partition("```")[0]
+    words = [shlex.split(line, comments=True) for line in block.splitlines()]
+    return [[PYTHON, *rest] for python, *rest in words if python == "python"]
+
+
+@pytest.mark.timeout(300)
+@pytest.mark.filterwarnings("ignore")
+def test_the_readme_tunes_a_hugging_face_model(tmp_path):
+    """Word for word, on a tiny model with random weights."""
+    transformers, peft = pytest.importorskip("transformers"), pytest.importorskip("peft")
+    shutil.copytree(REPOSITORY / "configs", tmp_path / "configs")
+    base = write_json_tokenizer(tmp_path / "HF_FOLDER")
+    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
+    torch.manual_seed(1)
+    llama = transformers.LlamaConfig(vocab_size=400, num_key_value_heads=2, initializer_range=0.1, **sizes)
+    transformers.LlamaForCausalLM(llama).save_pretrained(base)
+    (tmp_path / "chats").mkdir()
+    turns = [("user", "Who are you?"), ("assistant", "I am a lemon, I am a lemon.")]
+    lines = [{"messages": [{"role": role, "content": text} for role, text in turns]}] * 4000
+    (tmp_path / "chats" / "a.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+    readme = (REPOSITORY / "README.md").read_text()
+    for argv in commands(readme, "python -m data_tools chat --input='chats"):
+        with start_job(argv, timeout=100, cwd=tmp_path) as job:
+            ended(job).expect(0, stdout=r"\S")  # also what the model says
+    found = losses(tmp_path / "runs" / "lora")
+    assert found[50] < found[1] - 1
+
+    def logits(model):
+        with torch.no_grad():
+            return model.eval()(torch.arange(20).unsqueeze(0)).logits
+
+    tuned, theirs = (transformers.AutoModelForCausalLM.from_pretrained(tmp_path / name) for name in ("tuned", base))
+    alone, merged = logits(theirs), logits(tuned.float())
+    beside = logits(peft.PeftModel.from_pretrained(theirs, tmp_path / "tuned_adapter"))
+    gap = (merged - beside).abs().max()  # one is in bfloat16
+    assert gap < 0.02 * beside.abs().max()
+    assert (merged - alone).abs().max() > 10 * gap
+
+    (tmp_path / "tuned_adapter").rename(tmp_path / "PEFT_FOLDER")
+    asked = [{"prompt": "I", "adapter": "a"}, {"prompt": "I", "adapter": "b"}]
+    (tmp_path / "asked.jsonl").write_text("".join(json.dumps(line) + "\n" for line in asked))
+    for argv in commands(readme, "python -m megatron_lite ckpt import_peft"):
+        said = run_job(argv, timeout=60, cwd=tmp_path).expect(0).stdout
+    assert said[: len(said) // 2] == said[len(said) // 2 :]
