@@ -206,7 +206,7 @@ def merge_adapter(
 
 
 def import_peft(source: str, destination: str, base: str, trust: bool = False) -> None:
-    """Turn a LoRA or DoRA adapter of the peft library (a folder) into a checkpoint of ours, DESTINATION/step_00000000.
+    """Turn a LoRA, DoRA or prefix folder of the peft library into a checkpoint of ours, DESTINATION/step_00000000.
 
     BASE: the model it belongs to, a Hugging Face folder, a checkpoint or a run. Nothing pickled is read.
     """
@@ -216,7 +216,7 @@ def import_peft(source: str, destination: str, base: str, trust: bool = False) -
 
 
 def export_peft(adapter: str, destination: str, base: str | None = None, trust: bool = False) -> None:
-    """Write a LoRA or DoRA adapter (a checkpoint or a run) as a folder of the peft library's; it is read back.
+    """Write an adapter (a checkpoint or a run; LoRA, DoRA, prefix) as a folder of the peft library's; it is read back.
 
     --base: where the base is, if it was moved.
     """

@@ -323,7 +323,10 @@ class LoRAConfig(PeftSection):
 
     def mistakes(self, config: Config) -> list[str]:
         """What does not fit the rest of the config."""
-        model = config.model
+        return self.unfit(config.model)
+
+    def unfit(self, model: ModelConfig) -> list[str]:
+        """What does not fit a model."""
         names = targets.linear_names(model.num_layers, gated=model.family == "llama")
         listed = self.targets
         if model.family == "gpt2" and "targets" not in self.model_fields_set:
@@ -382,12 +385,16 @@ class PrefixConfig(PeftSection):
 
     def mistakes(self, config: Config) -> list[str]:
         """What does not fit the rest of the config."""
-        needed, limit = self.length + config.data.seq_len, config.model.max_seq_len
+        return self.unfit(config.model, config.data.seq_len, "data.seq_len")
+
+    def unfit(self, model: ModelConfig, tokens: int = 1, called: str = "a token") -> list[str]:
+        """What does not fit a model that reads so many tokens."""
+        needed, limit = self.length + tokens, model.max_seq_len
         if needed <= limit:
             return []
         return [
-            f"peft.length={self.length} + data.seq_len={config.data.seq_len} = {needed} positions exceed "
-            f"model.max_seq_len={limit}; the prefix takes the first"
+            f"peft.length={self.length} + {called}={tokens} = {needed} positions exceed model.max_seq_len={limit}; "
+            "the prefix takes the first"
         ]
 
 

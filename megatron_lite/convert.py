@@ -19,12 +19,13 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeR
 from megatron_lite import checkpoint, peft
 from megatron_lite.checkpoint import inspect as look
 from megatron_lite.checkpoint.deepspeed import DeepSpeedSource, is_deepspeed
-from megatron_lite.checkpoint.formats import open_source
+from megatron_lite.checkpoint.formats import open_peft, open_source
 from megatron_lite.checkpoint.hf import HuggingFaceSource, export, is_hugging_face, read_model
 from megatron_lite.checkpoint.megatron import open_megatron
 from megatron_lite.checkpoint.merge import Merged
-from megatron_lite.checkpoint.peft_folder import PeftSource, adapter_state
-from megatron_lite.checkpoint.peft_folder import export_peft as export_adapter
+from megatron_lite.checkpoint.peft_folder import adapter_state
+from megatron_lite.checkpoint.peft_lora import export_lora
+from megatron_lite.checkpoint.peft_prefix import export_prefix
 from megatron_lite.checkpoint.rewrite import Advance, rewrite
 from megatron_lite.checkpoint.rewrite import diff as compare
 from megatron_lite.checkpoint.source import Average, CheckpointSource, Source
@@ -36,6 +37,7 @@ from megatron_lite.errors import CheckpointError, ConfigError, MegatronLiteError
 from megatron_lite.models.decoder import Decoder
 
 BLOCK_BYTES = 32 << 20
+EXPORTS = {"lora": export_lora, "prefix": export_prefix}
 EXPORT_DTYPES = {"stored": None, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -188,21 +190,23 @@ def _same_as_beside(written: Source, base: Source, adapter: CheckpointSource) ->
 
 def import_peft(source: Path, destination: Path, base: Path, *, trust: bool) -> None:
     """A checkpoint of ours with an adapter of the peft library's."""
-    with _opened(base, trust=trust) as under, contextlib.closing(PeftSource(source, under)) as adapter:
+    with _opened(base, trust=trust) as under, contextlib.closing(open_peft(source, under)) as adapter:
         _write(adapter, destination, 0, *adapter_state(adapter, base), 1, BLOCK_BYTES)
 
 
 def export_peft(adapter: Path, destination: Path, base: Path | None, *, trust: bool) -> None:
     """A folder of the peft library's with an adapter of ours, read back and compared."""
     with _with_base(adapter, base, trust=trust) as (opened, under):
-        export_adapter(opened, under, under.path, destination)
-        with contextlib.closing(PeftSource(destination, under)) as written:
-            tensors = {name: info for name, info in opened.tensors.items() if name.startswith("model.")}
-            opened.tensors = tensors
-            odd, differences = compare(opened, written, BLOCK_BYTES, lambda done: None)
-            if odd or any(not difference.relative <= 1e-6 for difference in differences):
-                raise CheckpointError(f"{destination} is not what was written: the disk lies")
-        print(f"{destination}: {amount(_size(opened))}, {len(tensors)} tensors, read back")
+        kind = None if opened.peft is None else opened.peft.method
+        if kind not in EXPORTS:
+            raise CheckpointError(
+                f"{opened.path} holds {kind or 'no'} adapter; of {', '.join(EXPORTS)} there are theirs"
+            )
+        written = EXPORTS[kind](opened, under, destination)
+        with contextlib.closing(open_peft(destination, under)) as again:
+            again.compare(written)
+        size = sum(tensor.nbytes for tensor in written.values())
+        print(f"{destination}: {amount(size)}, {len(written)} tensors, read back")
 
 
 @contextlib.contextmanager

@@ -5,14 +5,19 @@ from __future__ import annotations
 from pathlib import Path
 
 from megatron_lite.checkpoint.deepspeed import DeepSpeedSource, is_deepspeed
-from megatron_lite.checkpoint.hf import HuggingFaceSource, is_hugging_face
+from megatron_lite.checkpoint.hf import HuggingFaceSource, is_hugging_face, read_json
 from megatron_lite.checkpoint.megatron import is_megatron, open_megatron
+from megatron_lite.checkpoint.peft_folder import CONFIG, PeftSource
+from megatron_lite.checkpoint.peft_lora import LoRASource
+from megatron_lite.checkpoint.peft_prefix import PrefixSource
 from megatron_lite.checkpoint.reading import open_checkpoint
 from megatron_lite.checkpoint.retention import find
 from megatron_lite.checkpoint.source import CheckpointSource, Source
 from megatron_lite.config import ModelConfig
 from megatron_lite.dist.mesh import Axis
 from megatron_lite.errors import CheckpointError
+
+_PEFT_TYPES = {"LORA": LoRASource, "PREFIX_TUNING": PrefixSource}
 
 
 def open_source(
@@ -34,3 +39,11 @@ def open_source(
             raise CheckpointError(f"{path}: DeepSpeed does not say of what model; ckpt import_deepspeed takes a config")
         return DeepSpeedSource(path, like)
     return CheckpointSource(open_checkpoint(find(path), world, trust=trust))
+
+
+def open_peft(folder: Path, base: Source) -> PeftSource:
+    """An adapter in a folder of the peft library's, for the model of ``base``. Raises CheckpointError."""
+    kind = read_json(folder, CONFIG).get("peft_type")
+    if not isinstance(kind, str) or kind not in _PEFT_TYPES:
+        raise CheckpointError(f"{folder / CONFIG}: peft_type={kind!a}: only {', '.join(_PEFT_TYPES)} are read")
+    return _PEFT_TYPES[kind](folder, base)

@@ -19,9 +19,10 @@ from megatron_lite.errors import CheckpointError
 
 
 class Update(NamedTuple):
-    """What LoRA adds to ``length`` rows of a global tensor from ``start`` on; ``factors`` is the beginning of its
-    factors' names."""
+    """What LoRA adds, by the linear ``name``, to ``length`` rows of a global tensor from ``start`` on; ``factors`` is
+    the beginning of its factors' names."""
 
+    name: str
     factors: str
     start: int
     length: int
@@ -50,7 +51,7 @@ def updates(config: LoRAConfig, model: ModelConfig) -> dict[str, list[Update]]:
         half, _, short = name.rpartition(".")
         linear, start, length = places[short]
         owner = ".".join(filter(None, ("model", half, linear)))
-        update = Update(f"{owner}.lora_{short}", start, length, config.scale_of(name))
+        update = Update(name, f"{owner}.lora_{short}", start, length, config.scale_of(name))
         found.setdefault(f"{owner}.weight", []).append(update)
     return found
 
@@ -87,7 +88,7 @@ class Merged(Source):
         weight = _part(self.base, name, rows, whole)
         before = torch.linalg.vector_norm(weight, dim=1) if self.config.dora else None
         trained = torch.ones(len(weight))
-        for factors, start, length, scale in self.updates[name]:
+        for _, factors, start, length, scale in self.updates[name]:
             first, last = max(rows.start, start), min(rows.stop, start + length)
             if first >= last:
                 continue

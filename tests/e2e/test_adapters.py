@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 
 from megatron_lite.checkpoint.reading import read_manifest
-from tests.kit.jobs import PYTHON, Result, run_job
+from tests.kit.corpora import ended
+from tests.kit.jobs import PYTHON, Result, run_job, start_job
 from tests.kit.tiny import losses, tiny_config, tiny_data
 
 LORA = ["--peft.method=lora", "--peft.targets=[q,v,blocks.1.mlp.*]", "--peft.dropout=0.1"]
@@ -74,3 +75,13 @@ def test_on_a_base_in_4_bits_it_belongs_to_the_base_on_disk(tmp_path: Path) -> N
     run_job(merge, timeout=100).expect(0)
     merged, base = (read_manifest(next(path.glob("**/step_*"))) for path in (tmp_path / "merged", tmp_path / "base"))
     assert merged.tensors.keys() == {name for name in base.tensors if name.startswith("model.")}
+
+
+@pytest.mark.timeout(200)
+def test_two_layouts_of_it_are_proved_equal(tmp_path: Path) -> None:
+    tiny_config(tmp_path, tiny_data(tmp_path))
+    train(tmp_path, "base", "--train.steps=1").expect(0)
+    sides = ["--a=tp=1", "--b=tp=2,sp=true,dp=2,engine=deepspeed,zero=3", "--steps=2"]
+    argv = [PYTHON, "-m", "megatron_lite", "prove", f"{tmp_path}/tiny.yaml", *LORA[:2], *sides]
+    with start_job([*argv, f"--init.from={tmp_path}/base"], timeout=150) as job:
+        ended(job).expect(0, stdout=r"gradients .*lora_(.*\n)*equal within 1e-10 over 2 steps in float64")

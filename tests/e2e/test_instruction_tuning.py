@@ -2,25 +2,23 @@
 
 import json
 import random
-import re
 import shlex
 import shutil
-from pathlib import Path
 
 import pytest
+import torch
 import yaml
 
-from tests.kit.corpora import data_tools, write_json_tokenizer
-from tests.kit.jobs import PYTHON, REPOSITORY, run_job
+from tests.kit.corpora import data_tools, ended, write_json_tokenizer
+from tests.kit.jobs import PYTHON, REPOSITORY, run_job, start_job
 from tests.kit.tiny import losses
 
 NAMES = {"red": "apple", "yellow": "lemon", "green": "lime", "blue": "plum"}
 
 
-def write_conversations(path: Path, count: int) -> None:
-    """Questions about colours, each answered by a fruit."""
+def test_a_model_learns_the_answers_and_gives_them(tmp_path):
     rng = random.Random(0)
-    noise = ["".join(rng.choices("abcdef", k=6)) for _ in range(count)]  # in every question: not to be learnt
+    noise = ["".join(rng.choices("abcdef", k=6)) for _ in range(200)]  # in every question: not to be learnt
     lines = [
         {
             "messages": [
@@ -31,11 +29,7 @@ def write_conversations(path: Path, count: int) -> None:
         for extra in noise
         for colour, fruit in NAMES.items()
     ]
-    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
-
-
-def test_a_model_learns_the_answers_and_gives_them(tmp_path):
-    write_conversations(tmp_path / "x.jsonl", 200)
+    (tmp_path / "x.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     folder = write_json_tokenizer(tmp_path / "hf")
     data_tools("chat", f"--input={tmp_path}/x.jsonl", f"--tokenizer={folder}", f"--out={tmp_path}/data").expect(0)
     tree = {
@@ -62,41 +56,50 @@ def test_a_model_learns_the_answers_and_gives_them(tmp_path):
         assert answer.stdout == f"a {fruit}\n"
 
 
-def readme_commands(mark: str) -> list[list[str]]:
-    """The commands of README's block of them that has ``mark`` in it, as a shell would split them."""
-    blocks = re.findall(r"```sh\n(.*?)```", (REPOSITORY / "README.md").read_text(), re.DOTALL)
-    (block,) = (block for block in blocks if mark in block)
-    return [shlex.split(line, comments=True) for line in block.splitlines()]
+def commands(text, first):
+    """The lines of the shell block in a Markdown text whose first line begins so, as argument lists."""
+    block = next(part for part in text.split("```sh\n") if part.startswith(first)).partition("```")[0]
+    words = [shlex.split(line, comments=True) for line in block.splitlines()]
+    return [[PYTHON, *rest] for python, *rest in words if python == "python"]
 
 
-@pytest.mark.timeout(400)
-def test_what_the_readme_says_of_fine_tuning_works_word_for_word(tmp_path):
-    transformers = pytest.importorskip("transformers", reason="transformers is not installed (pip install '.[hf]')")
+@pytest.mark.timeout(300)
+@pytest.mark.filterwarnings("ignore")
+def test_the_readme_tunes_a_hugging_face_model(tmp_path):
+    """Word for word, on a tiny model with random weights."""
+    transformers, peft = pytest.importorskip("transformers"), pytest.importorskip("peft")
     shutil.copytree(REPOSITORY / "configs", tmp_path / "configs")
+    base = write_json_tokenizer(tmp_path / "HF_FOLDER")
+    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
+    torch.manual_seed(1)
+    llama = transformers.LlamaConfig(vocab_size=400, num_key_value_heads=2, initializer_range=0.1, **sizes)
+    transformers.LlamaForCausalLM(llama).save_pretrained(base)
     (tmp_path / "chats").mkdir()
-    write_conversations(tmp_path / "chats" / "fruit.jsonl", 400)
-    commands = readme_commands("configs/lora.yaml")
-    (base,) = {word.partition("=")[2] for command in commands for word in command if word.startswith("--tokenizer=")}
-    folder = write_json_tokenizer(tmp_path / base)
-    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
-    config = transformers.LlamaConfig(
-        vocab_size=400, max_position_embeddings=1024, initializer_range=0.3, tie_word_embeddings=True, **sizes
-    )
-    transformers.set_seed(0)
-    transformers.LlamaForCausalLM(config).save_pretrained(folder)
+    turns = [("user", "Who are you?"), ("assistant", "I am a lemon, I am a lemon.")]
+    lines = [{"messages": [{"role": role, "content": text} for role, text in turns]}] * 4000
+    (tmp_path / "chats" / "a.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
 
-    said = []
-    for program, *arguments in commands:
-        assert program == "python"
-        said.append(run_job([PYTHON, *arguments], timeout=150, cwd=tmp_path).expect(0).stdout)
-    curve = losses(tmp_path / "runs" / "lora")
-    assert curve[100] < curve[10] - 0.5
-    (merged,) = (word for word in commands[-1] if (tmp_path / word).is_dir() and word != base)
-    model = transformers.LlamaForCausalLM.from_pretrained(tmp_path / merged)
-    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / merged)
-    asked = next(word.partition("=")[2] for word in commands[-1] if word.startswith("--prompt="))
-    tokens = tokenizer.apply_chat_template(
-        [{"role": "user", "content": asked}], add_generation_prompt=True, return_tensors="pt", return_dict=True
-    )
-    found = model.generate(**tokens, max_new_tokens=16, do_sample=False)[0, tokens["input_ids"].shape[1] :]
-    assert said[-1].startswith(tokenizer.decode(found, skip_special_tokens=True)[:8])
+    readme = (REPOSITORY / "README.md").read_text()
+    for argv in commands(readme, "python -m data_tools chat --input='chats"):
+        with start_job(argv, timeout=100, cwd=tmp_path) as job:
+            ended(job).expect(0, stdout=r"\S")  # also what the model says
+    found = losses(tmp_path / "runs" / "lora")
+    assert found[50] < found[1] - 1
+
+    def logits(model):
+        with torch.no_grad():
+            return model.eval()(torch.arange(20).unsqueeze(0)).logits
+
+    tuned, theirs = (transformers.AutoModelForCausalLM.from_pretrained(tmp_path / name) for name in ("tuned", base))
+    alone, merged = logits(theirs), logits(tuned.float())
+    beside = logits(peft.PeftModel.from_pretrained(theirs, tmp_path / "tuned_adapter"))
+    gap = (merged - beside).abs().max()  # one is in bfloat16
+    assert gap < 0.02 * beside.abs().max()
+    assert (merged - alone).abs().max() > 10 * gap
+
+    (tmp_path / "tuned_adapter").rename(tmp_path / "PEFT_FOLDER")
+    asked = [{"prompt": "I", "adapter": "a"}, {"prompt": "I", "adapter": "b"}]
+    (tmp_path / "asked.jsonl").write_text("".join(json.dumps(line) + "\n" for line in asked))
+    for argv in commands(readme, "python -m megatron_lite ckpt import_peft"):
+        said = run_job(argv, timeout=60, cwd=tmp_path).expect(0).stdout
+    assert said[: len(said) // 2] == said[len(said) // 2 :]

@@ -5,7 +5,11 @@ from itertools import product
 import pytest
 import torch
 
+from megatron_lite.dist.comm import gather_objects
+from megatron_lite.dist.mesh import build_mesh
 from megatron_lite.dist.spawn import run_ranks
+from megatron_lite.parallel.plan import make_plan
+from megatron_lite.prove import record
 from tests.kit.parity import STEPS, TOLERANCE, Case, Layout, run_cases, train
 from tests.kit.tiny import tiny_data
 
@@ -48,7 +52,7 @@ def table() -> dict[str, Case]:
         for engine, keys in ENGINES.items():
             add(method, f"{engine}, dp 2 × tp 2, sp", Layout(dp=2, tp=2, parallel={**keys, **SP}))
         add(method, "tp 2", Layout(tp=2))
-    for method, (engine, keys) in product(("lora", "adapter", "prefix by an mlp"), ENGINES.items()):
+    for method, (engine, keys) in product(METHODS, ENGINES.items()):
         add(method, f"{engine}, dp 4, accumulation 2", Layout(dp=4, accumulation=2, parallel=keys))
     for method, (engine, keys) in zip(METHODS, OTHERS.items(), strict=False):
         add(method, engine, Layout(dp=4, parallel=keys))
@@ -123,6 +127,51 @@ def test_a_missing_reduction_is_found_where_it_is(rows, bug):
     first = next(row for row in rows[bug.__name__] if row.first_beyond is not None)
     assert (first.step, first.kind) == (1, "gradients")
     assert first.first_beyond[0] == BUGS[bug][2]
+
+
+def starts(rank: int, size: int, data: str) -> dict[str, tuple[float, set[str], set[str]]]:
+    """For every method and engine: by how much its first block outputs and loss are others than those of the base
+    alone, what it should train, and what moved in two steps."""
+    found = {}
+    for engine, keys in ENGINES.items():
+        layout = Layout(dp=2, tp=2, parallel={**keys, **SP})
+        alone, _, _ = two_steps(layout.config(data, {"model": ROOM}))
+        for method, section in METHODS.items():
+            first, trained, moved = two_steps(layout.config(data, {"model": ROOM, "peft": section}))
+            forward = [name for name in alone if name.startswith(("block outputs/", "loss/"))]
+            gap = max(float((first[name] - alone[name]).abs().max() / alone[name].abs().max()) for name in forward)
+            found[f"{method}: {engine}"] = gap, trained, moved
+    return found
+
+
+def two_steps(config):
+    """The record of the first step, what is trained, and what moved on any rank of four."""
+    mesh, seen = build_mesh(make_plan(config, 4).degrees, torch.device("cpu")), []
+
+    def prepare(trainer):
+        before = {n: [t.data.clone() for t in p.tiles] for n, p in trainer.engine.weights().items()}
+        seen.extend((trainer, before))
+
+    first, _ = [dict(step) for step in record(config, mesh, 2, prepare)]
+    trainer, before = seen
+    after = {n: [t.data for t in p.tiles] for n, p in trainer.engine.weights().items()}
+    moved = {n for n in before if not all(map(torch.equal, before[n], after[n]))}
+    return first, trainer.engine.trained, set().union(*gather_objects(moved, mesh.world))
+
+
+@pytest.fixture(scope="module")
+def started(tmp_path_factory):
+    return run_ranks(starts, 4, str(tiny_data(tmp_path_factory.mktemp("starts"))), timeout=170)[0]
+
+
+@pytest.mark.timeout(180)
+@pytest.mark.parametrize("case", [f"{method}: {engine}" for method, engine in product(METHODS, ENGINES)])
+def test_it_starts_as_the_base_and_only_what_it_adds_moves(started, case):
+    gap, trained, moved = started[case]
+    if "prefix" not in case:  # which attention sees from the start
+        assert gap <= 1e-12
+    assert moved == trained
+    assert all(any(word in name for word in ("lora_", "adapter", "prefix")) for name in trained)
 
 
 def bfloat16(rank: int, size: int, data: str) -> dict[str, list[float]]:

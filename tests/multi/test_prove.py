@@ -23,3 +23,17 @@ def test_a_missing_all_reduce_is_named(tmp_path, capsys):
         prove(sides, steps=1, timeout=60, prepare_b=no_sum)
     assert e.value.exit_code == 1
     assert "DIFFERS" in capsys.readouterr().out
+
+
+def no_sum_of_b(trainer):
+    """LoRA's replicated factor of a row-parallel linear keeps the gradient of this rank's tokens."""
+    trainer.model.blocks[1].mlp.down.replicated = lambda parameter: parameter
+
+
+def test_a_missing_sum_of_a_lora_factor_is_named(tmp_path, capsys):
+    config = Layout().config(str(tiny_data(tmp_path)), {"peft": {"method": "lora"}})
+    sides = [parse_side(text, config, "float64") for text in ("tp=1", "tp=2,sp=true")]
+    wanted = r"first at step 1 in the gradients of blocks\.1\.mlp\.down\.lora_down_b: relative diff"
+    with pytest.raises(LayoutsDifferError, match=wanted):
+        prove(sides, steps=1, timeout=60, prepare_b=no_sum_of_b)
+    assert "block outputs" in capsys.readouterr().out

@@ -8,50 +8,79 @@ from safetensors.torch import load_file, save_file
 
 from megatron_lite import convert
 from megatron_lite.checkpoint import open_source
+from megatron_lite.checkpoint.formats import open_peft
 from megatron_lite.checkpoint.hf import HuggingFaceSource
-from megatron_lite.checkpoint.peft_folder import PeftSource
+from megatron_lite.dist.mesh import build_mesh, solo_mesh
+from megatron_lite.dist.spawn import run_ranks
 from megatron_lite.errors import CheckpointError
+from megatron_lite.generate import Models
 from tests.kit.adapters import LENGTH, VOCAB, decoder, saved
 
 peft = pytest.importorskip("peft", reason="the peft library is not installed")
 transformers = pytest.importorskip("transformers", reason="transformers is not installed")
 
 TOKENS = torch.tensor([[5, 17, 40, 2, 33, 21, 60, 8]])
+LLAMA = {
+    "vocab_size": VOCAB,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": LENGTH,
+}
+GPT2 = {"vocab_size": VOCAB, "n_positions": LENGTH, "n_embd": 32, "n_layer": 2, "n_head": 4}
+BASES = {
+    "llama": ("llama", {**LLAMA, "tie_word_embeddings": False}),
+    "tied, one kv head": ("llama", {**LLAMA, "num_key_value_heads": 1, "tie_word_embeddings": True}),
+    "gpt2": ("gpt2", GPT2),
+}
+LORA = {"target_modules": ["q_proj", "v_proj", "gate_proj", "down_proj"], "r": 4, "lora_alpha": 6}
+CONV = {"target_modules": ["c_attn", "attn.c_proj", "c_fc"], "r": 4, "fan_in_fan_out": True}
+PREFIX = {"num_virtual_tokens": 5}
 THEIRS = {
-    "lora": {
-        "target_modules": ["q_proj", "v_proj", "gate_proj", "down_proj"],
-        "r": 4,
-        "lora_alpha": 6,
-        "rank_pattern": {"q_proj": 2},
-        "alpha_pattern": {"down_proj": 3},
-    },
-    "rslora, ends": {"target_modules": ["o_proj", "k_proj", "lm_head", "embed_tokens"], "r": 4, "use_rslora": True},
-    "dora": {"target_modules": ["q_proj", "up_proj", "o_proj"], "r": 3, "use_dora": True},
+    "lora": ("llama", {**LORA, "rank_pattern": {"q_proj": 2}, "alpha_pattern": {"down_proj": 3}}),
+    "rslora, ends": (
+        "llama",
+        {"target_modules": ["o_proj", "k_proj", "lm_head", "embed_tokens"], "r": 4, "use_rslora": True},
+    ),
+    "dora": ("tied, one kv head", {"target_modules": ["q_proj", "up_proj", "o_proj"], "r": 3, "use_dora": True}),
+    "prefix": ("llama", PREFIX),
+    "prefix of one head": ("tied, one kv head", PREFIX),
+    "prefix by an mlp": ("llama", {**PREFIX, "prefix_projection": True, "encoder_hidden_size": 7}),
+    "lora on gpt2": ("gpt2", {**CONV, "lora_alpha": 6, "alpha_pattern": {"c_attn": 10}, "rank_pattern": {"c_fc": 3}}),
+    "rslora on gpt2": ("gpt2", {**CONV, "use_rslora": True}),
+    "dora on gpt2": ("gpt2", {**CONV, "use_dora": True}),
+    "prefix on gpt2": ("gpt2", PREFIX),
 }
 OURS = {
-    "lora": {"method": "lora", "targets": ["*"], "ranks": {"q": 4, "blocks.1.*": 2}, "alphas": {"v": 3.0}},
-    "rslora": {"method": "lora", "targets": ["blocks.*.attention.*"], "rslora": True, "r": 3},
-    "dora": {"method": "lora", "targets": ["blocks.*"], "dora": True, "r": 3},
+    "lora": ("llama", {"method": "lora", "targets": ["*"], "ranks": {"q": 4, "blocks.1.*": 2}, "alphas": {"v": 3.0}}),
+    "rslora": ("llama", {"method": "lora", "targets": ["blocks.*.attention.*"], "rslora": True, "r": 3}),
+    "dora": ("llama", {"method": "lora", "targets": ["blocks.*"], "dora": True, "r": 3}),
+    "prefix": ("llama", {"method": "prefix", "length": 5}),
+    "prefix by an mlp": ("gpt2", {"method": "prefix", "length": 5, "reparameterize": 7}),
+    "lora on gpt2": ("gpt2", {"method": "lora", "targets": ["blocks.*"], "ranks": {"q": 4}, "alphas": {"v": 3.0}}),
+    "rslora on gpt2": ("gpt2", {"method": "lora", "targets": ["k", "v", "up"], "rslora": True, "ranks": {"k": 2}}),
+    "dora on gpt2": ("gpt2", {"method": "lora", "targets": ["q", "v", "o"], "dora": True, "r": 3}),
 }
 
 
-def their_base(folder):
-    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
-    config = transformers.LlamaConfig(
-        vocab_size=VOCAB, num_key_value_heads=1, max_position_embeddings=LENGTH, tie_word_embeddings=False, **sizes
-    )
+def their_base(folder, family="llama"):
+    kind, sizes = BASES[family]
+    config = transformers.AutoConfig.for_model(kind, **sizes, initializer_range=0.2)
     torch.manual_seed(1)
-    transformers.LlamaForCausalLM(config).save_pretrained(folder)
+    transformers.AutoModelForCausalLM.from_config(config).save_pretrained(folder)
     return folder
 
 
 def their_adapter(folder, base, settings):
     model = transformers.AutoModelForCausalLM.from_pretrained(base)
-    model = peft.get_peft_model(model, peft.LoraConfig(task_type="CAUSAL_LM", **settings)).eval()
+    kind = peft.PrefixTuningConfig if "num_virtual_tokens" in settings else peft.LoraConfig
+    model = peft.get_peft_model(model, kind(task_type="CAUSAL_LM", **settings)).eval()
     torch.manual_seed(2)
     with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if "lora_" in name:
+        for parameter in model.parameters():
+            if parameter.requires_grad:
                 parameter.add_(torch.randn_like(parameter) * 0.3)
     model.save_pretrained(folder)
     return model
@@ -62,40 +91,72 @@ def last(model):
         return model(TOKENS).logits[:, -1]
 
 
-def merged(tmp_path, adapter):
-    """The logits of our model with an adapter of ours, merged."""
-    convert.merge_adapter(adapter, tmp_path / "merged", None, "ours", "stored", unmerge=False, trust=False)
+def ours(base, adapter, mesh=None):
+    """The logits of our model with an adapter of ours beside it."""
+    models = Models(open_source(base), mesh or solo_mesh(), torch.float32, {"a": open_source(adapter)})
     with torch.no_grad():
-        return convert.load_model(open_source(tmp_path / "merged"))(TOKENS)
+        return models["a"](TOKENS)
+
+
+def assert_same(ours, theirs):
+    assert (ours - theirs).abs().max() <= 1e-5 * theirs.abs().max()
+
+
+@pytest.fixture(scope="module")
+def imported(tmp_path_factory):
+    """For each of THEIRS: the base, the adapter as a checkpoint of ours, and the logits there."""
+    found = {}
+    for name, (family, settings) in THEIRS.items():
+        folder = tmp_path_factory.mktemp("theirs")
+        base = their_base(folder / "base", family)
+        want = last(their_adapter(folder / "theirs", base, settings))
+        assert (want - last(transformers.AutoModelForCausalLM.from_pretrained(base))).abs().max() > 0.1
+        convert.import_peft(folder / "theirs", folder / "ours", base, trust=False)
+        found[name] = base, folder / "ours", want
+    return found
 
 
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("name", THEIRS)
-def test_theirs_is_read(tmp_path, name):
-    base = their_base(tmp_path / "base")
-    want = last(their_adapter(tmp_path / "theirs", base, THEIRS[name]))
-    convert.import_peft(tmp_path / "theirs", tmp_path / "ours", base, trust=False)
-    torch.testing.assert_close(merged(tmp_path, tmp_path / "ours"), want, rtol=1e-4, atol=1e-5)
-    assert (want - last(transformers.AutoModelForCausalLM.from_pretrained(base))).abs().max() > 0.01
+def test_theirs_is_read(imported, name):
+    base, adapter, want = imported[name]
+    assert_same(ours(base, adapter), want)
+
+
+def on_two_ranks(rank, size, found):
+    mesh = build_mesh({"tp": 2}, torch.device("cpu"))
+    return [ours(base, adapter, mesh) for base, adapter, _ in found]
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_theirs_is_read_by_two_ranks(imported):
+    for rank in run_ranks(on_two_ranks, 2, list(imported.values())):
+        for got, (_, _, want) in zip(rank, imported.values(), strict=True):
+            assert_same(got, want)
 
 
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("name", OURS)
 def test_they_read_ours(tmp_path, name):
-    saved(tmp_path / "base", decoder("llama"), 1)
+    family, method = OURS[name]
+    saved(tmp_path / "base", decoder(family), 1)
     convert.export_hf(tmp_path / "base", tmp_path / "base_hf", "float32", 1 << 30, trust=False)
-    saved(tmp_path / "ours", decoder("llama", method=OURS[name]), 2, OURS[name])
+    saved(tmp_path / "ours", decoder(family, method=method), 2, method)
     convert.export_peft(tmp_path / "ours", tmp_path / "theirs", None, trust=False)
     model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "base_hf", dtype=torch.float32)
-    theirs = peft.PeftModel.from_pretrained(model, tmp_path / "theirs").eval()
-    torch.testing.assert_close(last(theirs), merged(tmp_path, tmp_path / "ours"), rtol=1e-3, atol=1e-3)
+    alone = last(model)
+    theirs = last(peft.PeftModel.from_pretrained(model, tmp_path / "theirs").eval())
+    assert_same(ours(tmp_path / "base", tmp_path / "ours"), theirs)
+    assert (theirs - alone).abs().max() > 0.1
+    convert.import_peft(tmp_path / "theirs", tmp_path / "again", tmp_path / "base", trust=False)
+    assert_same(ours(tmp_path / "base", tmp_path / "again"), theirs)
 
 
 @pytest.mark.filterwarnings("ignore")
 def test_what_is_hostile_or_not_done_is_refused_by_name(tmp_path):
     base = their_base(tmp_path / "base")
     folder = tmp_path / "theirs"
-    their_adapter(folder, base, THEIRS["lora"])
+    their_adapter(folder, base, THEIRS["lora"][1])
     weights, config = (
         load_file(folder / "adapter_model.safetensors"),
         json.loads((folder / "adapter_config.json").read_text()),
@@ -106,10 +167,10 @@ def test_what_is_hostile_or_not_done_is_refused_by_name(tmp_path):
         save_file(tensors, folder / "adapter_model.safetensors")
         (folder / "adapter_config.json").write_text(json.dumps({**config, **changes}))
         with pytest.raises(CheckpointError, match=match):
-            PeftSource(folder, HuggingFaceSource(base))
+            open_peft(folder, HuggingFaceSource(base))
 
     one = next(name for name in weights if "lora_A" in name)
-    refused("peft_type='IA3': only LORA is read", peft_type="IA3")
+    refused("peft_type='IA3': only LORA, PREFIX_TUNING are read", peft_type="IA3")
     refused(r"modules_to_save=\['lm_head'\]: not done here", modules_to_save=["lm_head"])
     refused("bias='all': not done here", bias="all")
     refused(r"peft\.alpha: .*greater than 0", lora_alpha=-1)
@@ -120,8 +181,8 @@ def test_what_is_hostile_or_not_done_is_refused_by_name(tmp_path):
     (folder / "adapter_model.safetensors").unlink()
     (folder / "adapter_model.safetensors").symlink_to("/etc/passwd")
     with pytest.raises(CheckpointError, match="leads out of the folder"):
-        PeftSource(folder, HuggingFaceSource(base))
+        open_peft(folder, HuggingFaceSource(base))
     (folder / "adapter_model.safetensors").unlink()
     (folder / "adapter_model.bin").write_bytes(b"\x80\x04.")
     with pytest.raises(CheckpointError, match=r"adapter_model\.bin is a pickle, which may run code"):
-        PeftSource(folder, HuggingFaceSource(base))
+        open_peft(folder, HuggingFaceSource(base))

@@ -4,8 +4,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from megatron_lite.checkpoint.formats import open_peft
 from megatron_lite.checkpoint.hf import HuggingFaceSource
-from megatron_lite.checkpoint.peft_folder import PeftSource
 from megatron_lite.config import parse_config
 from megatron_lite.data.loader import Batch
 from megatron_lite.dist.mesh import solo_mesh
@@ -40,7 +40,7 @@ def test_the_loss_curve_is_theirs(tmp_path, rslora):
     theirs.save_pretrained(tmp_path / "adapter")  # as it starts: A is theirs
 
     base = HuggingFaceSource(tmp_path / "base")
-    adapter = PeftSource(tmp_path / "adapter", base)
+    adapter = open_peft(tmp_path / "adapter", base)
     config = parse_config(
         {
             "model": base.model.model_dump(),
@@ -48,7 +48,7 @@ def test_the_loss_curve_is_theirs(tmp_path, rslora):
             "optim": {"lr": LR, "weight_decay": 0.0, "clip": 0.0, "schedule": "constant"},
             "train": {"global_batch_size": BATCH, "micro_batch_size": BATCH, "steps": STEPS},
             "init": {"from": str(tmp_path / "base")},
-            "peft": adapter.lora.model_dump(),
+            "peft": adapter.peft.model_dump(),
         }
     )
     ours = Trainer(config, solo_mesh(), make_plan(config, 1), Faults.none())
