@@ -173,6 +173,11 @@ class LoRARowLinear(_Adapted, RowParallelLinear):
         if self.dora:
             self.add(f"lora_{update.name}_m", ShardSpec((rows,)), self.tp.size, "ones")
 
+    @torch._disable_dynamo  # as in comm.apply: a collective that a compiled block must not take in
+    def lengths(self, a: Tensor, b: Tensor) -> Tensor:
+        """Of the whole rows: the sums over tp."""
+        return comm.all_reduce(super().lengths(a, b), self.tp)
+
     def forward(self, x: Tensor, seed: int | None = None) -> Tensor:
         a, b = self.a(x.dtype), self.b(x.dtype)
         low = F.linear(self.dropped(x, seed, self.tp.rank), a)
@@ -182,9 +187,8 @@ class LoRARowLinear(_Adapted, RowParallelLinear):
             y, low = joined[:, : y.shape[1]], joined[:, y.shape[1] :]
         y = torch.addmm(y, low, self.replicated(b).t())
         if self.dora:
-            lengths = comm.all_reduce(self.lengths(a, b), self.tp)
             (magnitude,) = self.factors("m", x.dtype)
-            y = y * self.magnitude(lengths, [self.replicated(magnitude)])
+            y = y * self.magnitude(self.lengths(a, b), [self.replicated(magnitude)])
         return y if self.bias is None else y + self.replicated(self.bias).to(x.dtype)
 
 
