@@ -149,8 +149,8 @@ FLAGS = {  # what is typed after the name of a good config, and what is said abo
 COMMANDS = {
     "trian": "unknown command 'trian' (did you mean 'train'?); there are: train, generate, prove, config, rank, ckpt",
     "train": "missing CONFIG; see --help",
-    "train demoo": "no config 'demoo' (did you mean 'demo'?); shipped with the package: demo, pretrain",
-    "train .": "no config '.'; shipped with the package: demo, pretrain",
+    "train demoo": "no config 'demoo' (did you mean 'demo'?); shipped with the package: demo, lora, pretrain",
+    "train .": "no config '.'; shipped with the package: demo, lora, pretrain",
     "train c.yaml --parallel.tp=2": "parallel.tp=2 does not divide the 1 rank of this job",
     "prove c.yaml --a=tp=0": "parallel.tp: input should be greater than 0, not '0'",
     "prove c.yaml --b=tpp=2": (
