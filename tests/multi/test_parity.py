@@ -91,9 +91,10 @@ def averaged_over_dp(trainer):
     engine, finish = trainer.engine, trainer.engine.finish_gradients
 
     def halved():
+        norm = finish()
         for gradient in engine.local_gradients().values():
             gradient.div_(2)
-        return finish()
+        return norm / 2
 
     engine.finish_gradients = halved
 
