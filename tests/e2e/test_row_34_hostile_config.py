@@ -33,7 +33,8 @@ FILES = {  # a file and what is said about it
     f"run: !mine {{a: 1}}\n{BASE}": f"c.yaml:1:6: {NO_CONSTRUCTOR} '!mine'",
     "a: &a [x, x]\nb: &b [*a, *a]\nc: [*b, *b]\n": ALIASES,
     "model:\n  <<: *base\n": ALIASES,
-    "a: " + "[" * 2000 + "]" * 2000: "c.yaml: nested too deeply",
+    "a: " + "[" * 101 + "]" * 101: "c.yaml: nested too deeply",
+    "a: " + "[" * 400_000 + "]" * 400_000: "c.yaml: nested too deeply",  # PyYAML alone overflows the stack
     f"{BASE}train: {{steps: 1, steps: 2}}\n": ("c.yaml:3:19: while constructing a mapping found duplicate key steps"),
     f"{BASE}model: {{vocab_size: 3}}\n": "c.yaml:3:1: while constructing a mapping found duplicate key model",
     "model:\n\tvocab_size: 3\n": (
