@@ -7,10 +7,14 @@ import time
 from pathlib import Path
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
+from launch import cli as launch_cli
 from launch.__main__ import COMMANDS
 from launch.cli import parse
 from launch.hostfile import UsageError
+from megatron_lite import cli as trainer_cli
 from tests.kit.jobs import PYTHON, REPOSITORY, Result, run_job
 
 STAND_IN = """
@@ -43,6 +47,20 @@ def read(words: list[str]) -> dict:
 
 def launch(folder: Path, *words: str) -> Result:
     return run_job([PYTHON, "-m", "launch", *words], timeout=30, cwd=folder, env={"PYTHONPATH": str(REPOSITORY)})
+
+
+TEXT = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0")) | st.sampled_from(["--", "-x", "1e5"])
+WORDS = st.builds("--{}={}".format, st.from_regex(r"[a-z][a-z0-9_.-]{0,9}", fullmatch=True), TEXT) | TEXT
+
+
+@pytest.mark.parametrize("cli", [launch_cli, trainer_cli], ids=lambda cli: cli.__name__)
+@given(words=st.lists(WORDS, unique_by=lambda word: word.partition("=")[0].replace("-", "_")))
+def test_words_that_fire_is_not_asked_about_mean_what_it_says(cli, words: list[str]) -> None:
+    words = [word for word in words if cli._PLAIN.fullmatch(word)]
+    read = cli.split(words)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cli, "_PLAIN", re.compile("(?!)"))
+        assert not words or cli.split(words) == read
 
 
 def test_run_checks_the_config_and_trains_with_the_same_words(folder: Path) -> None:
