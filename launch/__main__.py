@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
-import secrets
 import subprocess
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -12,11 +12,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from launch import LAUNCHERS, cli, slurm, submitted
+from launch import cli, slurm, submitted
 from launch.cli import Flag
 from launch.elastic import Pool
 from launch.hostfile import MAX_SLOTS, Host, UsageError, nearest, read_hostfile, select
 from launch.job import Job, Slurm, Ssh, forwarded, rank_defaults
+from launch.launchers import LAUNCHERS
 from launch.layout import check_layout, picture
 from launch.report import PEER_LOST
 from launch.supervise import describe, say, supervise
@@ -251,7 +252,7 @@ def make_job(
         hosts=hosts,
         run_dir=Path(folder["dir"]) / folder["name"],
         resume=() if "checkpoint.resume" in overrides else ("--checkpoint.resume=auto",),
-        name=f"{folder['name']}-{secrets.token_hex(4)}",
+        name=f"{folder['name']}-{os.urandom(4).hex()}",
         node=where["node_rank"],
         rendezvous=where["rdzv"],
         ssh=Ssh(launch["ssh"]["port"], tuple(launch["ssh"]["options"])),
@@ -332,6 +333,7 @@ def _help() -> str:
 
 def main() -> int:
     """Entry point: 0, or the documented exit code after one ``error:`` line for each mistake."""
+    gc.freeze()  # modules stay: no collection has to look at them, not even the last one
     name, words = (sys.argv[1], sys.argv[2:]) if len(sys.argv) > 1 else ("--help", [])
     try:
         if name in ("-h", "--help", "help"):

@@ -9,6 +9,7 @@ since launchers hand back neither exit codes nor signals. Options: ``--rank=VARI
 from __future__ import annotations
 
 import contextlib
+import gc
 import io
 import json
 import os
@@ -185,6 +186,7 @@ def _arguments() -> list[str]:
 
 def main() -> NoReturn:
     """Read the command line and the launcher's variables; everything unexpected is an error of the launcher."""
+    gc.freeze()
     process.die_with_parent()
     if os.getppid() == 1:
         raise SystemExit("launch.rank: the launcher has gone")

@@ -294,9 +294,9 @@ class _Attempt:
         if self.job.distributed:
             with contextlib.suppress(OSError):
                 self._wish(END)
-        elsewhere = []  # what ends by itself, once it has ended what it started on other hosts
+        elsewhere = []  # what ends by itself, once it has ended what it started on hosts that can be reached
         for command, agent in zip(self.launch.commands, self.agents, strict=False):
-            if agent.stdin is not None or command.host is None:
+            if command.host is None or (agent.stdin is not None and command.host not in self.unreachable):
                 elsewhere.append(agent)
             if agent.stdin is not None:
                 with contextlib.suppress(BrokenPipeError):

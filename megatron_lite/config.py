@@ -1,7 +1,7 @@
 """The config: one pydantic tree, read from YAML with ``--section.key=value`` overrides on top.
 
 No torch here: a mistake is reported in well under a second, every mistake at once, each with its key and the nearest
-valid one. OmegaConf reads the YAML, because it knows ``1e-4`` as a number and refuses duplicate keys.
+valid one.
 """
 
 from __future__ import annotations
@@ -13,10 +13,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
-from omegaconf import OmegaConf
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
 
-from megatron_lite import targets
+from megatron_lite import targets, yaml_text
 from megatron_lite.cli import nearest
 from megatron_lite.errors import ConfigError
 
@@ -535,7 +534,7 @@ def parse_yaml(text: str, name: str) -> dict[str, Any]:
     if "${" in text:
         raise ConfigError(f"{name}: ${{…}} is not filled in; write the value, or give it as --section.key=value")
     try:
-        tree = OmegaConf.to_container(OmegaConf.create(text))
+        tree = yaml_text.load(text)
     except RecursionError:
         raise ConfigError(f"{name}: nested too deeply") from None
     except Exception as error:  # the YAML reader raises many kinds; each means the text is wrong
@@ -544,9 +543,9 @@ def parse_yaml(text: str, name: str) -> dict[str, Any]:
         said = [getattr(error, "context", None), getattr(error, "problem", None)] if mark else [str(error)]
         problem = " ".join(" ".join(filter(None, said)).split()).replace(' in "<unicode string>",', " at")
         raise ConfigError(f"{place}: {problem or _NO_SECTIONS}") from None
-    if not isinstance(tree, dict):
+    if not isinstance(tree, dict | None):
         raise ConfigError(f"{name}: {_NO_SECTIONS}")
-    return tree  # type: ignore[return-value]
+    return tree or {}
 
 
 _NO_SECTIONS = "expected sections such as 'model:' and 'train:'"
@@ -634,7 +633,7 @@ def load_config(name: str, overrides: Mapping[str, str]) -> Config:
 
 def to_yaml(config: Config) -> str:
     """The resolved config as YAML that ``load_config`` reads back to the same config."""
-    return OmegaConf.to_yaml(OmegaConf.create(config.model_dump(mode="json")))
+    return yaml_text.dump(config.model_dump(mode="json"))
 
 
 def model_section(source: str) -> dict[str, Any]:

@@ -12,11 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from omegaconf import OmegaConf
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
-from megatron_lite import checkpoint, peft
+from megatron_lite import checkpoint, peft, yaml_text
 from megatron_lite.checkpoint import inspect as look
 from megatron_lite.checkpoint.deepspeed import DeepSpeedSource, is_deepspeed
 from megatron_lite.checkpoint.formats import open_peft, open_source
@@ -278,7 +277,7 @@ def weights_only(source: Source) -> tuple[dict[str, Any], dict[str, bytes]]:
         "padded_vocab_size": source.model.padded_vocab_size,
         "tokenizer_sha256": hashlib.sha256(tokenizer).hexdigest() if tokenizer is not None else None,
     }
-    return state, {**extras, "config.yaml": OmegaConf.to_yaml(OmegaConf.create(config)).encode()}
+    return state, {**extras, "config.yaml": yaml_text.dump(config).encode()}
 
 
 def _write(

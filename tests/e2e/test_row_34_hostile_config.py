@@ -1,9 +1,9 @@
 """Row 34: whatever a config or a command line says, a mistake in it costs a line, exit 2, and nothing else."""
 
 import json
+import resource
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -33,7 +33,8 @@ FILES = {  # a file and what is said about it
     f"run: !mine {{a: 1}}\n{BASE}": f"c.yaml:1:6: {NO_CONSTRUCTOR} '!mine'",
     "a: &a [x, x]\nb: &b [*a, *a]\nc: [*b, *b]\n": ALIASES,
     "model:\n  <<: *base\n": ALIASES,
-    "a: " + "[" * 2000 + "]" * 2000: "c.yaml: nested too deeply",
+    "a: " + "[" * 101 + "]" * 101: "c.yaml: nested too deeply",
+    "a: " + "[" * 400_000 + "]" * 400_000: "c.yaml: nested too deeply",  # PyYAML alone overflows the stack
     f"{BASE}train: {{steps: 1, steps: 2}}\n": ("c.yaml:3:19: while constructing a mapping found duplicate key steps"),
     f"{BASE}model: {{vocab_size: 3}}\n": "c.yaml:3:1: while constructing a mapping found duplicate key model",
     "model:\n\tvocab_size: 3\n": (
@@ -179,13 +180,13 @@ for text, words in json.load(sys.stdin):
     with open("c.yaml", "w", encoding="latin-1") as file:
         file.write(text)
     sys.argv = ["megatron_lite", *words]
-    said, began = io.StringIO(), time.perf_counter()
+    said, began = io.StringIO(), time.process_time()
     with contextlib.redirect_stderr(said), contextlib.redirect_stdout(io.StringIO()):
         try:
             code = main()
         except SystemExit as end:
             code = end.code
-    results.append([code, said.getvalue(), time.perf_counter() - began, sorted(os.listdir()), "torch" in sys.modules])
+    results.append([code, said.getvalue(), time.process_time() - began, sorted(os.listdir()), "torch" in sys.modules])
 json.dump(results, sys.stdout)
 """
 TABLE = (
@@ -215,9 +216,15 @@ def test_a_mistake_is_told_in_a_line(results, case):
 
 
 def timed(argv: list[str], folder: Path) -> tuple[int, str, float]:
-    began = time.perf_counter()
+    """Exit code, stderr, and the seconds that it kept a core busy: on a busy machine any command takes long."""
+
+    def busy() -> float:
+        used = resource.getrusage(resource.RUSAGE_CHILDREN)
+        return used.ru_utime + used.ru_stime
+
+    before = busy()
     done = subprocess.run([sys.executable, "-m", *argv], cwd=folder, capture_output=True, text=True, timeout=60)
-    return done.returncode, done.stderr, time.perf_counter() - began
+    return done.returncode, done.stderr, busy() - before
 
 
 @pytest.mark.parametrize("command", [["megatron_lite", "train"], ["launch", "run"]], ids=lambda c: c[0])
@@ -225,12 +232,12 @@ def timed(argv: list[str], folder: Path) -> tuple[int, str, float]:
     "flag, said",
     [("--train.stesp=3", "train.stesp: unknown key"), ("--parallel.tp=3", "parallel.tp=3 does not divide the 1 rank")],
 )
-def test_in_under_a_second_and_without_a_trace_on_disk(tmp_path, command, flag, said):
+def test_in_a_fraction_of_a_second_and_without_a_trace_on_disk(tmp_path, command, flag, said):
     (tmp_path / "c.yaml").write_text(BASE)
     code, error, seconds = min((timed([*command, "c.yaml", flag], tmp_path) for _ in range(3)), key=lambda run: run[2])
     assert code == 2
     assert error.startswith(f"error: {said}")
-    assert seconds < 1
+    assert seconds < 0.6  # 0.2 where nothing else runs; importing torch takes a second
     assert [path.name for path in tmp_path.iterdir()] == ["c.yaml"]
 
 

@@ -15,6 +15,7 @@ import contextlib
 import json
 import os
 import re
+import resource
 import signal
 import subprocess
 import sys
@@ -34,7 +35,10 @@ MARK = "MLITE_TEST_JOB"  # in the environment of everything a job starts, so tha
 
 @dataclass(frozen=True)
 class Result:
-    """What a job left: its exit code, its output, how long it took, and processes that outlived it (killed by now)."""
+    """What a job left: its exit code, its output, how long it took, and processes that outlived it (killed by now).
+
+    ``seconds`` since its start, or what ``strike`` or ``wait_for_end_of`` last saw; ``busy``: seconds of a core's time.
+    """
 
     argv: list[str]
     exit_code: int | None  # None: it ran past its time
@@ -42,6 +46,7 @@ class Result:
     stderr: str
     seconds: float
     orphans: list[str] = field(default_factory=list)
+    busy: float = 0.0
 
     def expect(
         self,
@@ -50,9 +55,13 @@ class Result:
         stderr: str = "",
         stdout: str = "",
         within: float | None = None,
+        busy: float | None = None,
         traceback: bool = False,
     ) -> Result:
-        """Assert on the exit code, on regular expressions found in the output, on time, and on a clean end."""
+        """Assert on the exit code, on regular expressions found in the output, on time, and on a clean end.
+
+        How long a program takes to start depends on what else runs: ``within`` is for what a job waits for.
+        """
         told = f"\n$ {' '.join(self.argv)}\nexit {self.exit_code} after {self.seconds:.1f} s"
         told += f"\n--- stdout\n{self.stdout[-6000:]}\n--- stderr\n{self.stderr[-6000:]}"
         assert self.exit_code is not None, f"ran past its time{told}"
@@ -60,6 +69,7 @@ class Result:
         assert re.search(stderr, self.stderr), f"stderr lacks {stderr!r}{told}"
         assert re.search(stdout, self.stdout), f"stdout lacks {stdout!r}{told}"
         assert within is None or self.seconds <= within, f"took {self.seconds:.1f} s, wanted {within:g} s{told}"
+        assert busy is None or self.busy <= busy, f"kept a core busy for {self.busy:.2f} s, wanted {busy:g} s{told}"
         assert traceback or "Traceback (most recent call last)" not in self.stderr, f"a traceback{told}"
         assert not self.orphans, f"left behind: {self.orphans}{told}"
         return self
@@ -72,6 +82,7 @@ class RunningJob:
         self, argv: Sequence[str], timeout: float, env: Mapping[str, str | None], cwd: Path, folder: Path
     ) -> None:
         self.argv, self.mark = list(argv), uuid.uuid4().hex
+        self._busy = _children_busy()
         self.began = time.monotonic()
         self.deadline = self.began + timeout
         merged = {**os.environ, **env, MARK: self.mark}
@@ -123,6 +134,18 @@ class RunningJob:
             assert not problem, f"waiting for rank {rank} to start: {problem}\n{self.stderr[-3000:]}"
             time.sleep(0.02)
 
+    def strike(self, pid: int, signum: int) -> None:
+        """Send a signal to a process of the job; its time counts from here."""
+        self.began = time.monotonic()
+        os.kill(pid, signum)
+
+    def wait_for_end_of(self, run_dir: Path, rank: int) -> None:
+        """Wait until ``rank`` has ended; the job's time counts from there."""
+        while not (run_dir / "logs" / f"rank_{rank}.exit.json").exists() and self.process.poll() is None:
+            assert time.monotonic() < self.deadline, f"rank {rank} does not end\n{self.stderr[-3000:]}"
+            time.sleep(0.02)
+        self.began = time.monotonic()
+
     def agent_pid(self) -> int:
         """The process id of torchrun's agent, the launcher's only child."""
         children = self.process.children()
@@ -148,15 +171,21 @@ class RunningJob:
         with contextlib.suppress(psutil.TimeoutExpired):
             self.process.wait(max(0.0, self.deadline - time.monotonic()))
         seconds, exit_code = time.monotonic() - self.began, self.process.poll()
+        busy = _children_busy() - self._busy
         if exit_code is not None and grace:
             self.wait_gone(grace)
-        return Result(
-            self.argv, exit_code, self.stdout, self.stderr, seconds, self.kill() if exit_code is not None else []
-        )
+        orphans = self.kill() if exit_code is not None else []
+        return Result(self.argv, exit_code, self.stdout, self.stderr, seconds, orphans, busy)
 
     def kill(self) -> list[str]:
         """Kill everything the job started; returns what that was."""
         return kill_marked(self.mark)
+
+
+def _children_busy() -> float:
+    """What this process's children that have ended, and those that they waited for, used of the cores' time."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
 
 
 def marked(mark: str) -> list[psutil.Process]:

@@ -6,9 +6,9 @@
 import sys
 from pathlib import Path
 
-from launch import Job, Launch, supervise, torchrun
+from launch import supervise, torchrun
 from launch.hostfile import Host
-from launch.job import Command, rank_defaults
+from launch.job import Command, Job, Launch, rank_defaults
 
 FAKE_AGENT = Path(__file__).with_name("fake_agent.py")
 

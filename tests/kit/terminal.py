@@ -19,7 +19,8 @@ def run_on_terminal(
 ) -> Result:
     """Run ``argv`` as the foreground job of a pseudo-terminal; its whole screen is the result's ``stdout``.
 
-    Each entry of ``typed`` is a text to wait for and the keys to press 0.6 s after it has appeared.
+    Each entry of ``typed`` is a text to wait for and the keys to press 0.6 s after it has appeared; the result's time
+    counts from the last.
     """
     began, mark = time.monotonic(), uuid.uuid4().hex
     pid, terminal = pty.fork()
@@ -29,16 +30,17 @@ def run_on_terminal(
             os.execve(argv[0], list(argv), {**os.environ, **(env or {}), MARK: mark})
         finally:
             os._exit(127)
-    screen, waiting = b"", list(typed)
+    screen, waiting, struck = b"", list(typed), began
     with contextlib.suppress(OSError):  # raised when the job has closed the other side
         while time.monotonic() - began < timeout:
             if select.select([terminal], [], [], 0.1)[0]:
                 screen += os.read(terminal, 65536)
             if waiting and waiting[0][0].encode() in screen:
                 time.sleep(0.6)
+                struck = time.monotonic()
                 os.write(terminal, waiting.pop(0)[1])
     ended, status = os.waitpid(pid, os.WNOHANG if time.monotonic() - began >= timeout else 0)
-    seconds, exit_code = time.monotonic() - began, os.waitstatus_to_exitcode(status) if ended else None
+    seconds, exit_code = time.monotonic() - struck, os.waitstatus_to_exitcode(status) if ended else None
     orphans = kill_marked(mark)
     if not ended:
         os.kill(pid, signal.SIGKILL)

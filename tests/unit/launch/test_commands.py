@@ -10,9 +10,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from launch import LAUNCHERS, Job, mpirun
+from launch import mpirun
 from launch.hostfile import Host, UsageError
-from launch.job import Ssh, forwarded, rank_defaults
+from launch.job import Job, Ssh, forwarded, rank_defaults
+from launch.launchers import LAUNCHERS
 from launch.layout import check_layout, coordinates
 from launch.supervise import describe
 

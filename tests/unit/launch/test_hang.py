@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 
-from launch import Job
 from launch.hang import explain
 from launch.hostfile import Host
+from launch.job import Job
 from launch.outcome import judge
 from launch.report import Report, Reports
 

@@ -7,10 +7,14 @@ import time
 from pathlib import Path
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
+from launch import cli as launch_cli
 from launch.__main__ import COMMANDS
 from launch.cli import parse
 from launch.hostfile import UsageError
+from megatron_lite import cli as trainer_cli
 from tests.kit.jobs import PYTHON, REPOSITORY, Result, run_job
 
 STAND_IN = """
@@ -45,6 +49,20 @@ def launch(folder: Path, *words: str) -> Result:
     return run_job([PYTHON, "-m", "launch", *words], timeout=30, cwd=folder, env={"PYTHONPATH": str(REPOSITORY)})
 
 
+TEXT = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0")) | st.sampled_from(["--", "-x", "1e5"])
+WORDS = st.builds("--{}={}".format, st.from_regex(r"[a-z][a-z0-9_.-]{0,9}", fullmatch=True), TEXT) | TEXT
+
+
+@pytest.mark.parametrize("cli", [launch_cli, trainer_cli], ids=lambda cli: cli.__name__)
+@given(words=st.lists(WORDS, unique_by=lambda word: word.partition("=")[0].replace("-", "_")))
+def test_words_that_fire_is_not_asked_about_mean_what_it_says(cli, words: list[str]) -> None:
+    words = [word for word in words if cli._PLAIN.fullmatch(word)]
+    read = cli.split(words)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cli, "_PLAIN", re.compile("(?!)"))
+        assert not words or cli.split(words) == read
+
+
 def test_run_checks_the_config_and_trains_with_the_same_words(folder: Path) -> None:
     words = ("--model.name=two words", "--a.b='\"$(x)\n'", "--c.d=", "--e.f", "-1e-4")
     result = launch(folder, "run", "good.yaml", "--nproc", "2", *words)
@@ -70,7 +88,7 @@ def test_dry_run_starts_and_makes_nothing(folder: Path) -> None:
 
 def test_a_bad_config_is_passed_on_at_once(folder: Path) -> None:
     result = launch(folder, "run", "bad.yaml", "--nproc=2")
-    result.expect(exit_code=2, stderr="^error: optim.lr=-1: must be greater than 0\n$", within=1)
+    result.expect(exit_code=2, stderr="^error: optim.lr=-1: must be greater than 0\n$", busy=0.6)
     assert not (folder / "runs").exists()
 
 
@@ -160,14 +178,14 @@ def test_nodes_takes_the_first_hosts_and_nproc_fewer_slots(folder: Path) -> None
 def test_an_unknown_command_is_one_line(folder: Path) -> None:
     result = launch(folder, "rnu", "x.yaml")
     result.expect(
-        exit_code=2, stderr=r"^error: unknown command 'rnu' \(did you mean 'run'\?\); there is: run, .*\n$", within=1
+        exit_code=2, stderr=r"^error: unknown command 'rnu' \(did you mean 'run'\?\); there is: run, .*\n$", busy=0.6
     )
 
 
 def test_a_run_folder_that_cannot_be_made_is_one_line(folder: Path) -> None:
     (folder / "runs").write_text("a file")
     launch(folder, "run", "good.yaml").expect(
-        exit_code=7, stderr="error: runs/a run/logs: Not a directory\n$", within=1
+        exit_code=7, stderr="error: runs/a run/logs: Not a directory\n$", busy=0.6
     )
 
 

@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
-from launch import Job
 from launch.hostfile import Host
+from launch.job import Job
 from launch.outcome import judge
 
 RUNNING = {"rank": 0, "host": "h", "pid": 10, "shim": 9, "attempt": 0, "started": 0.0}

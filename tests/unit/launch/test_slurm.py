@@ -14,9 +14,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from launch import LAUNCHERS, Job, slurm
+from launch import slurm
 from launch.hostfile import Host, UsageError
-from launch.job import Slurm
+from launch.job import Job, Slurm
+from launch.launchers import LAUNCHERS
 from megatron_lite.config import SlurmConfig
 from tests.kit.hosts import eventually
 from tests.kit.jobs import PYTHON, REPOSITORY, Result, run_job

@@ -5,7 +5,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import example, given
+from hypothesis import strategies as st
 
+from megatron_lite import yaml_text
 from megatron_lite.config import LoRAConfig, ModelConfig, load_config, parse_config, parse_yaml, read_yaml, to_yaml
 from megatron_lite.dist.mesh import Axis
 from megatron_lite.dist.shard import spec_of
@@ -21,6 +24,10 @@ PUBLISHED = {  # parameters in millions and the vocabulary, from the models' pap
     "llama-8b": (8030.3, 128256),
     "llama-70b": (70553.7, 128256),
 }
+
+
+def json_like(values):
+    return st.lists(values, max_size=3) | st.dictionaries(st.text(), values, max_size=3)
 
 
 @pytest.mark.parametrize("name", [path.stem for path in CONFIGS.glob("*.yaml")])
@@ -57,6 +64,14 @@ def test_every_number_of_yaml_and_of_the_command_line_is_the_same_number():
     text = "model: {vocab_size: 1e2}\ndata: {train: [{path: x}]}\noptim: {lr: 1e-4, eps: 1E-08}\n"
     config = parse_config(parse_yaml(text, "c.yaml"))
     assert (config.model.vocab_size, config.optim.lr, config.optim.eps) == (100, 1e-4, 1e-8)
+
+
+@given(st.recursive(st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(), json_like))
+@example(
+    ["1e-4", "no", "2026-11-24", "<<", "=", "~", "", ".5", "012", "4:00:00", "a: b", "# c", "\x85\n ", 1e-05, 1e22]
+)
+def test_what_is_written_as_yaml_is_read_back(value):
+    assert yaml_text.load(yaml_text.dump({"key": [value, value]})) == {"key": [value, value]}
 
 
 def test_sizes_that_follow_from_others_are_filled_in():
