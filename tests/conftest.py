@@ -1,5 +1,11 @@
 """What all tests share: the same examples in every run, and which tests may run beside each other."""
 
+import os
+
+# Before torch is imported, and for every process that tests start: two run at a time, and threads that wait for each
+# other's core take more of it than they give.
+os.environ["OMP_NUM_THREADS"] = "1"
+
 import pytest
 from hypothesis import settings
 

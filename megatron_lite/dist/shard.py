@@ -227,7 +227,7 @@ def materialize(model: nn.Module, device: torch.device, shared: Mapping[str, nn.
             if shared is not None and name in shared:
                 setattr(module, name.rpartition(".")[2], shared[name])
                 continue
-            real = nn.Parameter(torch.empty_like(parameter, device=device), parameter.requires_grad)
+            real = nn.Parameter(torch.empty(parameter.shape, dtype=parameter.dtype, device=device), parameter.requires_grad)
             setattr(module, name.rpartition(".")[2], attach(real, spec_of(parameter), parameter.init))  # type: ignore[attr-defined]
 
 

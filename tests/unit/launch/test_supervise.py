@@ -239,7 +239,7 @@ def test_ctrl_c_twice_on_a_terminal_ends_it(tmp_path: Path) -> None:
 class TestTorchrun:
     """The same with the real torchrun: few, since each takes seconds to start (more in tests/e2e/test_row_*)."""
 
-    def test_arguments_variables_and_quiet(self, tmp_path: Path) -> None:
+    def test_arguments_variables_and_quiet(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         nasty = (
             "two words",
             'it\'s "quoted"',
@@ -251,6 +251,7 @@ class TestTorchrun:
             "--standalone",
             "é×…",
         )
+        monkeypatch.delenv("OMP_NUM_THREADS")
         code = "import json; json.dump([sys.argv[1:], dict(os.environ)], open(f'{sys.argv[1]}/{rank}', 'w'))"
         folder = tmp_path / "with 'odd'\nname"
         folder.mkdir()
