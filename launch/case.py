@@ -25,8 +25,9 @@ class Case:
 
     ``silent``: hosts that did not answer, and why. ``skew``: seconds that a clock is surely ahead of ours. ``seen``:
     hosts whose file has come into the run's folder. ``links``: from, to, what failed. ``chosen``: the user's
-    ``network.VARIABLES``. ``port``: what is wrong with the rendezvous port. ``reduced``: what
-    ``megatron_lite/dist/bandwidth.py`` wrote, or why there is nothing, which is an error if it ``failed``.
+    ``network.VARIABLES``. ``omp``: OMP_NUM_THREADS of every rank, 0 where it says nothing. ``port``: what is wrong with
+    the rendezvous port. ``reduced``: what ``megatron_lite/dist/bandwidth.py`` wrote, or why there is nothing, which is
+    an error if it ``failed``.
     """
 
     hosts: tuple[Host, ...]
@@ -41,6 +42,7 @@ class Case:
     keep: int = 1
     links: Mapping[tuple[str, str], str] = field(default_factory=dict)
     chosen: Mapping[str, str] = field(default_factory=dict)
+    omp: int = 0
     port: str = ""
     reduced: Mapping[str, Any] | str = "not run"
     failed: bool = False

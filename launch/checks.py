@@ -138,6 +138,19 @@ def devices(case: Case) -> Iterator[Finding]:
             yield Finding("note", f"{has} for {count(host.slots, 'rank')}", host.name)
 
 
+def threads(case: Case) -> Iterator[Finding]:
+    """The threads with which the ranks of a host compute have a core each; whether ranks have one is ``devices``'."""
+    for host in case.hosts:
+        if (known := case.facts.get(host.name)) is None or case.omp <= 1:
+            continue
+        if (wanted := case.omp * host.slots) > known.cores:
+            has = f"OMP_NUM_THREADS={case.omp} in {count(host.slots, 'rank')}: {wanted} threads share"
+            fix = f"--launch.env.OMP_NUM_THREADS={max(1, known.cores // host.slots)} is faster"
+            yield Finding("warning", f"{has} {count(known.cores, 'core')}; {fix}", host.name)
+        else:
+            yield Finding("note", f"OMP_NUM_THREADS={case.omp}", host.name)
+
+
 def clock(case: Case) -> Iterator[Finding]:
     """Clocks agree: the first of several failures is found by its time."""
     for host, seconds in case.skew.items():
@@ -261,6 +274,7 @@ CHECKS: dict[str, tuple[int, Check]] = {
     "interface": (PEER_LOST, interface),
     "versions": (USAGE, versions),
     "devices": (USAGE, devices),
+    "threads": (USAGE, threads),
     "clock": (USAGE, clock),
     "shm": (USAGE, shm),
     "limits": (USAGE, limits),

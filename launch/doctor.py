@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import shutil
 import signal
 import sys
@@ -49,8 +50,16 @@ def diagnose(job: Job, wanted: Wanted) -> tuple[Case, dict[str, list[Finding]]]:
     folder = _existing(job.run_dir.absolute())
     free = shutil.disk_usage(folder).free
     chosen = {name: job.env[name] for name in VARIABLES if job.env.get(name)}
+    omp = job.env.get("OMP_NUM_THREADS", os.environ.get("OMP_NUM_THREADS", "")).partition(",")[0].strip()
     case = Case(
-        job.hosts, {}, folder=str(folder), free=free, checkpoint=wanted.checkpoint, keep=wanted.keep, chosen=chosen
+        job.hosts,
+        {},
+        folder=str(folder),
+        free=free,
+        checkpoint=wanted.checkpoint,
+        keep=wanted.keep,
+        chosen=chosen,
+        omp=int(omp) if re.fullmatch(r"[0-9]{1,9}", omp) else 0,
     )
     try:
         probe = Path(tempfile.mkdtemp(prefix=".doctor-", dir=folder))

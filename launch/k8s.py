@@ -28,6 +28,8 @@ def manifest(settings: Mapping[str, Any], nodes: int, nproc: int, max_restarts: 
     options = settings["launch"]["k8s"]
     if not options["image"]:
         raise UsageError("--launch.k8s.image=IMAGE is missing: an image in which `python -m launch` works")
+    if mistakes := list(_mistakes(options)):
+        raise UsageError("\n".join(mistakes))
     name = object_name(settings["run"]["name"])
     grace = settings["launch"]["slurm"]["signal_seconds"] or 30
     pytorch = options["kind"] == "PyTorchJob"
@@ -58,6 +60,31 @@ def manifest(settings: Mapping[str, Any], nodes: int, nproc: int, max_restarts: 
         },
     }
     return [config, service, _job(meta, template, name, nodes, max_restarts)]
+
+
+def _mistakes(options: Mapping[str, Any]) -> Iterator[str]:
+    """What the cluster would refuse, or only its scheduler, later; a line for each."""
+    if re.search(r"\s", options["image"]):
+        yield f"launch.k8s.image={options['image']!r}: expected the name of an image, without spaces"
+    if options["namespace"] and not _LABEL.fullmatch(options["namespace"]):
+        yield f"launch.k8s.namespace={options['namespace']!r}: expected up to 63 of a-z, 0-9 and dashes"
+    for key in ("secrets", "volumes"):
+        for name in options[key]:
+            if len(name) > 253 or not _NAME.fullmatch(name):
+                yield f"launch.k8s.{key}: {name!r}: expected a name of a-z, 0-9, dashes and dots"
+    paths = [_CONFIG, "/dev/shm"]
+    for path in options["volumes"].values():
+        if not path.startswith("/") or ":" in path or path in paths:
+            yield f"launch.k8s.volumes: {path!r}: expected an absolute path, without a colon, not {' or '.join(paths)}"
+        paths.append(path)
+    for key, size in {"shm": options["shm"], **{f"resources.{k}": v for k, v in options["resources"].items()}}.items():
+        if not _QUANTITY.fullmatch(size):
+            yield f"launch.k8s.{key}={size!r}: expected a quantity, as in 500m, 8 or 64Gi"
+
+
+_LABEL = re.compile(r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?")
+_NAME = re.compile(r"[a-z0-9]([a-z0-9-]*[a-z0-9])?(\.[a-z0-9]([a-z0-9-]*[a-z0-9])?)*")
+_QUANTITY = re.compile(r"(\d+(\.\d*)?|\.\d+)(m|[kMGTPE]|[KMGTPE]i|[eE][+-]?\d+)?", re.A)
 
 
 def object_name(run: str) -> str:
@@ -116,7 +143,7 @@ def _job(meta: dict[str, Any], template: dict[str, Any], name: str, nodes: int, 
                         "action": "Ignore",
                         "onExitCodes": {"containerName": "ranks", "operator": "In", "values": [PREEMPTED]},
                     },
-                    {"action": "Ignore", "onPodConditions": [{"type": "DisruptionTarget"}]},
+                    {"action": "Ignore", "onPodConditions": [{"type": "DisruptionTarget", "status": "True"}]},
                 ]
             },
             "template": template,

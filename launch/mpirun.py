@@ -14,6 +14,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+from launch import network
 from launch.hostfile import UsageError
 from launch.job import Command, Job, Launch, device_env, ordered
 
@@ -25,7 +26,22 @@ def command(job: Job) -> Launch:
     """One ``mpirun``, the one that belongs to this Python or else the first on PATH; ranks read what they run and their
     variables from a file. Where they meet, they agree on over MPI (``megatron_lite/dist/mesh.py``)."""
     mpirun = job.mpirun or find()
-    return build(job, mpirun, *version(mpirun))
+    flavour, major = version(mpirun)
+    if flavour == "MPICH" and len(job.hosts) > 1:
+        _check_ipv4(job)
+    return build(job, mpirun, flavour, major)
+
+
+def _check_ipv4(job: Job) -> None:
+    """MPICH's processes find each other by gethostbyname(), which knows no IPv6. Hosts of one network are alike, so the
+    first two tell. Raises UsageError."""
+    for host in job.hosts[:2]:
+        found = network.resolve(host.address)
+        if found and all(":" in address for address in found):
+            raise UsageError(
+                f"--via=mpirun: MPICH connects hosts by IPv4, and {host.address} has {', '.join(found)} only; "
+                "use Open MPI, --via=torchrun, or give it an IPv4 address"
+            )
 
 
 def find() -> Path:
@@ -48,7 +64,11 @@ def version(mpirun: Path) -> tuple[str, int]:
 
 
 def build(job: Job, mpirun: Path, flavour: str, major: int) -> Launch:
-    """The launch for a known mpirun."""
+    """The launch for a known mpirun. Raises UsageError."""
+    if odd := next((host for host in job.hosts if ":" in host.address), None):
+        raise UsageError(
+            f"--via=mpirun: mpirun takes {odd.address} apart at its colons; write the host's name in the hostfile"
+        )
     shim, files = ordered(job, _library(mpirun, flavour), "--stderr-fd=1", f"--rank={_RANK[flavour]}")
     argv = [
         str(mpirun),

@@ -86,7 +86,7 @@ def judge(
         return Outcome(PEER_LOST, f"{lost} {how}; log: {_log(job, lost)}", lost.rank, lost.host, step)
     if unborn:
         log = launcher_log(job, launcher, None)
-        cause = f"{launcher} ended before rank {unborn[0]} had started: {_end_of(log)}"
+        cause = f"{launcher} ended before rank {unborn[0]} had started: {_refusal(log) or _end_of(log)}"
         return Outcome(PEER_LOST, f"{cause}; log: {log}", step=step)
     return _of_rank(job, failures[0], reports, step)
 
@@ -107,6 +107,15 @@ def _of_host(job: Job, host: Host, launcher: str, step: int | None, *, reachable
     how = "was lost" if reachable else "cannot be reached any more"
     cause = f"host {host.name} {how}, with {span}" + (f": {said}" if said else "")
     return Outcome(PEER_LOST, cause, ranks[0], host.name, step)
+
+
+def _refusal(log: Path) -> str:
+    """The first word of an ssh that did not get through: pdsh goes on with the other hosts, which then fail, too."""
+    try:
+        lines = log.read_bytes()[:65536].decode(errors="replace").splitlines()
+    except OSError:
+        return ""
+    return next((line[:500] for line in lines if line.startswith("ssh: ")), "")
 
 
 def _end_of(log: Path) -> str:

@@ -33,6 +33,7 @@ _POLL_S, _WISH_S = 0.2, 1.0
 _LEASE_S = 30.0  # a rank with a lease ends when its launcher has been silent for this long
 SAVE, END = "save", "end"  # wishes, each followed by the attempt that is meant
 _TAIL_BYTES = 8192
+_INHERITED = ("PMI_FD",)  # holds the descriptor through which MPICH's MPI_Init talks to its mpiexec
 
 
 class Copier(threading.Thread):
@@ -96,6 +97,7 @@ def run(
         stdout=console[0] if console and on_terminal else subprocess.PIPE,  # a progress line needs the terminal itself
         stderr=subprocess.STDOUT if console is None else subprocess.PIPE,
         bufsize=0,
+        pass_fds=[int(os.environ[name]) for name in _INHERITED if os.environ.get(name, "").isdecimal()],
         process_group=0,  # torchrun signals our whole group: the program would get each signal twice
     )
     report = Report(rank, socket.gethostname(), child.pid, os.getpid(), attempt, time.time())

@@ -42,7 +42,7 @@ def submit(
     path = job.log_dir / "slurm.sh"
     try:
         job.log_dir.mkdir(parents=True, exist_ok=True)
-        path.write_text(text)
+        path.write_bytes(os.fsencode(text))  # a path need not be UTF-8
     except OSError as error:
         say(f"error: {error.filename}: {error.strerror}")
         return _STORAGE

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
@@ -609,6 +609,7 @@ def load_config(name: str, overrides: Mapping[str, str]) -> Config:
     """Read, override, fill in the preset and the vocabulary, validate."""
     tree = read_yaml(find_file(name))
     mistakes = apply_overrides(tree, overrides)
+    mistakes += [f"{key}: no path, argument or variable can hold a NUL character" for key in _with_nul(tree)]
     model = tree.get("model")
     if isinstance(model, dict) and isinstance(model.get("preset"), str):
         tree["model"] = model = {**read_yaml(find_file(model["preset"], "models")), **model}
@@ -629,6 +630,15 @@ def load_config(name: str, overrides: Mapping[str, str]) -> Config:
         size = _tokenizer_size(config.data.tokenizer)
         config = config.model_copy(update={"model": config.model.model_copy(update={"vocab_size": size})})
     return config
+
+
+def _with_nul(value: Any, key: str = "") -> Iterator[str]:
+    """The keys of texts with a NUL, which YAML can write."""
+    if isinstance(value, str) and "\0" in value:
+        yield key
+    elif isinstance(value, dict | list):
+        for name, item in value.items() if isinstance(value, dict) else enumerate(value):
+            yield from _with_nul(item, f"{key}.{name}".removeprefix("."))
 
 
 def to_yaml(config: Config) -> str:

@@ -18,5 +18,5 @@ settings.load_profile("repeatable")
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """A file's tests share what they set up, so one worker runs them; hosts are heavy, and made by one worker alone."""
     for item in items:
-        hosts = {"cluster", "slurm", "two"} & set(getattr(item, "fixturenames", ()))
+        hosts = {"cluster", "slurm", "two", "six"} & set(getattr(item, "fixturenames", ()))
         item.add_marker(pytest.mark.xdist_group("hosts" if hosts else str(item.path)))

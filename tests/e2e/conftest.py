@@ -2,13 +2,15 @@
 
 from collections.abc import Callable, Iterator
 from functools import cache
+from pathlib import Path
 
 import pytest
 
 from tests.kit.cluster import Cluster
 from tests.kit.hosts import Unavailable
+from tests.kit.jobs import PYTHON, run_job
 from tests.kit.slurm import Slurm
-from tests.kit.tiny import ENGINES, TinyRuns, tiny_data
+from tests.kit.tiny import ENGINES, TinyRuns, losses, short_config, tiny_data
 
 
 @pytest.fixture(scope="session")
@@ -30,6 +32,22 @@ def tiny(tiny_runs: Callable[[str], TinyRuns], request: pytest.FixtureRequest) -
 
 
 @pytest.fixture(scope="session")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A dataset for the config ``short_config``."""
+    return tiny_data(tmp_path_factory.mktemp("data"))
+
+
+@pytest.fixture(scope="session")
+def by_hand(data: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[int, float]:
+    """The losses of the short training under a torchrun of one's own on this machine."""
+    folder = tmp_path_factory.mktemp("by hand")
+    torchrun = [str(Path(PYTHON).parent / "torchrun"), "--standalone", "--nproc-per-node=2"]
+    train = ["-m", "megatron_lite", "train", str(short_config(folder, data))]
+    run_job([*torchrun, *train], timeout=110, env={"OMP_NUM_THREADS": "1"}).expect(exit_code=0, traceback=True)
+    return losses(folder / "run")
+
+
+@pytest.fixture(scope="session")
 def cluster() -> Iterator[Cluster]:
     """Three hosts; healthy again after each test, whatever that did to them."""
     try:
@@ -37,6 +55,16 @@ def cluster() -> Iterator[Cluster]:
             yield hosts
     except Unavailable as error:
         pytest.skip(f"no hosts to launch on: {error}")
+
+
+@pytest.fixture(scope="session")
+def six() -> Iterator[Cluster]:
+    """Two hosts on a network that has addresses of IPv6 only; healthy again after each test."""
+    try:
+        with Cluster(2, "namespaces", ipv6=True) as hosts:
+            yield hosts
+    except Unavailable as error:
+        pytest.skip(f"no hosts with IPv6: {error}")
 
 
 @pytest.fixture(scope="session")
@@ -51,7 +79,7 @@ def slurm(cluster: Cluster) -> Iterator[Slurm]:
 
 @pytest.fixture(autouse=True)
 def _healthy_again(request: pytest.FixtureRequest) -> Iterator[None]:
-    used = [name for name in ("slurm", "cluster") if name in request.fixturenames]
+    used = [name for name in ("slurm", "cluster", "six") if name in request.fixturenames]
     owner = request.getfixturevalue(used[0]) if used else None
     yield
     if owner:

@@ -13,7 +13,7 @@ import pytest
 
 from tests.kit.cluster import Cluster
 from tests.kit.jobs import PYTHON, REPOSITORY, Result, run_job
-from tests.kit.tiny import tiny_config
+from tests.kit.tiny import tiny_config, tiny_data
 
 
 @pytest.fixture
@@ -267,3 +267,17 @@ def test_an_all_reduce_that_fails_is_told_in_its_own_words(tmp_path: Path) -> No
     (error,) = errors(result)
     assert re.match(r"error: all-reduce: rank \d \(.*\) ended with exit code 1 .*nope0.*; is it the interface", error)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("where", ["environment", "config"])
+def test_more_threads_than_cores_are_told(tmp_path: Path, where: str) -> None:
+    argv = [PYTHON, "-m", "launch", "doctor", "--nproc=2", "--bandwidth=false"]
+    if where == "config":
+        variables = {"OMP_NUM_THREADS": "5000"}
+        argv.insert(4, str(tiny_config(tmp_path, tiny_data(tmp_path), launch__env=variables)))
+    env = {"PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "5000" if where == "environment" else "1"}
+    result = run_job(argv, timeout=60, env=env, cwd=tmp_path).expect(exit_code=0, stdout="threads +warning")
+    told = (
+        r"warning: OMP_NUM_THREADS=5000 in 2 ranks: 10000 threads share \d+ cores?; --launch.env.OMP_NUM_THREADS=\d+ is"
+    )
+    assert re.search(told, result.stderr)

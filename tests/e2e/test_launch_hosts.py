@@ -7,30 +7,11 @@ from pathlib import Path
 import pytest
 
 from tests.kit.cluster import Cluster
-from tests.kit.jobs import PYTHON, Result, run_job
+from tests.kit.jobs import PYTHON, Result
 from tests.kit.mpi import mpich, open_mpi
-from tests.kit.tiny import losses, tiny_config, tiny_data
+from tests.kit.tiny import losses, short_config
 
 BIN = Path(PYTHON).parent
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny_data(tmp_path_factory.mktemp("data"))
-
-
-@pytest.fixture(scope="module")
-def by_hand(data: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[int, float]:
-    """The losses of the same training under a torchrun of one's own on this machine."""
-    folder = tmp_path_factory.mktemp("by hand")
-    config = short(folder, data)
-    torchrun = [str(BIN / "torchrun"), "--standalone", "--nproc-per-node=2", "-m", "megatron_lite", "train", config]
-    run_job(torchrun, timeout=110, env={"OMP_NUM_THREADS": "1"}).expect(exit_code=0, traceback=True)
-    return losses(folder / "run")
-
-
-def short(folder: Path, data: Path) -> str:
-    return str(tiny_config(folder, data, train__steps=3, checkpoint__every=0, parallel__zero=3))
 
 
 def launch(cluster: Cluster, folder: Path, *words: str, timeout: float = 110) -> Result:
@@ -46,7 +27,7 @@ def no_leftovers(cluster: Cluster) -> bool:
 def test_torchrun_over_two_hosts_trains_what_one_host_trains(
     cluster: Cluster, tmp_path: Path, data: Path, by_hand: dict[int, float]
 ) -> None:
-    result = launch(cluster, tmp_path, "run", short(tmp_path, data)).expect(exit_code=0)
+    result = launch(cluster, tmp_path, "run", str(short_config(tmp_path, data))).expect(exit_code=0)
     assert "run: 2 ranks on 2 hosts through torchrun" in result.stderr
     assert "step 3  loss" in result.stdout
     assert losses(tmp_path / "run") == by_hand
@@ -56,12 +37,12 @@ def test_torchrun_over_two_hosts_trains_what_one_host_trains(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("via", ["deepspeed", "mpirun"])
+@pytest.mark.parametrize("name", ["deepspeed", "Open MPI", "MPICH"])
 def test_other_launchers_train_the_same(
-    cluster: Cluster, tmp_path: Path, data: Path, by_hand: dict[int, float], via: str
+    cluster: Cluster, tmp_path: Path, data: Path, by_hand: dict[int, float], name: str
 ) -> None:
-    needs(via, cluster)
-    result = launch(cluster, tmp_path, "run", short(tmp_path, data), f"--via={via}").expect(exit_code=0)
+    words = ["run", str(short_config(tmp_path, data)), *through(name, cluster)]
+    result = launch(cluster, tmp_path, *words).expect(exit_code=0)
     assert "step 3  loss" in result.stdout
     assert losses(tmp_path / "run") == by_hand
     assert no_leftovers(cluster)
@@ -74,7 +55,7 @@ def test_launchers_of_ones_own_train_the_same(
 ) -> None:
     """Where ranks meet is agreed on over MPI, or told by DeepSpeed; the trainer reads the variables of each."""
     hostfile = cluster.hostfile(tmp_path / "hosts", [1, 1])
-    train = [PYTHON, "-m", "megatron_lite", "train", short(tmp_path, data)]
+    train = [PYTHON, "-m", "megatron_lite", "train", str(short_config(tmp_path, data))]
     if name == "deepspeed":
         needs("deepspeed", cluster)
         options = [f"--hostfile={hostfile}", "--no_ssh_check", "--master_addr=node0", "--no_local_rank", "--module"]
@@ -87,6 +68,13 @@ def test_launchers_of_ones_own_train_the_same(
     with cluster.start(0, argv, timeout=110, env={"OMP_NUM_THREADS": "1", **env}) as job:
         job.finish(grace=10).expect(exit_code=0, traceback=True)  # Open MPI's ssh outlives its mpirun
     assert losses(tmp_path / "run") == by_hand
+
+
+def through(name: str, cluster: Cluster) -> list[str]:
+    """The flags of a launcher; skips where it is missing."""
+    via = "mpirun" if name in ("Open MPI", "MPICH") else name
+    needs(via, cluster)
+    return [f"--via={via}", *([f"--mpirun={mpich().mpiexec}"] if name == "MPICH" else [])]
 
 
 def needs(via: str, cluster: Cluster) -> None:
@@ -125,7 +113,7 @@ def test_every_rank_is_where_the_plan_has_it(cluster: Cluster, tmp_path: Path, v
 
 def test_a_host_that_refuses_is_named(cluster: Cluster, tmp_path: Path, data: Path) -> None:
     cluster.kill_host(1)
-    launch(cluster, tmp_path, "run", short(tmp_path, data)).expect(
+    launch(cluster, tmp_path, "run", str(short_config(tmp_path, data))).expect(
         exit_code=5,
         stderr=rf"error: host {cluster.hosts[1]} was lost, with rank 1: ssh: connect to host .* Connection refused",
         within=60,

@@ -19,6 +19,7 @@ NOT_FILLED = "c.yaml: ${…} is not filled in; write the value, or give it as --
 NO_SECTIONS = "c.yaml: expected sections such as 'model:' and 'train:'"
 NO_CONSTRUCTOR = "could not determine a constructor for the tag"
 NAMES = "string should match pattern '^[A-Za-z0-9][A-Za-z0-9._-]*$'"
+NUL = "no path, argument or variable can hold a NUL character"
 INTEGER = "input should be a valid integer, unable to parse string as an integer"
 ZERO_1 = (
     "parallel.zero=1: FSDP2 divides gradients wherever it divides optimizer state; parallel.zero=2 does both, sends as "
@@ -44,6 +45,11 @@ FILES = {  # a file and what is said about it
     f"{BASE}---\n{BASE}": "c.yaml:3:1: expected a single document in the stream but found another document",
     "model: {vocab_size: 3}\0\n": (
         "c.yaml: unacceptable character #x0000: control characters are not allowed at position 22"
+    ),
+    f'{BASE}run: {{dir: "a\\0b"}}\n': f"run.dir: {NUL}",
+    f'{BASE}launch: {{env: {{A: "\\0"}}, slurm: {{setup: [x, "\\0"]}}}}\n': (
+        f"launch.env.A: {NUL}\nlaunch.slurm.setup.1: {NUL}\n"
+        "launch.slurm.setup.1: string should match pattern '^[^\\n\\r\\x00]*$', not '\\x00'"
     ),
     "\x80\x81": "cannot read c.yaml: 'utf-8' codec can't decode byte 0x80 in position 0: invalid start byte",
     "": "model: missing\ndata: missing",

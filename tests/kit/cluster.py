@@ -54,9 +54,10 @@ Kind = Literal["namespaces", "loopback"]
 class Cluster:
     """``count`` hosts, from entering the block to leaving it, or to the death of the test run."""
 
-    def __init__(self, count: int, kind: Kind | None = None) -> None:
-        """``kind`` None: namespaces where this machine allows them, else loopback."""
-        self.count, self._wanted = count, kind
+    def __init__(self, count: int, kind: Kind | None = None, *, ipv6: bool = False) -> None:
+        """``kind`` None: namespaces where this machine allows them, else loopback. ``ipv6``: the network between
+        namespaces has addresses of IPv6 only."""
+        self.count, self._wanted, self._ipv6 = count, kind, ipv6
 
     def __enter__(self) -> Cluster:
         reason = ""
@@ -90,7 +91,9 @@ class Cluster:
         if os.getuid() == 0:
             Path("/run/sshd").mkdir(exist_ok=True)
         make_key(self.folder / "id")
-        self._members = [describe(index, self.folder, namespaces=namespaces) for index in range(self.count)]
+        self._members = [
+            describe(index, self.folder, namespaces=namespaces, ipv6=self._ipv6) for index in range(self.count)
+        ]
         write_client(self.folder, self._members)
         if namespaces:
             self._boot(self._switch)

@@ -124,10 +124,11 @@ def check_namespaces() -> None:
     call(["unshare", "--net", "--uts", "--mount", "true"])
 
 
-def describe(index: int, folder: Path, *, namespaces: bool) -> Host:
+def describe(index: int, folder: Path, *, namespaces: bool, ipv6: bool = False) -> Host:
     """Host number ``index`` and its key."""
     if namespaces:
-        host = Host(f"node{index}", f"10.77.0.{10 + index}", PORT, folder / f"node{index}")
+        address = f"fd77::{10 + index}" if ipv6 else f"10.77.0.{10 + index}"
+        host = Host(f"node{index}", address, PORT, folder / f"node{index}")
     else:
         address = f"127.0.0.{1 + index}"
         host = Host(address, address, free_port(address), folder / address)
@@ -171,8 +172,10 @@ def write_client(folder: Path, hosts: Iterable[Host]) -> None:
 def write_server(folder: Path, host: Host) -> None:
     """sshd's config."""
     listen = host.address if host.name == host.address else "0.0.0.0"  # loopback hosts share an interface
+    more = "ListenAddress ::" if ":" in host.address else ""
     (host.folder / "sshd_config").write_text(f"""
 ListenAddress {listen}
+{more}
 Port {host.port}
 HostKey {host.folder}/host_key
 AuthorizedKeysFile {folder}/id.pub
@@ -225,5 +228,8 @@ def plug(host: Host, switch: Host, port: str) -> None:
     ends = ["eth0", "netns", str(host.init.pid), "type", "veth", "peer", port, "netns", str(switch.init.pid)]
     call([program("ip", "iproute2"), "link", "add", *ends])
     switch.ip("link", "set", port, "master", "br0", "up")
-    host.ip("address", "add", f"{host.address}/24", "dev", "eth0")
+    if ":" in host.address:
+        host.ip("address", "add", f"{host.address}/64", "dev", "eth0", "nodad")  # there at once: it is not probed
+    else:
+        host.ip("address", "add", f"{host.address}/24", "dev", "eth0")
     host.ip("link", "set", "eth0", "up")

@@ -48,6 +48,7 @@ HEALTHY = Case(
     folder="/runs",
     free=100 * GIB,
     links={("node0", "node2"): ""},
+    omp=4,
     reduced=REDUCED,
 )
 
@@ -130,11 +131,17 @@ TABLE: list[tuple[str, Case, str]] = [  # a check, a case, and its one error or 
         everywhere(versions={**VERSIONS, "torch": None}),
         "error: no torch for this Python; pip install torch",
     ),
-    ("devices", on("node0", cores=1), "warning: node0: 2 slots share 1 core; slots=1 is faster"),
+    ("devices", replace(on("node0", cores=1), omp=1), "warning: node0: 2 slots share 1 core; slots=1 is faster"),
     (
         "devices",
         on("node0", gpus=8),
         "error: user@node1, node2: 2 slots but 0 GPUs; leave it out, or look at nvidia-smi",
+    ),
+    (
+        "threads",
+        replace(on("node2", cores=7), omp=4),
+        "warning: node2: OMP_NUM_THREADS=4 in 2 ranks: 8 threads share 7 cores; "
+        "--launch.env.OMP_NUM_THREADS=3 is faster$",
     ),
     ("clock", replace(HEALTHY, skew={"node2": -3.2}), "warning: node2: its clock is 3 s behind; run chrony"),
     ("clock", replace(HEALTHY, skew={"node2": 3600.0}), "error: node2: its clock is 3600 s ahead; run chrony"),
@@ -219,6 +226,7 @@ def test_healthy_hosts_give_a_table_of_what_they_have(capsys) -> None:
     assert all(line.startswith("ok") for line in lines.values())
     assert lines["versions"].endswith("Python 3.12.1; torch 2.13.0; megatron_lite 0.1.0; code c0de")
     assert lines["devices"].endswith(" 8 cores, no GPU for 2 ranks")
+    assert lines["threads"].endswith(" OMP_NUM_THREADS=4")
     assert "node0: 10.0.0.0 (eth0); user@node1: 10.0.0.1 (eth0)" in lines["interface"]
     assert "node0 and user@node1: 1.00 GB/s (at least 0.25 expected: a fifth of a link of 10 Gbit/s)" in table
 

@@ -1,5 +1,7 @@
 """Manifests: what Kubernetes' own schema takes, and what a pod then does."""
 
+import copy
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +18,33 @@ from tests.kit.tiny import tiny_config, tiny_data
 MODELS = {"ConfigMap": core_v1.ConfigMap, "Service": core_v1.Service, "Job": batch_v1.Job}
 
 
+MAPS = {"labels", "selector", "data", "requests", "limits"}  # of free keys, whose values the models leave open
+CHOICES = {  # likewise; from the API reference
+    "restartPolicy": {"Never", "OnFailure", "Always"},
+    "completionMode": {"Indexed", "NonIndexed"},
+    "action": {"FailJob", "FailIndex", "Ignore", "Count"},
+    "operator": {"In", "NotIn"},
+    "status": {"True", "False", "Unknown"},
+    "medium": {"", "Memory", "HugePages"},
+    "clusterIP": {"", "None"},
+}
+
+
 def check(value: dict[str, Any], model: Any) -> None:
-    """``value`` is what the schema says of ``model``: no field missing or unknown, every type right."""
+    """``value`` is what the schema says of ``model``: no field missing or unknown, every type and choice right."""
     assert model.from_dict(value).to_dict() == value
+    for path, found in walk(value):
+        if path[-1] in CHOICES:
+            assert found in CHOICES[str(path[-1])], path
+        if len(path) > 1 and path[-2] in MAPS:
+            assert isinstance(found, str), path
+
+
+def walk(tree: Any, path: tuple[str | int, ...] = ()) -> Iterator[tuple[tuple[str | int, ...], Any]]:
+    """Everything in a tree, with the keys and numbers that lead to it."""
+    for key, value in tree.items() if isinstance(tree, dict) else enumerate(tree) if isinstance(tree, list) else ():
+        yield (*path, key), value
+        yield from walk(value, (*path, key))
 
 
 @pytest.fixture(scope="module")
@@ -56,18 +82,58 @@ def test_a_job_and_its_service_fit_the_schema_and_each_other(config: Path) -> No
     assert {mount["name"] for mount in container["volumeMounts"]} == {v["name"] for v in pod["spec"]["volumes"]}
 
 
-def test_the_schema_refuses_what_does_not_fit(config: Path) -> None:
+def spoilt(tree: Any, path: tuple[str | int, ...], change: Callable[[Any, Any], object]) -> Any:
+    """A copy in which ``change`` was done to what holds the end of ``path``."""
+    copied = inner = copy.deepcopy(tree)
+    for key in path[:-1]:
+        inner = inner[key]
+    change(inner, path[-1])
+    return copied
+
+
+def rename(holder: Any, key: Any) -> None:
+    holder[f"{key}s"] = holder.pop(key)
+
+
+def retype(holder: Any, key: Any) -> None:
+    holder[key] = 5 if isinstance(holder[key], str) else "5"
+
+
+def test_the_schema_refuses_each_field_under_another_name_or_type(config: Path) -> None:
+    count = 0
+    for found in printed(config):
+        for path, _ in walk(found):
+            named = isinstance(path[-1], str) and not MAPS.intersection(path)
+            for change in [retype, rename] if named else [retype]:
+                with pytest.raises((AssertionError, ValueError)):
+                    check(spoilt(found, path, change), MODELS[found["kind"]])
+                count += 1
+    assert count > 150
     *_, job = printed(config)
-    for spoil in (
-        lambda spec: spec.update(completion="2"),
-        lambda spec: spec.update(completions="2"),
-        lambda spec: spec.pop("template"),
-        lambda spec: spec["template"]["spec"]["containers"][0].update(args="--nproc=2"),
-    ):
-        spoilt = yaml.safe_load(k8s.to_yaml(job))
-        spoil(spoilt["spec"])
+    for path in (("spec", "template"), ("spec", "podFailurePolicy", "rules", 0, "action")):
         with pytest.raises((AssertionError, ValueError)):
-            check(spoilt, batch_v1.Job)
+            check(spoilt(job, path, lambda holder, key: holder.pop(key)), batch_v1.Job)
+
+
+@pytest.mark.parametrize(
+    ("option", "line"),
+    [
+        ("image=a b", "image='a b': expected the name of an image, without spaces"),
+        ("namespace=My_Lab", "namespace='My_Lab': expected up to 63 of a-z, 0-9 and dashes"),
+        ("secrets=[a, B]", "secrets: 'B': expected a name of a-z, 0-9, dashes and dots"),
+        ("volumes={a..b: /x}", "volumes: 'a..b': expected a name of a-z, 0-9, dashes and dots"),
+        (
+            "volumes={a: /dev/shm}",
+            "volumes: '/dev/shm': expected an absolute path, without a colon, not /etc/megatron_lite or /dev/shm",
+        ),
+        ("shm=8GB", "shm='8GB': expected a quantity, as in 500m, 8 or 64Gi"),
+        ("resources={cpu: two}", "resources.cpu='two': expected a quantity, as in 500m, 8 or 64Gi"),
+    ],
+)
+def test_what_a_cluster_would_refuse_is_refused_here(config: Path, option: str, line: str) -> None:
+    argv = [PYTHON, "-m", "launch", "k8s", str(config), "--nproc=2", f"--launch.k8s.{option}"]
+    result = run_job(argv, timeout=60).expect(exit_code=2, stdout="^$")
+    assert result.stderr == f"error: launch.k8s.{line}\n"
 
 
 def test_the_words_of_a_pod_are_a_run_of_that_config(config: Path, tmp_path: Path) -> None:

@@ -96,3 +96,17 @@ def test_reports_of_another_attempt_do_not_count(tmp_path: Path) -> None:
 def test_the_last_step_comes_from_the_metrics(tmp_path: Path) -> None:
     (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n{"step": 2, "loss": 1.0}\n{"loss": 3}\n{"step"')
     assert told(tmp_path, ended(0)).step == 2
+
+
+def test_a_host_that_pdsh_did_not_get_through_to_is_told_before_those_that_waited_for_it(tmp_path: Path) -> None:
+    job = Job(("train",), (Host("node0", 1), Host("node1", 1)), tmp_path)
+    job.log_dir.mkdir()
+    refused = "ssh: connect to host node0 port 22: Connection refused"
+    lines = ["starting", refused, "pdsh@here: node0: ssh exited with exit code 255"]
+    (job.log_dir / "deepspeed.log").write_text("\n".join([*lines, "pdsh@here: node1: ssh exited with exit code 5\n"]))
+    (job.log_dir / "rank_1.exit.json").write_text(json.dumps({**RUNNING, "rank": 1, **ended(5)}))
+    outcome = judge(job, "deepspeed", [(None, 1)], stop_asked=False)
+    assert (outcome.exit_code, outcome.cause.partition("; log: ")[0]) == (
+        5,
+        f"deepspeed ended before rank 0 had started: {refused}",
+    )

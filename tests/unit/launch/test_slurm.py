@@ -21,6 +21,7 @@ from launch.launchers import LAUNCHERS
 from megatron_lite.config import SlurmConfig
 from tests.kit.hosts import eventually
 from tests.kit.jobs import PYTHON, REPOSITORY, Result, run_job
+from tests.kit.stand_ins import put
 from tests.kit.tiny import tiny_config, tiny_data
 
 TWO = (Host("n1", 2), Host("n2", 2))
@@ -41,24 +42,10 @@ HOSTILE = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\
 )
 LAUNCHER = """#!/bin/sh
 printf '%s\\0' "$@" >"$LOG.argv"
-echo $$ >"$LOG.pid.tmp"; mv "$LOG.pid.tmp" "$LOG.pid"
 trap 'exit 75' USR1 TERM
+echo $$ >"$LOG.pid.tmp"; mv "$LOG.pid.tmp" "$LOG.pid"
 [ -z "$CODE" ] || exit "$CODE"
 while :; do sleep 0.05; done
-"""
-
-
-FAKE_SRUN = f"""#!{PYTHON}
-import os, subprocess, sys
-words = sys.argv[1:]
-program = words[next(n for n, word in enumerate(words) if not word.startswith("--")):]
-tasks = next(word.partition("=")[2] for word in words if word.startswith("--ntasks="))
-step = {{"SLURM_STEP_ID": "0", "SLURM_NODEID": "0", "SLURM_STEP_NUM_TASKS": tasks, "SLURM_STEP_TASKS_PER_NODE": tasks}}
-started = [
-    subprocess.Popen(program, env={{**os.environ, **step, "SLURM_PROCID": str(n), "SLURM_LOCALID": str(n)}})
-    for n in range(int(tasks))
-]
-sys.exit(max(task.wait() for task in started))
 """
 
 
@@ -287,8 +274,7 @@ def test_without_sbatch_the_script_is_there_to_take_along(tmp_path: Path) -> Non
 
 def test_srun_starts_every_rank_of_an_allocation(tmp_path: Path) -> None:
     """The whole way inside an allocation, with an srun that starts its tasks here."""
-    (tmp_path / "srun").write_text(FAKE_SRUN)
-    (tmp_path / "srun").chmod(0o755)
+    put(tmp_path, "srun")
     env = {"SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "localhost", "PATH": f"{tmp_path}:{os.environ['PATH']}"}
     argv = [PYTHON, "-m", "launch", "verify", "--via=slurm", "--nproc=2", f"--dir={tmp_path}/it's $(x)\n"]
     shown = run_job(argv, timeout=60, env=env).expect(exit_code=0, stderr="^$").stdout
