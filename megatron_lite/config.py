@@ -36,6 +36,7 @@ Integer = Annotated[int, BeforeValidator(_number)]
 Number = Annotated[float, BeforeValidator(_number)]
 Positive = Annotated[Integer, Field(gt=0, lt=2**48)]
 Count = Annotated[Integer, Field(ge=0, lt=2**48)]
+Rank = Annotated[Integer, Field(gt=0, le=2**16)]  # of a low-rank update: a stranger's file cannot ask for all memory
 Probability = Annotated[Number, Field(ge=0, lt=1)]
 PositiveFloat = Annotated[Number, Field(gt=0, allow_inf_nan=False)]
 NonNegativeFloat = Annotated[Number, Field(ge=0, allow_inf_nan=False)]
@@ -219,13 +220,17 @@ class ProfileConfig(Section):
     steps: Positive = 2
 
 
+Precision = Literal["float32", "bfloat16", "float64"]
+PRECISIONS = get_args(Precision)
+
+
 class TrainConfig(Section):
     """How long and how much at a time. The gradient accumulation follows: global batch ÷ (micro batch × dp)."""
 
     steps: Positive = 100
     global_batch_size: Positive = 8
     micro_batch_size: Positive = 8
-    precision: Literal["float32", "bfloat16", "float64"] = "float32"
+    precision: Precision = "float32"
     compile: bool = False
     log_every: Positive = 10
     eval_every: Count = 0
@@ -295,9 +300,9 @@ class LoRAConfig(PeftSection):
 
     method: Literal["lora"]
     targets: Annotated[list[str], Field(min_length=1)] = ["q", "k", "v", "o", "gate", "up", "down"]
-    r: Positive = 8
+    r: Rank = 8
     alpha: PositiveFloat = 16.0
-    ranks: dict[str, Positive] = {}
+    ranks: dict[str, Rank] = {}
     alphas: dict[str, PositiveFloat] = {}
     dropout: Probability = 0.0
     rslora: bool = False
@@ -690,9 +695,9 @@ def _describe(error: Any) -> str:
         case "literal_error":
             message = f"expected {error['ctx']['expected']}"
             given_text = nearest(str(given), re.findall(r"'(.*?)'", message))
-            return f"{key}: {message}, not {given!r}{given_text}"
+            return f"{key}: {message}, not {given!r:.200}{given_text}"
     message = message[0].lower() + message[1:]
-    return f"{key}: {message}" if isinstance(given, (dict, BaseModel)) else f"{key}: {message}, not {given!r}"
+    return f"{key}: {message}" if isinstance(given, (dict, BaseModel)) else f"{key}: {message}, not {given!r:.200}"
 
 
 def _keys(location: tuple[str | int, ...]) -> Mapping[str, Any]:

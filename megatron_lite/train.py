@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import logging
 import math
 import sys
@@ -139,7 +140,7 @@ class Run:
             self._load_base(engine.frozen())
         if self.found is not None:
             self._load_found()
-            self.trainer.state = TrainState(**self.found.state()["train"])
+            self.trainer.state = self._found_state()
             engine.loaded(self.trainer.state.updates)
             if self.lead:
                 logger.info("resumed %s: step %d", self.found.path, self.trainer.state.step)
@@ -152,6 +153,17 @@ class Run:
             engine.loaded(self.trainer.state.updates)
             if self.lead:
                 logger.info("%s", "\n".join([f"started from the weights of {source.path}", *source.notes]))
+
+    def _found_state(self) -> TrainState:
+        """Where the run that was found has come to."""
+        assert self.found is not None
+        tree = self.found.state().get("train")
+        known = [field.name for field in dataclasses.fields(TrainState)]
+        if not isinstance(tree, dict) or any(type(tree.get(name)) is not int or tree[name] < 0 for name in known):
+            raise CheckpointError(
+                f"{self.found.path}/state.json: train: expected {', '.join(known)}, found {tree!a:.200}"
+            )
+        return TrainState(**{name: tree[name] for name in known})
 
     def _load_found(self) -> None:
         """Load the checkpoint that was found; where that is damaged, tell of it and load the last sound one instead."""
@@ -193,12 +205,12 @@ class Run:
         if "train" not in content:
             raise CheckpointError(f"{path} holds weights, no run to resume; start one with --init.from={path}")
         vocab, digest = self.config.model.vocab_size, self.tokenizer_digest
-        theirs = content["tokenizer_sha256"]
-        if content["vocab_size"] != vocab or (theirs != digest and not self.config.data.force_tokenizer):
+        theirs, size = content.get("tokenizer_sha256"), content.get("vocab_size")
+        if size != vocab or (theirs != digest and not self.config.data.force_tokenizer):
             raise CheckpointError(
-                f"{path}: checkpoint vocab {content['vocab_size']} (tokenizer sha {str(theirs)[:8]}) "
+                f"{path}: checkpoint vocab {size} (tokenizer sha {str(theirs)[:8]}) "
                 f"vs config {vocab} (tokenizer sha {str(digest)[:8]})"
-                + ("; data.force_tokenizer=true goes on with it" if content["vocab_size"] == vocab else "")
+                + ("; data.force_tokenizer=true goes on with it" if size == vocab else "")
             )
         saved, peft = checkpoint.CheckpointSource(found), self.config.peft
         self._check_same_model(saved.model, path)
@@ -208,10 +220,10 @@ class Run:
             told = ", ".join(f"peft.{key} {there.get(key)} there, {here.get(key)} here" for key in keys)
             raise CheckpointError(f"{path}: {told}")
         now = self.train_data.fingerprint
-        if content["dataset"] != now and not self.config.data.allow_change:
+        if content.get("dataset") != now and not self.config.data.allow_change:
             raise DataError(
                 f"the training data (files, weights, split, seq_len or seed) changed since {path}: "
-                f"fingerprint {content['dataset']} then, {now} now; data.allow_change=true goes on with it"
+                f"fingerprint {content.get('dataset')} then, {now} now; data.allow_change=true goes on with it"
             )
 
     # Reporting
