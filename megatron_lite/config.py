@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
@@ -247,11 +247,13 @@ class InitConfig(Section):
     """What a new run starts from (``from``): weights of a checkpoint, a run or a Hugging Face folder.
 
     Its ``model`` section is this run's, too, where the config does not say otherwise. ``optimizer``: go on with its
-    optimizer, too.
+    optimizer, too. ``adapter``: what ``peft`` adds starts as this adapter, a checkpoint, a run or a folder of the peft
+    library's, of the same method, modules and sizes.
     """
 
     source: str | None = Field(default=None, alias="from")
     optimizer: bool = False
+    adapter: str | None = None
 
 
 class CheckpointConfig(Section):
@@ -287,6 +289,16 @@ class PeftSection(Section):
     def packing(self) -> str | None:
         """How the base's linears are packed, if they are."""
         return self.base_dtype if self.base_dtype in PACKED_BYTES else None
+
+    def differences(self, there: PeftSection, model: ModelConfig) -> list[str]:
+        """By key, why the adapter of another section could not be this one's."""
+        keys = ["method"] if type(there) is not type(self) else type(self).model_fields.keys() - {"base_dtype"}
+        return _unlike(sorted(keys), there, self)
+
+
+def _unlike(keys: Iterable[str], there: PeftSection, here: PeftSection) -> list[str]:
+    values = {key: (getattr(there, key), getattr(here, key)) for key in keys}
+    return [f"peft.{key} {a} there, {b} here" for key, (a, b) in values.items() if a != b]
 
 
 class LoRAConfig(PeftSection):
@@ -325,6 +337,22 @@ class LoRAConfig(PeftSection):
         """The linears of this model that are adapted."""
         names = targets.linear_names(model.num_layers, gated=model.family == "llama")
         return [name for name in names if any(targets.matches(pattern, name) for pattern in self.targets)]
+
+    def differences(self, there: PeftSection, model: ModelConfig) -> list[str]:
+        """Of two that name their modules otherwise, in what they come to; dropout is training's."""
+        if not isinstance(there, LoRAConfig):
+            return super().differences(there, model)
+        found = _unlike(("dora", "rslora"), there, self)
+        here, other = self.matched(model), there.matched(model)
+        for where, some, rest in (("there", other, here), ("here", here, other)):
+            if only := [name for name in some if name not in rest]:
+                found.append(f"peft.targets: {', '.join(targets.summary(only))} only {where}")
+        both = [name for name in here if name in other]
+        for key, ours, theirs in (("r", self.rank_of, there.rank_of), ("alpha", self.alpha_of, there.alpha_of)):
+            if odd := [name for name in both if not math.isclose(ours(name), theirs(name))]:
+                told = ", ".join(targets.summary(odd))
+                found.append(f"peft.{key} of {told} {theirs(odd[0])} there, {ours(odd[0])} here")
+        return found
 
     def mistakes(self, config: Config) -> list[str]:
         """What does not fit the rest of the config."""
@@ -629,6 +657,8 @@ def load_config(name: str, overrides: Mapping[str, str]) -> Config:
         mistakes.append("peft: init.from is missing: the model that is to be adapted")
     if config.peft is not None and config.init.optimizer:
         mistakes.append("init.optimizer: what peft trains is new, and that optimizer knows nothing of it")
+    if config.peft is None and config.init.adapter is not None:
+        mistakes.append("init.adapter: peft is missing: the method that it is of")
     if mistakes:
         raise ConfigError("\n".join(mistakes))
     if config.model.vocab_size is None:

@@ -68,6 +68,7 @@ class Run:
         if config.init.source is not None and (self.found is None or config.peft is not None):
             self.source = checkpoint.open_source(Path(config.init.source), mesh.world, trust=config.checkpoint.trust)
             self._check_same_model(self.source.model, self.source.path)
+        self.adapter = self._open_adapter() if self.found is None else None
         self.extras = self._extras()
         self.trainer = Trainer(config, mesh, plan, self.faults)
         limit_waits(config.train.hang_timeout + _GRACE_S)
@@ -109,9 +110,24 @@ class Run:
         own = tokenizer_files(name) if name else {}
         source = checkpoint.CheckpointSource(self.found) if self.found is not None else self.source
         found = source.extras() if source is not None else {}
+        found |= self.adapter.extras() if self.adapter is not None else {}
         template = self.train_data.chat_template
         written = {} if template is None else {TEMPLATE: template.encode()}
         return (found if own.items() <= found.items() else own) | written
+
+    def _open_adapter(self) -> checkpoint.Source | None:
+        """What ``peft`` adds is to start as, checked against this config."""
+        config = self.config
+        if config.init.adapter is None or config.peft is None:
+            return None
+        assert self.source is not None
+        path, trust = Path(config.init.adapter), config.checkpoint.trust
+        adapter = checkpoint.open_adapter(path, self.source, self.mesh.world, trust=trust)
+        assert adapter.peft is not None
+        self._check_same_model(adapter.model, adapter.path)
+        if told := config.peft.differences(adapter.peft, config.model):
+            raise CheckpointError(f"{adapter.path}: {'; '.join(told)}")
+        return adapter
 
     def _saved(self, path: Path) -> None:
         """A checkpoint is committed; with ``checkpoint.async`` this runs beside training."""
@@ -184,11 +200,30 @@ class Run:
         path, world = self.source.path, self.mesh.world
         with contextlib.closing(self.source) as source:
             self.base_fingerprint = checkpoint.load_base(source, frozen, world)
+            if self.adapter is not None:
+                self._load_adapter(self.adapter, path)
         if self.found is not None:
             checkpoint.check_base(self.found, self.base_fingerprint, path)
         self.trainer.engine.loaded(0)
         if self.lead:
             logger.info("%s", "\n".join([f"adapting {path} ({self.base_fingerprint[:12]})", *self.source.notes]))
+
+    def _load_adapter(self, adapter: checkpoint.Source, base: Path) -> None:
+        """Start as an adapter that there is, and refuse it where it is another base's."""
+        assert self.base_fingerprint is not None
+        if isinstance(adapter, checkpoint.CheckpointSource):
+            checkpoint.check_base(adapter.checkpoint, self.base_fingerprint, base)
+        wanted = {name: piece for name, piece in self.trainer.engine.pieces().items() if name.startswith("model.")}
+
+        def load() -> None:
+            adapter.load(wanted)
+            if any(not tile.data.isfinite().all() for piece in wanted.values() for tile in piece.tiles):
+                raise CheckpointError(f"{adapter.path} holds numbers that are not finite")
+
+        with contextlib.closing(adapter):
+            checkpoint.agree(self.mesh.world, load, adapter.path)
+        if self.lead:
+            logger.info("started from the adapter in %s", adapter.path)
 
     def _check_same_model(self, theirs: ModelConfig, path: Path) -> None:
         """Refuse weights of another shape than this run's model."""

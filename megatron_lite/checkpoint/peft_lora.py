@@ -160,7 +160,7 @@ class LoRASource(PeftSource):
             return
         self.fill(part.theirs, place, into)
         if part.theirs.endswith(_LINEAR["m"]):
-            into /= _lengths(self.base, part.weight, part.start + rows.start, held)
+            into /= _lengths(self.base, part.weight, part.start + rows.start, held).to(into.device)
 
 
 def _patterns(patterns: Any, where: str) -> dict[tuple[bool, str], tuple[int, Any]]:

@@ -89,7 +89,7 @@ class Source(ABC):
 
 _BLOCK_BYTES = 32 << 20
 _PADDED = ("embedding.weight", "head.weight", "embedding.lora_embedding_a", "head.lora_head_b")
-_VOCABULARY = ("model.embedding.weight", "model.head.weight")
+_VOCABULARY = tuple(f"model.{name}" for name in _PADDED)
 
 
 class CheckpointSource(Source):
@@ -122,8 +122,8 @@ class CheckpointSource(Source):
                 copy_box(self._files[entry.file], tensor, name, entry, tile)
 
     def check_adapter(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
-        """Refuse an adapter whose tensors are not these, before memory is taken for them, or hold infinite numbers or
-        NaN. Raises CheckpointError."""
+        """Refuse an adapter whose tensors are not these, before memory is taken for them, or hold what is no number.
+        Raises CheckpointError."""
         weights = {name: info for name, info in self.tensors.items() if name.startswith("model.")}
         if odd := sorted(weights.keys() ^ shapes.keys()):
             complaint = "lacks" if odd[0] in shapes else "has no use for"
