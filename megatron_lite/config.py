@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
@@ -35,6 +35,7 @@ Integer = Annotated[int, BeforeValidator(_number)]
 Number = Annotated[float, BeforeValidator(_number)]
 Positive = Annotated[Integer, Field(gt=0, lt=2**48)]
 Count = Annotated[Integer, Field(ge=0, lt=2**48)]
+Rank = Annotated[Integer, Field(gt=0, le=2**16)]  # of a low-rank update: a stranger's file cannot ask for all memory
 Probability = Annotated[Number, Field(ge=0, lt=1)]
 PositiveFloat = Annotated[Number, Field(gt=0, allow_inf_nan=False)]
 NonNegativeFloat = Annotated[Number, Field(ge=0, allow_inf_nan=False)]
@@ -218,13 +219,17 @@ class ProfileConfig(Section):
     steps: Positive = 2
 
 
+Precision = Literal["float32", "bfloat16", "float64"]
+PRECISIONS = get_args(Precision)
+
+
 class TrainConfig(Section):
     """How long and how much at a time. The gradient accumulation follows: global batch ÷ (micro batch × dp)."""
 
     steps: Positive = 100
     global_batch_size: Positive = 8
     micro_batch_size: Positive = 8
-    precision: Literal["float32", "bfloat16", "float64"] = "float32"
+    precision: Precision = "float32"
     compile: bool = False
     log_every: Positive = 10
     eval_every: Count = 0
@@ -241,11 +246,13 @@ class InitConfig(Section):
     """What a new run starts from (``from``): weights of a checkpoint, a run or a Hugging Face folder.
 
     Its ``model`` section is this run's, too, where the config does not say otherwise. ``optimizer``: go on with its
-    optimizer, too.
+    optimizer, too. ``adapter``: what ``peft`` adds starts as this adapter, a checkpoint, a run or a folder of the peft
+    library's, of the same method, modules and sizes.
     """
 
     source: str | None = Field(default=None, alias="from")
     optimizer: bool = False
+    adapter: str | None = None
 
 
 class CheckpointConfig(Section):
@@ -282,6 +289,16 @@ class PeftSection(Section):
         """How the base's linears are packed, if they are."""
         return self.base_dtype if self.base_dtype in PACKED_BYTES else None
 
+    def differences(self, there: PeftSection, model: ModelConfig) -> list[str]:
+        """By key, why the adapter of another section could not be this one's."""
+        keys = ["method"] if type(there) is not type(self) else type(self).model_fields.keys() - {"base_dtype"}
+        return _unlike(sorted(keys), there, self)
+
+
+def _unlike(keys: Iterable[str], there: PeftSection, here: PeftSection) -> list[str]:
+    values = {key: (getattr(there, key), getattr(here, key)) for key in keys}
+    return [f"peft.{key} {a} there, {b} here" for key, (a, b) in values.items() if a != b]
+
 
 class LoRAConfig(PeftSection):
     """Low-rank updates of linears (Hu et al. 2021): W + alpha / r · B A, and with ``rslora`` alpha / √r (Kalajdzievski
@@ -294,9 +311,9 @@ class LoRAConfig(PeftSection):
 
     method: Literal["lora"]
     targets: Annotated[list[str], Field(min_length=1)] = ["q", "k", "v", "o", "gate", "up", "down"]
-    r: Positive = 8
+    r: Rank = 8
     alpha: PositiveFloat = 16.0
-    ranks: dict[str, Positive] = {}
+    ranks: dict[str, Rank] = {}
     alphas: dict[str, PositiveFloat] = {}
     dropout: Probability = 0.0
     rslora: bool = False
@@ -319,6 +336,22 @@ class LoRAConfig(PeftSection):
         """The linears of this model that are adapted."""
         names = targets.linear_names(model.num_layers, gated=model.family == "llama")
         return [name for name in names if any(targets.matches(pattern, name) for pattern in self.targets)]
+
+    def differences(self, there: PeftSection, model: ModelConfig) -> list[str]:
+        """Of two that name their modules otherwise, in what they come to; dropout is training's."""
+        if not isinstance(there, LoRAConfig):
+            return super().differences(there, model)
+        found = _unlike(("dora", "rslora"), there, self)
+        here, other = self.matched(model), there.matched(model)
+        for where, some, rest in (("there", other, here), ("here", here, other)):
+            if only := [name for name in some if name not in rest]:
+                found.append(f"peft.targets: {', '.join(targets.summary(only))} only {where}")
+        both = [name for name in here if name in other]
+        for key, ours, theirs in (("r", self.rank_of, there.rank_of), ("alpha", self.alpha_of, there.alpha_of)):
+            if odd := [name for name in both if not math.isclose(ours(name), theirs(name))]:
+                told = ", ".join(targets.summary(odd))
+                found.append(f"peft.{key} of {told} {theirs(odd[0])} there, {ours(odd[0])} here")
+        return found
 
     def mistakes(self, config: Config) -> list[str]:
         """What does not fit the rest of the config."""
@@ -624,6 +657,8 @@ def load_config(name: str, overrides: Mapping[str, str]) -> Config:
         mistakes.append("peft: init.from is missing: the model that is to be adapted")
     if config.peft is not None and config.init.optimizer:
         mistakes.append("init.optimizer: what peft trains is new, and that optimizer knows nothing of it")
+    if config.peft is None and config.init.adapter is not None:
+        mistakes.append("init.adapter: peft is missing: the method that it is of")
     if mistakes:
         raise ConfigError("\n".join(mistakes))
     if config.model.vocab_size is None:
@@ -699,9 +734,9 @@ def _describe(error: Any) -> str:
         case "literal_error":
             message = f"expected {error['ctx']['expected']}"
             given_text = nearest(str(given), re.findall(r"'(.*?)'", message))
-            return f"{key}: {message}, not {given!r}{given_text}"
+            return f"{key}: {message}, not {given!r:.200}{given_text}"
     message = message[0].lower() + message[1:]
-    return f"{key}: {message}" if isinstance(given, (dict, BaseModel)) else f"{key}: {message}, not {given!r}"
+    return f"{key}: {message}" if isinstance(given, (dict, BaseModel)) else f"{key}: {message}, not {given!r:.200}"
 
 
 def _keys(location: tuple[str | int, ...]) -> Mapping[str, Any]:

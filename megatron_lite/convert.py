@@ -29,10 +29,11 @@ from megatron_lite.checkpoint.rewrite import Advance, rewrite
 from megatron_lite.checkpoint.rewrite import diff as compare
 from megatron_lite.checkpoint.source import Average, CheckpointSource, Source
 from megatron_lite.checkpoint.storage import amount
-from megatron_lite.config import model_section, parse_model
+from megatron_lite.config import PeftConfig, model_section, parse_model
 from megatron_lite.dist.mesh import Axis
 from megatron_lite.dist.shard import materialize, pieces_of
 from megatron_lite.errors import CheckpointError, ConfigError, MegatronLiteError
+from megatron_lite.generate import trained_shapes
 from megatron_lite.models.decoder import Decoder
 
 BLOCK_BYTES = 32 << 20
@@ -168,9 +169,7 @@ def _same_as_beside(written: Source, base: Source, adapter: CheckpointSource) ->
     elements = sum(math.prod(info.shape) for info in base.tensors.values())
     if elements > 2 << 30:
         return f"its logits were not compared: {elements:,} parameters are too many to hold twice"
-    with torch.device("meta"):
-        beside = Decoder(base.model, Axis("tp"), sp=False)
-        peft.apply(beside, adapter.peft.model_copy(update={"base_dtype": None}), torch.float32)
+    beside = _adapted(base, adapter.peft)
     materialize(beside, torch.device("cpu"))
     trained = {f"model.{name}" for name, parameter in beside.named_parameters() if parameter.requires_grad}
     pieces = {f"model.{name}": piece for name, piece in pieces_of(beside, Axis("tp")).items()}
@@ -185,6 +184,14 @@ def _same_as_beside(written: Source, base: Source, adapter: CheckpointSource) ->
     if not gap < (1e-4 if exact else 0.1):
         raise CheckpointError(f"{written.path} computes other logits than its parts, by {gap:.2g} of the largest")
     return f"its logits are those of both together within {gap:.1g}"
+
+
+def _adapted(base: Source, config: PeftConfig) -> Decoder:
+    """A base with a method's modules in it, in float32, on the meta device."""
+    with torch.device("meta"):
+        model = Decoder(base.model, Axis("tp"), sp=False)
+        peft.apply(model, config.model_copy(update={"base_dtype": None}), torch.float32)
+    return model
 
 
 def import_peft(source: Path, destination: Path, base: Path, *, trust: bool) -> None:
@@ -218,6 +225,8 @@ def _with_base(adapter: Path, base: Path | None, *, trust: bool) -> Iterator[tup
         if where is None or not where.exists():
             raise CheckpointError(f"{adapter} is an adapter of {where}, which is not there; --base=PATH says where")
         with _opened(where, trust=trust, like=opened) as under:
+            if opened.peft is not None:
+                opened.check_adapter(trained_shapes(_adapted(under, opened.peft)))
             yield opened, under
 
 

@@ -21,7 +21,7 @@ from megatron_lite.data.tokenizer import Tokenizer, carried_tokenizer, parse_obj
 from megatron_lite.dist import random
 from megatron_lite.dist.env import read_rank
 from megatron_lite.dist.mesh import Mesh, build_mesh, pick_device, process_group
-from megatron_lite.dist.shard import materialize, pieces_of
+from megatron_lite.dist.shard import materialize, pieces_of, spec_of
 from megatron_lite.errors import CheckpointError, ConfigError, DataError
 from megatron_lite.layers.attention import KeyValueCache
 from megatron_lite.models.decoder import Decoder
@@ -189,6 +189,7 @@ class Models:
         assert adapter.peft is not None
         model = self._build(base)
         peft.apply(model, adapter.peft.model_copy(update={"base_dtype": self.packing}), self.compute)
+        adapter.check_adapter(trained_shapes(model))
         materialize(model, self.mesh.device, dict(self.by_name[None].named_parameters()))
         self._load(adapter, model, [name for name, p in model.named_parameters() if p.requires_grad])
         if isinstance(adapter.peft, PrefixConfig):
@@ -248,6 +249,11 @@ def open_models(
         precision = next((adapter.precision for adapter in sources.values()), source.precision)
         models = Models(source, mesh, dtype or DTYPES[precision], sources, packing)
         yield models, {**source.extras(), **first.extras()}, default
+
+
+def trained_shapes(model: Decoder) -> dict[str, tuple[int, ...]]:
+    """The global shapes of what a PEFT method has put into a model, under their names in a checkpoint."""
+    return {f"model.{name}": spec_of(p).shape for name, p in model.named_parameters() if p.requires_grad}
 
 
 def read_prompt(prompt: str, tokenizer: Tokenizer, template: ChatTemplate | None) -> list[int]:

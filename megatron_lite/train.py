@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import logging
 import math
 import sys
@@ -67,6 +68,7 @@ class Run:
         if config.init.source is not None and (self.found is None or config.peft is not None):
             self.source = checkpoint.open_source(Path(config.init.source), mesh.world, trust=config.checkpoint.trust)
             self._check_same_model(self.source.model, self.source.path)
+        self.adapter = self._open_adapter() if self.found is None else None
         self.extras = self._extras()
         self.trainer = Trainer(config, mesh, plan, self.faults)
         limit_waits(config.train.hang_timeout + _GRACE_S)
@@ -108,9 +110,24 @@ class Run:
         own = tokenizer_files(name) if name else {}
         source = checkpoint.CheckpointSource(self.found) if self.found is not None else self.source
         found = source.extras() if source is not None else {}
+        found |= self.adapter.extras() if self.adapter is not None else {}
         template = self.train_data.chat_template
         written = {} if template is None else {TEMPLATE: template.encode()}
         return (found if own.items() <= found.items() else own) | written
+
+    def _open_adapter(self) -> checkpoint.Source | None:
+        """What ``peft`` adds is to start as, checked against this config."""
+        config = self.config
+        if config.init.adapter is None or config.peft is None:
+            return None
+        assert self.source is not None
+        path, trust = Path(config.init.adapter), config.checkpoint.trust
+        adapter = checkpoint.open_adapter(path, self.source, self.mesh.world, trust=trust)
+        assert adapter.peft is not None
+        self._check_same_model(adapter.model, adapter.path)
+        if told := config.peft.differences(adapter.peft, config.model):
+            raise CheckpointError(f"{adapter.path}: {'; '.join(told)}")
+        return adapter
 
     def _saved(self, path: Path) -> None:
         """A checkpoint is committed; with ``checkpoint.async`` this runs beside training."""
@@ -139,7 +156,7 @@ class Run:
             self._load_base(engine.frozen())
         if self.found is not None:
             self._load_found()
-            self.trainer.state = TrainState(**self.found.state()["train"])
+            self.trainer.state = self._found_state()
             engine.loaded(self.trainer.state.updates)
             if self.lead:
                 logger.info("resumed %s: step %d", self.found.path, self.trainer.state.step)
@@ -152,6 +169,17 @@ class Run:
             engine.loaded(self.trainer.state.updates)
             if self.lead:
                 logger.info("%s", "\n".join([f"started from the weights of {source.path}", *source.notes]))
+
+    def _found_state(self) -> TrainState:
+        """Where the run that was found has come to."""
+        assert self.found is not None
+        tree = self.found.state().get("train")
+        known = [field.name for field in dataclasses.fields(TrainState)]
+        if not isinstance(tree, dict) or any(type(tree.get(name)) is not int or tree[name] < 0 for name in known):
+            raise CheckpointError(
+                f"{self.found.path}/state.json: train: expected {', '.join(known)}, found {tree!a:.200}"
+            )
+        return TrainState(**{name: tree[name] for name in known})
 
     def _load_found(self) -> None:
         """Load the checkpoint that was found; where that is damaged, tell of it and load the last sound one instead."""
@@ -172,11 +200,30 @@ class Run:
         path, world = self.source.path, self.mesh.world
         with contextlib.closing(self.source) as source:
             self.base_fingerprint = checkpoint.load_base(source, frozen, world)
+            if self.adapter is not None:
+                self._load_adapter(self.adapter, path)
         if self.found is not None:
             checkpoint.check_base(self.found, self.base_fingerprint, path)
         self.trainer.engine.loaded(0)
         if self.lead:
             logger.info("%s", "\n".join([f"adapting {path} ({self.base_fingerprint[:12]})", *self.source.notes]))
+
+    def _load_adapter(self, adapter: checkpoint.Source, base: Path) -> None:
+        """Start as an adapter that there is, and refuse it where it is another base's."""
+        assert self.base_fingerprint is not None
+        if isinstance(adapter, checkpoint.CheckpointSource):
+            checkpoint.check_base(adapter.checkpoint, self.base_fingerprint, base)
+        wanted = {name: piece for name, piece in self.trainer.engine.pieces().items() if name.startswith("model.")}
+
+        def load() -> None:
+            adapter.load(wanted)
+            if any(not tile.data.isfinite().all() for piece in wanted.values() for tile in piece.tiles):
+                raise CheckpointError(f"{adapter.path} holds numbers that are not finite")
+
+        with contextlib.closing(adapter):
+            checkpoint.agree(self.mesh.world, load, adapter.path)
+        if self.lead:
+            logger.info("started from the adapter in %s", adapter.path)
 
     def _check_same_model(self, theirs: ModelConfig, path: Path) -> None:
         """Refuse weights of another shape than this run's model."""
@@ -193,12 +240,12 @@ class Run:
         if "train" not in content:
             raise CheckpointError(f"{path} holds weights, no run to resume; start one with --init.from={path}")
         vocab, digest = self.config.model.vocab_size, self.tokenizer_digest
-        theirs = content["tokenizer_sha256"]
-        if content["vocab_size"] != vocab or (theirs != digest and not self.config.data.force_tokenizer):
+        theirs, size = content.get("tokenizer_sha256"), content.get("vocab_size")
+        if size != vocab or (theirs != digest and not self.config.data.force_tokenizer):
             raise CheckpointError(
-                f"{path}: checkpoint vocab {content['vocab_size']} (tokenizer sha {str(theirs)[:8]}) "
+                f"{path}: checkpoint vocab {size} (tokenizer sha {str(theirs)[:8]}) "
                 f"vs config {vocab} (tokenizer sha {str(digest)[:8]})"
-                + ("; data.force_tokenizer=true goes on with it" if content["vocab_size"] == vocab else "")
+                + ("; data.force_tokenizer=true goes on with it" if size == vocab else "")
             )
         saved, peft = checkpoint.CheckpointSource(found), self.config.peft
         self._check_same_model(saved.model, path)
@@ -208,10 +255,10 @@ class Run:
             told = ", ".join(f"peft.{key} {there.get(key)} there, {here.get(key)} here" for key in keys)
             raise CheckpointError(f"{path}: {told}")
         now = self.train_data.fingerprint
-        if content["dataset"] != now and not self.config.data.allow_change:
+        if content.get("dataset") != now and not self.config.data.allow_change:
             raise DataError(
                 f"the training data (files, weights, split, seq_len or seed) changed since {path}: "
-                f"fingerprint {content['dataset']} then, {now} now; data.allow_change=true goes on with it"
+                f"fingerprint {content.get('dataset')} then, {now} now; data.allow_change=true goes on with it"
             )
 
     # Reporting

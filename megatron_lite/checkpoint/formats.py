@@ -13,6 +13,7 @@ from megatron_lite.checkpoint.peft_prefix import PrefixSource
 from megatron_lite.checkpoint.reading import open_checkpoint
 from megatron_lite.checkpoint.retention import find
 from megatron_lite.checkpoint.source import CheckpointSource, Source
+from megatron_lite.checkpoint.storage import agree
 from megatron_lite.config import ModelConfig
 from megatron_lite.dist.mesh import Axis
 from megatron_lite.errors import CheckpointError
@@ -30,6 +31,8 @@ def open_source(
     not: to what a vocabulary is padded (Hugging Face), its true size (Megatron), the whole model (DeepSpeed). Raises
     CheckpointError.
     """
+    if (path / CONFIG).is_file():
+        raise CheckpointError(f"{path} is an adapter of the peft library's; ckpt import_peft makes one of ours of it")
     if is_hugging_face(path):
         return HuggingFaceSource(path, like.vocab_multiple if like else None)
     if is_megatron(path):
@@ -39,6 +42,19 @@ def open_source(
             raise CheckpointError(f"{path}: DeepSpeed does not say of what model; ckpt import_deepspeed takes a config")
         return DeepSpeedSource(path, like)
     return CheckpointSource(open_checkpoint(find(path), world, trust=trust))
+
+
+def open_adapter(path: Path, base: Source, world: Axis, *, trust: bool = False) -> Source:
+    """An adapter on ``base``, ours or in a folder of the peft library's. Collective over ``world``. Raises
+    CheckpointError."""
+    if not (path / CONFIG).is_file():
+        found = open_source(path, world, trust=trust)
+        if found.peft is None:
+            raise CheckpointError(f"{found.path} holds no adapter")
+        return found
+    theirs: list[Source] = []
+    agree(world, lambda: theirs.append(open_peft(path, base)), path)
+    return theirs[0]
 
 
 def open_peft(folder: Path, base: Source) -> PeftSource:

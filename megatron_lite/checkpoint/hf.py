@@ -42,7 +42,10 @@ def own_file(folder: Path, name: str) -> Path:
     (``snapshots/REVISION``), to its ``blobs``. Raises CheckpointError for any other place."""
     if Path(name).name != name or name in ("", ".", ".."):
         raise CheckpointError(f"{folder}: {name!a} is not the name of a file in it")
-    resolved, home = (folder / name).resolve(), folder.resolve()
+    try:
+        resolved, home = (folder / name).resolve(), folder.resolve()
+    except (OSError, RuntimeError):
+        raise CheckpointError(f"{folder / name}: a link that leads to itself") from None
     allowed = [home] + ([home.parent.parent / "blobs"] if home.parent.name == "snapshots" else [])
     if resolved.parent not in allowed:
         raise CheckpointError(f"{folder / name} leads out of the folder, to {resolved}")

@@ -29,6 +29,7 @@ _ANY = (  # decides nothing once there are weights
     *("peft_version", "runtime_config"),
 )
 _NOTHING: tuple[Any, ...] = (None, False, "none", [], {})
+_FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 
 class PeftSource(Source):
@@ -46,7 +47,7 @@ class PeftSource(Source):
         self.config = read_json(folder, CONFIG)
         odd = [k for k, value in self.config.items() if k not in (*_ANY, *self.known) and value not in _NOTHING]
         if odd:
-            told = ", ".join(f"{key}={self.config[key]!a}"[:200] for key in odd[:5])
+            told = ", ".join(f"{ascii(key)[1:-1]}={self.config[key]!a}"[:200] for key in odd[:3])
             raise CheckpointError(f"{folder / CONFIG}: {told}: not done here")
         self._file = TensorFile(own_file(folder, WEIGHTS))
 
@@ -55,14 +56,15 @@ class PeftSource(Source):
         try:
             return parse_peft(keys, str(self.path / CONFIG))
         except ConfigError as error:
-            raise CheckpointError(str(error)) from None
+            first, *more = str(error).splitlines()
+            raise CheckpointError(first + (f" (and {len(more)} more like it)" if more else "")) from None
 
     def check_stored(self, theirs: str, shape: tuple[int, ...]) -> torch.dtype:
         """Refuse a tensor of theirs that is not there in this shape; else the dtype to compute with it in."""
         stored = self._file.tensors.get(theirs)
         if stored is None or stored.shape != shape:
             raise CheckpointError(f"{self.path / WEIGHTS}: {theirs} should be {shape}, is {stored and stored.shape}")
-        if not stored.dtype.is_floating_point:
+        if stored.dtype not in _FLOATS:
             raise CheckpointError(f"{self.path / WEIGHTS}: {theirs} is {stored.dtype}: quantised weights are not read")
         return torch.promote_types(stored.dtype, torch.float32)
 
@@ -70,7 +72,8 @@ class PeftSource(Source):
         """Refuse tensors that are none of these."""
         unused = sorted(name for name in self._file.tensors.keys() - set(used) if ".base_layer." not in name)
         if unused:
-            raise CheckpointError(f"{self.path / WEIGHTS}: there is no use for {', '.join(unused[:3])}")
+            told = ", ".join(f"{name!a:.200}" for name in unused[:3])
+            raise CheckpointError(f"{self.path / WEIGHTS}: there is no use for {told}")
 
     def fill(self, theirs: str, place: Sequence[slice], into: Tensor) -> None:
         """Read a rectangle of a tensor of theirs."""

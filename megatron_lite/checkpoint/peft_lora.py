@@ -125,7 +125,7 @@ class LoRASource(PeftSource):
         ranks: dict[str, int] = {}
         alphas: dict[str, Any] = {}
         alpha, r = tree.get("lora_alpha", 8), tree.get("r", 8)
-        patterns = _patterns(tree.get("alpha_pattern") or {}, f"{where}: alpha_pattern")
+        patterns = _patterns(tree.get("alpha_pattern"), f"{where}: alpha_pattern")
         for name, module in modules(self.model).items():
             a = (_TABLE if module.table else _LINEAR)["a"]
             if (stored := self._file.tensors.get(f"{_TOP}{name}.{a}")) is not None and len(stored.shape) == 2:
@@ -144,7 +144,7 @@ class LoRASource(PeftSource):
         )
         assert isinstance(config, LoRAConfig)
         if mistakes := config.unfit(self.model):
-            raise CheckpointError("\n".join(f"{where}: {mistake}" for mistake in mistakes))
+            raise CheckpointError(f"{where}: {'; '.join(mistakes)}")
         return config
 
     def read(self, name: str, tile: Tile) -> None:
@@ -160,14 +160,16 @@ class LoRASource(PeftSource):
             return
         self.fill(part.theirs, place, into)
         if part.theirs.endswith(_LINEAR["m"]):
-            into /= _lengths(self.base, part.weight, part.start + rows.start, held)
+            into /= _lengths(self.base, part.weight, part.start + rows.start, held).to(into.device)
 
 
-def _patterns(patterns: Mapping[str, Any], where: str) -> dict[tuple[bool, str], tuple[int, Any]]:
+def _patterns(patterns: Any, where: str) -> dict[tuple[bool, str], tuple[int, Any]]:
     """Patterns by whether they mean a whole name, and by that name, each with its place among them. The peft library
     takes regular expressions; those of a stranger could keep a processor busy for ever."""
+    if patterns is not None and not isinstance(patterns, dict):
+        raise CheckpointError(f"{where}: expected an object, found {type(patterns).__name__}")
     found: dict[tuple[bool, str], tuple[int, Any]] = {}
-    for i, (pattern, value) in enumerate(patterns.items()):
+    for i, (pattern, value) in enumerate((patterns or {}).items()):
         name = pattern.removeprefix("^").removesuffix("$").replace("\\.", ".")
         if not re.fullmatch(r"[\w.]+", name):
             raise CheckpointError(f"{where}: {pattern[:200]!a}: only names of modules are read")

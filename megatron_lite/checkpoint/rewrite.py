@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -58,9 +59,15 @@ def rewrite(
             yield buffer(block)
             advance(block.numel() * dtype.itemsize)
 
-    world = Axis("world")
+    world, was_there = Axis("world"), folder.exists()
     prepare(folder, world)
-    return write(folder, step, arrange([held] * files, world), read, state, extras, world, Faults.none())
+    try:
+        return write(folder, step, arrange([held] * files, world), read, state, extras, world, Faults.none())
+    except BaseException:
+        if not was_there:
+            with contextlib.suppress(OSError):  # somebody else is at work there
+                folder.rmdir()
+        raise
 
 
 class Difference(NamedTuple):

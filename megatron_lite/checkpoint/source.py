@@ -10,7 +10,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from itertools import chain
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -18,10 +18,10 @@ from megatron_lite.checkpoint.commit import STATE
 from megatron_lite.checkpoint.manifest import overlap
 from megatron_lite.checkpoint.reading import Checkpoint
 from megatron_lite.checkpoint.shards import copy_box
-from megatron_lite.checkpoint.tensor_file import DTYPES, TensorFile
-from megatron_lite.config import ModelConfig, PeftConfig, parse_model, parse_peft, parse_yaml
+from megatron_lite.checkpoint.tensor_file import DTYPES, TensorFile, row_blocks
+from megatron_lite.config import PRECISIONS, ModelConfig, PeftConfig, parse_model, parse_peft, parse_yaml
 from megatron_lite.dist.shard import Piece, Tile
-from megatron_lite.errors import CheckpointError
+from megatron_lite.errors import CheckpointError, ConfigError
 
 
 class Info(NamedTuple):
@@ -87,8 +87,9 @@ class Source(ABC):
                     note(name, tile)
 
 
+_BLOCK_BYTES = 32 << 20
 _PADDED = ("embedding.weight", "head.weight", "embedding.lora_embedding_a", "head.lora_head_b")
-_VOCABULARY = ("model.embedding.weight", "model.head.weight")
+_VOCABULARY = tuple(f"model.{name}" for name in _PADDED)
 
 
 class CheckpointSource(Source):
@@ -97,12 +98,19 @@ class CheckpointSource(Source):
     def __init__(self, checkpoint: Checkpoint) -> None:
         self.checkpoint, self.path = checkpoint, checkpoint.path
         self.tensors = {n: Info(DTYPES[t.dtype], tuple(t.shape)) for n, t in checkpoint.manifest.tensors.items()}
-        self.step = checkpoint.step
-        saved = parse_yaml(checkpoint.extra("config.yaml").decode("utf-8", "replace"), f"{self.path}/config.yaml")
-        self.model = parse_model(saved.get("model"), f"{self.path}/config.yaml")
-        self.peft = parse_peft(saved.get("peft"), f"{self.path}/config.yaml")
-        self.base = (saved.get("init") or {}).get("from")
-        self.precision = (saved.get("train") or {}).get("precision", "float32")
+        self.step, where = checkpoint.step, f"{self.path}/config.yaml"
+        try:
+            saved = parse_yaml(checkpoint.extra("config.yaml").decode("utf-8", "replace"), where)
+            self.model = parse_model(saved.get("model"), where)
+            self.peft = parse_peft(saved.get("peft"), where)
+        except ConfigError as error:
+            raise CheckpointError("; ".join(str(error).splitlines()[:3])) from None
+        self.base = _text(saved, "init", "from", where)
+        self.precision = _text(saved, "train", "precision", where) or "float32"
+        if self.precision not in PRECISIONS:
+            raise CheckpointError(
+                f"{where}: train.precision: expected {', '.join(PRECISIONS)}, not {self.precision!a:.200}"
+            )
         self._files: dict[str, TensorFile] = {}
 
     def read(self, name: str, tile: Tile) -> None:
@@ -113,6 +121,23 @@ class CheckpointSource(Source):
                     self._files[entry.file] = TensorFile(self.path / entry.file)
                 copy_box(self._files[entry.file], tensor, name, entry, tile)
 
+    def check_adapter(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
+        """Refuse an adapter whose tensors are not these, before memory is taken for them, or hold what is no number.
+        Raises CheckpointError."""
+        weights = {name: info for name, info in self.tensors.items() if name.startswith("model.")}
+        if odd := sorted(weights.keys() ^ shapes.keys()):
+            complaint = "lacks" if odd[0] in shapes else "has no use for"
+            raise CheckpointError(f"{self.path} {complaint} {odd[0]}: not the adapter that its config.yaml means")
+        for name, (dtype, shape) in weights.items():
+            if shape != shapes[name] or not dtype.is_floating_point:
+                raise CheckpointError(f"{self.path}: {name} is {dtype} {shape}, its config.yaml means {shapes[name]}")
+        for name, (dtype, shape) in weights.items():
+            for place in row_blocks(shape, dtype.itemsize, _BLOCK_BYTES):
+                block = torch.empty([s.stop - s.start for s in place], dtype=dtype)
+                self.read(name, Tile(block, tuple(s.start for s in place)))
+                if not block.float().isfinite().all():
+                    raise CheckpointError(f"{self.path}: {name} holds numbers that are not finite")
+
     def extras(self) -> dict[str, bytes]:
         shards = {box.file for tensor in self.checkpoint.manifest.tensors.values() for box in tensor.boxes}
         small = self.checkpoint.manifest.files.keys() - shards - {STATE}
@@ -122,6 +147,15 @@ class CheckpointSource(Source):
         for file in self._files.values():
             file.close()
         self._files.clear()
+
+
+def _text(saved: Mapping[str, Any], section: str, key: str, where: str) -> str | None:
+    """What a config says under a key, which nobody has checked yet."""
+    part = saved.get(section) or {}
+    value = part.get(key) if isinstance(part, dict) else part
+    if value is not None and not isinstance(value, str):
+        raise CheckpointError(f"{where}: {section}.{key}: expected a text, found {type(value).__name__}")
+    return value
 
 
 class Average(Source):

@@ -70,7 +70,7 @@ class TensorFile:
             raise CheckpointError(f"{self.path}: a header of {size} bytes is not that of a safetensors file")
         tree = parse_json(self._pread(size, 8), self.path)
         try:
-            with safe_open(self.path, framework="pt"):  # sizes, offsets and their bounds
+            with safe_open(self.path, framework="numpy"):  # sizes, offsets, bounds; torch would reserve memory for all
                 pass
             return {
                 name: Stored(DTYPES[entry["dtype"]], tuple(entry["shape"]), 8 + size + entry["data_offsets"][0])

@@ -9,7 +9,17 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from megatron_lite import yaml_text
-from megatron_lite.config import LoRAConfig, ModelConfig, load_config, parse_config, parse_yaml, read_yaml, to_yaml
+from megatron_lite.config import (
+    LoRAConfig,
+    ModelConfig,
+    load_config,
+    parse_config,
+    parse_model,
+    parse_peft,
+    parse_yaml,
+    read_yaml,
+    to_yaml,
+)
 from megatron_lite.dist.mesh import Axis
 from megatron_lite.dist.shard import spec_of
 from megatron_lite.models.decoder import Decoder
@@ -81,3 +91,53 @@ def test_sizes_that_follow_from_others_are_filled_in():
     )
     assert (gpt2.ffn_size, gpt2.bias, gpt2.qkv_bias, gpt2.tie_embeddings) == (384, True, True, True)
     assert ModelConfig(vocab_size=101, vocab_multiple=8).padded_vocab_size == 104
+
+
+def section(**keys):
+    return parse_peft({"method": "lora", **keys}, "here")
+
+
+MODEL = parse_model({"num_layers": 2}, "here")
+UNLIKE = {  # there, here, and what is told
+    "the same in other words": (
+        section(targets=["blocks.*.attention.q", "v"], r=4, ranks={"v": 2}, dropout=0.1),
+        section(targets=["v", "q"], r=2, ranks={"*.q": 4}, base_dtype="nf4"),
+        [],
+    ),
+    "modules": (
+        section(targets=["q", "down"]),
+        section(targets=["q", "head"]),
+        ["peft.targets: blocks.0-1 mlp.down only there", "peft.targets: head only here"],
+    ),
+    "ranks": (
+        section(targets=["q", "v"], ranks={"blocks.1.*": 4}),
+        section(targets=["q", "v"]),
+        ["peft.r of blocks.1 attention.q, blocks.1 attention.v 4 there, 8 here"],
+    ),
+    "scale": (
+        section(targets=["q"], rslora=True, alpha=3),
+        section(targets=["q"]),
+        ["peft.rslora True there, False here", "peft.alpha of blocks.0-1 attention.q 3.0 there, 16.0 here"],
+    ),
+    "method": (
+        parse_peft({"method": "prefix"}, ""),
+        section(),
+        ["peft.method prefix there, lora here"],
+    ),
+    "a prefix": (
+        parse_peft({"method": "prefix", "length": 3}, ""),
+        parse_peft({"method": "prefix", "reparameterize": 9}, ""),
+        ["peft.length 3 there, 16 here", "peft.reparameterize None there, 9 here"],
+    ),
+    "an adapter": (
+        parse_peft({"method": "adapter", "placement": "parallel"}, ""),
+        parse_peft({"method": "adapter", "base_dtype": "bfloat16"}, ""),
+        ["peft.placement parallel there, houlsby here"],
+    ),
+}
+
+
+@pytest.mark.parametrize("case", UNLIKE)
+def test_adapters_that_are_not_alike(case):
+    there, here, told = UNLIKE[case]
+    assert here.differences(there, MODEL) == told
