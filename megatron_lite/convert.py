@@ -15,7 +15,7 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
-from megatron_lite import checkpoint, peft, yaml_text
+from megatron_lite import checkpoint, peft
 from megatron_lite.checkpoint import inspect as look
 from megatron_lite.checkpoint.deepspeed import DeepSpeedSource, is_deepspeed
 from megatron_lite.checkpoint.formats import open_peft, open_source
@@ -29,7 +29,7 @@ from megatron_lite.checkpoint.rewrite import Advance, rewrite
 from megatron_lite.checkpoint.rewrite import diff as compare
 from megatron_lite.checkpoint.source import Average, CheckpointSource, Source
 from megatron_lite.checkpoint.storage import amount
-from megatron_lite.config import PeftConfig, model_section, parse_model
+from megatron_lite.config import PeftConfig, model_section, parse_model, yaml_text
 from megatron_lite.dist.mesh import Axis
 from megatron_lite.dist.shard import materialize, pieces_of
 from megatron_lite.errors import CheckpointError, ConfigError, MegatronLiteError

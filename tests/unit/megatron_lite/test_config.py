@@ -8,7 +8,6 @@ import torch
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from megatron_lite import yaml_text
 from megatron_lite.config import (
     LoRAConfig,
     ModelConfig,
@@ -19,6 +18,7 @@ from megatron_lite.config import (
     parse_yaml,
     read_yaml,
     to_yaml,
+    yaml_text,
 )
 from megatron_lite.dist.mesh import Axis
 from megatron_lite.dist.shard import spec_of

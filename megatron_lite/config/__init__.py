@@ -1,0 +1,40 @@
+"""The config: one pydantic tree, read from YAML with ``--section.key=value`` overrides on top.
+
+No torch here: a mistake is reported in well under a second, every mistake at once, each with its key and the nearest
+valid one.
+"""
+
+from megatron_lite.config.launch import KubernetesConfig, LaunchConfig, SlurmConfig, SshConfig
+from megatron_lite.config.model import ModelConfig, RopeScaling
+from megatron_lite.config.peft import (
+    METHODS,
+    PACKED_BLOCK,
+    PACKED_BYTES,
+    AdapterConfig,
+    LoRAConfig,
+    PeftConfig,
+    PrefixConfig,
+)
+from megatron_lite.config.reading import (
+    apply_overrides,
+    load_config,
+    model_section,
+    parse_config,
+    parse_model,
+    parse_peft,
+    parse_yaml,
+    read_yaml,
+    to_yaml,
+)
+from megatron_lite.config.training import (
+    PRECISIONS,
+    CheckpointConfig,
+    DataConfig,
+    InitConfig,
+    OptimConfig,
+    ParallelConfig,
+    RunConfig,
+    SourceConfig,
+    TrainConfig,
+)
+from megatron_lite.config.tree import Config

@@ -1,0 +1,90 @@
+"""The shape of a model."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, Literal
+
+from pydantic import model_validator
+
+from megatron_lite.config.section import Positive, PositiveFloat, Probability, Section, number
+
+
+class RopeScaling(Section):
+    """Rotary frequency scaling: ``linear`` divides positions; ``llama3`` rescales only long wavelengths."""
+
+    type: Literal["linear", "llama3"]
+    factor: PositiveFloat
+    low_freq_factor: PositiveFloat = 1.0
+    high_freq_factor: PositiveFloat = 4.0
+    original_max_seq_len: Positive = 8192
+
+
+class ModelConfig(Section):
+    """The shape of a decoder. ``preset`` names a file of ``configs/models`` whose keys the others override.
+
+    ``vocab_size`` comes from ``data.tokenizer`` when it is not given; it is padded to a multiple of
+    ``vocab_multiple``, so that tp can split it, and the true size is kept. ``qk_norm``: an RMS norm of each head's
+    queries and keys before they are rotated (Qwen3).
+    """
+
+    preset: str | None = None
+    family: Literal["llama", "gpt2"] = "llama"
+    vocab_size: Positive | None = None
+    vocab_multiple: Positive = 128
+    hidden_size: Positive = 256
+    num_layers: Positive = 4
+    num_heads: Positive = 4
+    num_kv_heads: Positive | None = None
+    head_dim: Positive | None = None
+    ffn_size: Positive | None = None
+    max_seq_len: Positive = 2048
+    norm_eps: PositiveFloat = 1e-5
+    rope_theta: PositiveFloat = 10000.0
+    rope_scaling: RopeScaling | None = None
+    bias: bool | None = None
+    qkv_bias: bool | None = None
+    qk_norm: bool = False
+    tie_embeddings: bool | None = None
+    dropout: Probability = 0.0
+    attention_dropout: Probability = 0.0
+    init_std: PositiveFloat = 0.02
+
+    @model_validator(mode="before")
+    @classmethod
+    def _family_defaults(cls, values: Any) -> Any:
+        """Fill in what follows from the family and the other sizes."""
+        if not isinstance(values, dict):
+            return values
+        gpt2 = values.get("family") == "gpt2"
+        filled = {"bias": gpt2, "tie_embeddings": gpt2, **{k: v for k, v in values.items() if v is not None}}
+        filled.setdefault("qkv_bias", filled["bias"])
+        hidden, heads = number(filled.get("hidden_size", 256)), number(filled.get("num_heads", 4))
+        if isinstance(heads, int) and heads > 0:
+            filled.setdefault("num_kv_heads", heads)
+            if isinstance(hidden, int) and "head_dim" not in filled:
+                if hidden % heads:
+                    fits = sorted((n for n in range(1, 257) if hidden % n == 0), key=lambda n: abs(n - heads))[:3]
+                    nearby = ", ".join(map(str, sorted(fits)))
+                    raise ValueError(
+                        f"num_heads={heads} must divide hidden_size={hidden}, for example {nearby}; or set head_dim"
+                    )
+                filled["head_dim"] = hidden // heads
+        if isinstance(hidden, int):
+            filled.setdefault("ffn_size", 4 * hidden if gpt2 else -(-8 * hidden // 3 // 32) * 32)
+        return filled
+
+    @model_validator(mode="after")
+    def _shapes_fit(self) -> ModelConfig:
+        assert self.num_kv_heads and self.head_dim
+        if self.num_heads % self.num_kv_heads:
+            raise ValueError(f"num_kv_heads={self.num_kv_heads} must divide num_heads={self.num_heads}")
+        if self.family == "llama" and self.head_dim % 2:
+            raise ValueError(f"head_dim={self.head_dim} must be even for rotary positions")
+        return self
+
+    @property
+    def padded_vocab_size(self) -> int:
+        """``vocab_size`` rounded up to a multiple of ``vocab_multiple``."""
+        assert self.vocab_size is not None
+        return math.ceil(self.vocab_size / self.vocab_multiple) * self.vocab_multiple

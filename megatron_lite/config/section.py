@@ -1,0 +1,34 @@
+"""What sections of the config are made of: numbers as they are typed, and no key that is not known."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+
+
+def number(value: Any) -> Any:
+    """A number as typed: ``1e3`` may stand for a whole one, and ``true`` for none."""
+    if isinstance(value, bool):
+        raise ValueError("expected a number")
+    try:
+        number = float(value) if isinstance(value, str) else value
+    except ValueError:
+        return value
+    return int(number) if isinstance(number, float) and number.is_integer() else number
+
+
+Integer = Annotated[int, BeforeValidator(number)]
+Number = Annotated[float, BeforeValidator(number)]
+Positive = Annotated[Integer, Field(gt=0, lt=2**48)]
+Count = Annotated[Integer, Field(ge=0, lt=2**48)]
+Rank = Annotated[Integer, Field(gt=0, le=2**16)]  # of a low-rank update: a stranger's file cannot ask for all memory
+Probability = Annotated[Number, Field(ge=0, lt=1)]
+PositiveFloat = Annotated[Number, Field(gt=0, allow_inf_nan=False)]
+NonNegativeFloat = Annotated[Number, Field(ge=0, allow_inf_nan=False)]
+
+
+class Section(BaseModel):
+    """A section of the config: unknown keys are errors, values are frozen."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, hide_input_in_errors=True, serialize_by_alias=True)

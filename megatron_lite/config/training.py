@@ -1,0 +1,160 @@
+"""What is trained on, how, on how many ranks, and what is kept of it."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal, get_args
+
+from pydantic import Field
+
+from megatron_lite.config.section import (
+    Count,
+    Integer,
+    NonNegativeFloat,
+    Number,
+    Positive,
+    PositiveFloat,
+    Probability,
+    Section,
+)
+
+
+class RunConfig(Section):
+    """Where the run lives: ``dir/name``. ``seed`` fixes weights, sample order and dropout at every layout."""
+
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")] = "run"
+    dir: str = "runs"
+    seed: Count = 0
+
+
+class SourceConfig(Section):
+    """One indexed dataset (the prefix of its .bin and .idx) and its weight in the blend."""
+
+    path: str
+    weight: PositiveFloat = 1.0
+
+
+class DataConfig(Section):
+    """What is trained on. Without ``validation``, ``split`` cuts train, validation and test out of ``train``.
+
+    ``tokenizer``: a sentencepiece .model, a tokenizer.json, or a folder with one of them. ``packing``: of datasets that
+    ``data_tools chat`` made, samples are windows of whole conversations, masked from each other, and of longer ones the
+    beginning (``long_conversations: truncate``) or nothing (``drop``).
+    ``allow_change``, ``force_tokenizer``: resume although the data, or the tokenizer, is not what it was.
+    """
+
+    tokenizer: str | None = None
+    train: Annotated[list[SourceConfig], Field(min_length=1)]
+    validation: list[SourceConfig] | None = None
+    split: tuple[NonNegativeFloat, NonNegativeFloat, NonNegativeFloat] = (0.98, 0.01, 0.01)
+    seq_len: Positive = 256
+    document_mask: bool = False
+    packing: Literal["none", "conversations"] = "none"
+    long_conversations: Literal["truncate", "drop"] = "truncate"
+    prefetch: Annotated[Integer, Field(ge=0, le=64)] = 2
+    allow_change: bool = False
+    force_tokenizer: bool = False
+
+
+class OptimConfig(Section):
+    """The optimizer and its learning-rate schedule. ``decay_steps`` is the length of WSD's final decay.
+
+    ``adafactor`` keeps a row and a column of state for each matrix (Shazeer and Stern 2018); ``lr`` is relative to the
+    size of the weights there, and it takes neither ``betas`` nor ``eps``. ``muon`` updates the blocks' matrices by
+    their orthogonalised ``momentum`` (Jordan et al. 2024), scaled so that AdamW's ``lr`` fits, and the rest by AdamW.
+    """
+
+    name: Literal["adamw", "adafactor", "muon"] = "adamw"
+    lr: PositiveFloat = 3e-4
+    betas: tuple[Probability, Probability] = (0.9, 0.95)
+    eps: PositiveFloat = 1e-8
+    momentum: Probability = 0.95
+    weight_decay: NonNegativeFloat = 0.1
+    clip: NonNegativeFloat = 1.0
+    schedule: Literal["cosine", "linear", "wsd", "constant"] = "cosine"
+    warmup_steps: Count = 0
+    decay_steps: Count | None = None
+    min_lr_ratio: Annotated[Number, Field(ge=0, le=1)] = 0.1
+
+
+class ParallelConfig(Section):
+    """Degrees of parallelism; data parallelism follows from the number of ranks.
+
+    ``zero``: what is divided over data-parallel ranks: 0 nothing, 1 the optimizer state, 2 gradients, 3 weights, too.
+    ``offload``: what DeepSpeed keeps in CPU memory: the optimizer's part, or the weights, too. ``deepspeed``: keys laid
+    over the DeepSpeed config that is made from this one.
+    ``bucket_mb``: gradients that are reduced together, under ddp and DeepSpeed. ``prefetch``: blocks that FSDP2 gathers
+    ahead of the one at work. ``reduce_once``: FSDP2 keeps gradients whole until the last micro batch and reduces once a
+    step, where it otherwise reduces, and divides, those of every micro batch.
+    ``dp_replicate`` groups of ranks each hold everything, divided among themselves (hybrid sharding).
+    ``offload_activations``: what backward needs of each block waits in CPU memory; with ``recompute: full`` its input.
+    """
+
+    tp: Positive = 1
+    sp: bool = False
+    engine: Literal["fsdp", "deepspeed"] = "fsdp"
+    zero: Annotated[Integer, Field(ge=0, le=3)] = 0
+    dp_replicate: Positive = 1
+    offload: Literal["none", "optimizer", "all"] = "none"
+    deepspeed: dict[str, Any] = {}
+    recompute: Literal["none", "selective", "full"] = "none"
+    offload_activations: bool = False
+    bucket_mb: PositiveFloat = 25.0
+    prefetch: Annotated[Integer, Field(ge=0, le=64)] = 1
+    reduce_once: bool = False
+
+
+class ProfileConfig(Section):
+    """Steps to record with the torch profiler, as a trace in the run folder."""
+
+    start: Positive = 3
+    steps: Positive = 2
+
+
+Precision = Literal["float32", "bfloat16", "float64"]
+PRECISIONS = get_args(Precision)
+
+
+class TrainConfig(Section):
+    """How long and how much at a time. The gradient accumulation follows: global batch ÷ (micro batch × dp)."""
+
+    steps: Positive = 100
+    global_batch_size: Positive = 8
+    micro_batch_size: Positive = 8
+    precision: Precision = "float32"
+    compile: bool = False
+    log_every: Positive = 10
+    eval_every: Count = 0
+    eval_steps: Positive = 10
+    sample_every: Count = 0
+    sample_prompt: str = ""
+    hang_timeout: PositiveFloat = 600.0
+    skip_bad_batches: Count = 0
+    peak_tflops: PositiveFloat | None = None
+    profile: ProfileConfig | None = None
+
+
+class InitConfig(Section):
+    """What a new run starts from (``from``): weights of a checkpoint, a run or a Hugging Face folder.
+
+    Its ``model`` section is this run's, too, where the config does not say otherwise. ``optimizer``: go on with its
+    optimizer, too. ``adapter``: what ``peft`` adds starts as this adapter, a checkpoint, a run or a folder of the peft
+    library's, of the same method, modules and sizes.
+    """
+
+    source: str | None = Field(default=None, alias="from")
+    optimizer: bool = False
+    adapter: str | None = None
+
+
+class CheckpointConfig(Section):
+    """When to save (``every`` 0: only at the end), what to keep, and where to resume from: ``auto`` (the newest that
+    verifies, if there is one), ``none``, or a path. ``trust``: what is read is not hashed first. ``async``: a step
+    waits for a copy only, which is written while training goes on.
+    """
+
+    every: Count = 0
+    keep: Positive = 2
+    keep_every: Positive | None = None
+    resume: str = "auto"
+    trust: bool = False
+    background: bool = Field(default=False, alias="async")
