@@ -161,7 +161,8 @@ class _Attempt:
                 self.agents.append(self._start(command))
             outcome = self._watch()
             endings = [agent.poll() for agent in self.agents]
-            self._look_for_the_lost()
+            if outcome is None:
+                self._look_for_the_lost()
         finally:
             self._kill_all()
         if outcome:
@@ -210,7 +211,7 @@ class _Attempt:
                 elif now - self.stop_asked > _SECOND_SIGNAL_S:
                     return Outcome(128 + received.si_signo, f"{name} again: ended at once, without saving")
             failed_at = failed_at or (now if reports.failures or self._host_lost(reports) else 0.0)
-            if failed_at and self._all_unreachable(reports):
+            if self._all_unreachable(reports, failed=bool(failed_at)):
                 break
             ended_at = ended_at or (now if len(reports.ended) == len(self.ranks) else 0.0)
             self._look_for_hosts(reports, now)
@@ -220,18 +221,26 @@ class _Attempt:
                 break
         return None
 
-    def _all_unreachable(self, reports: Reports) -> bool:
-        """Whether no rank is left to wait for but on hosts that ssh does not get through to any more."""
-        if not self.job.distributed:
+    def _all_unreachable(self, reports: Reports, *, failed: bool) -> bool:
+        """Whether no rank is left to wait for but on hosts that ssh does not get through to any more.
+
+        They are asked as soon as a rank reports a hang, just before its collective fails.
+        """
+        if not self.job.distributed or not (failed or self._hung()):
+            self.search = None  # of a hang that went on after all
             return False
         if self.search is None:
             self.search = Probe(self.job.hosts, self.job.ssh, _ANSWER_S)
-        if not self.search.done:
+        if not failed or not self.search.done:
             return False
         self._look_for_the_lost()
         return bool(self.unreachable) and all(
             place.host in self.unreachable for place in self.job.watched if place.rank not in reports.ended
         )
+
+    def _hung(self) -> bool:
+        flights = self.job.log_dir.glob("rank_*.flight.json")
+        return any(int(path.name[5:].partition(".")[0]) in self.ranks for path in flights)
 
     def _look_for_the_lost(self) -> None:
         """Which hosts do not answer, where that was asked; waits for those that still have time to."""

@@ -1,12 +1,14 @@
 """What the launcher adds to a start: ``launch run`` against a bare torchrun, and the time of an answer.
 
 ``python -m tests.benchmarks.launch [ROUNDS]``. The ranks run a program that ends at once, so that the time is all
-theirs; the config check is the real one.
+theirs; the config check is the real one. Beside the time that passes, the CPU time of everything that was started,
+which other work on the machine changes less.
 """
 
 from __future__ import annotations
 
 import os
+import resource
 import statistics
 import subprocess
 import sys
@@ -23,12 +25,13 @@ train: {global_batch_size: 8, micro_batch_size: 4}
 """
 
 
-def seconds(argv: Sequence[str], folder: Path) -> float:
-    """Wall time of one command."""
+def seconds(argv: Sequence[str], folder: Path) -> tuple[float, float]:
+    """Wall and CPU time of one command."""
     env = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
-    began = time.perf_counter()
+    before, began = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter()
     subprocess.run(argv, cwd=folder, env=env, capture_output=True, check=False)
-    return time.perf_counter() - began
+    wall, after = time.perf_counter() - began, resource.getrusage(resource.RUSAGE_CHILDREN)
+    return wall, after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
 
 
 def main() -> None:
@@ -56,14 +59,17 @@ sys.exit(launch.main())
             "launch run, an unknown flag": [*launch, "run", "c.yaml", "--nprocs=2"],
             "launch run, a bad config": [*launch, "run", "c.yaml", "--optim.lr=-1"],
         }
-        times: dict[str, list[float]] = {contender: [] for contender in contenders}
+        times: dict[str, list[tuple[float, float]]] = {contender: [] for contender in contenders}
         for _ in range(rounds):
             for contender, argv in contenders.items():
                 times[contender].append(seconds(argv, folder))
+    medians = {}
     for contender, found in times.items():
-        print(f"{contender:<36}{statistics.median(found):6.2f} s  ({min(found):.2f} to {max(found):.2f})")
-    bare, ours = (statistics.median(found) for found in list(times.values())[:2])
-    print(f"{'added by launch run':<36}{ours - bare:6.2f} s")
+        walls, cpus = zip(*found, strict=True)
+        medians[contender] = wall, cpu = statistics.median(walls), statistics.median(cpus)
+        print(f"{contender:<36}{wall:6.2f} s  ({min(walls):.2f} to {max(walls):.2f})   CPU {cpu:5.2f} s")
+    (bare, bare_cpu), (ours, ours_cpu) = list(medians.values())[:2]
+    print(f"{'added by launch run':<36}{ours - bare:6.2f} s{'':19}CPU {ours_cpu - bare_cpu:5.2f} s")
 
 
 if __name__ == "__main__":
