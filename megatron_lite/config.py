@@ -36,7 +36,7 @@ Integer = Annotated[int, BeforeValidator(_number)]
 Number = Annotated[float, BeforeValidator(_number)]
 Positive = Annotated[Integer, Field(gt=0, lt=2**48)]
 Count = Annotated[Integer, Field(ge=0, lt=2**48)]
-Rank = Annotated[Integer, Field(gt=0, le=2**16)]  # of a low-rank update: a stranger's file cannot ask for all memory
+Width = Annotated[Integer, Field(gt=0, le=2**16)]  # of what peft adds: a stranger's file cannot ask for any amount
 Probability = Annotated[Number, Field(ge=0, lt=1)]
 PositiveFloat = Annotated[Number, Field(gt=0, allow_inf_nan=False)]
 NonNegativeFloat = Annotated[Number, Field(ge=0, allow_inf_nan=False)]
@@ -312,9 +312,9 @@ class LoRAConfig(PeftSection):
 
     method: Literal["lora"]
     targets: Annotated[list[str], Field(min_length=1)] = ["q", "k", "v", "o", "gate", "up", "down"]
-    r: Rank = 8
+    r: Width = 8
     alpha: PositiveFloat = 16.0
-    ranks: dict[str, Rank] = {}
+    ranks: dict[str, Width] = {}
     alphas: dict[str, PositiveFloat] = {}
     dropout: Probability = 0.0
     rslora: bool = False
@@ -387,7 +387,7 @@ class AdapterConfig(PeftSection):
     """
 
     method: Literal["adapter"]
-    size: Positive = 64
+    size: Width = 64
     placement: Literal["houlsby", "pfeiffer", "parallel"] = "houlsby"
     scale: PositiveFloat = 1.0
 
@@ -409,8 +409,8 @@ class PrefixConfig(PeftSection):
     """
 
     method: Literal["prefix"]
-    length: Positive = 16
-    reparameterize: Positive | None = None
+    length: Width = 16
+    reparameterize: Width | None = None
 
     def matched(self, model: ModelConfig) -> list[str]:
         """What has a prefix."""
