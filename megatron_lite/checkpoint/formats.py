@@ -31,7 +31,7 @@ def open_source(
     not: to what a vocabulary is padded (Hugging Face), its true size (Megatron), the whole model (DeepSpeed). Raises
     CheckpointError.
     """
-    if (path / CONFIG).is_file():
+    if (path / CONFIG).is_file() and not is_hugging_face(path):
         raise CheckpointError(f"{path} is an adapter of the peft library's; ckpt import_peft makes one of ours of it")
     if is_hugging_face(path):
         return HuggingFaceSource(path, like.vocab_multiple if like else None)

@@ -10,7 +10,7 @@ from pydantic import Field
 
 from megatron_lite import targets
 from megatron_lite.config.model import ModelConfig
-from megatron_lite.config.section import Positive, PositiveFloat, Probability, Rank, Section
+from megatron_lite.config.section import PositiveFloat, Probability, Section, Width
 
 if TYPE_CHECKING:
     from megatron_lite.config.tree import Config
@@ -58,9 +58,9 @@ class LoRAConfig(PeftSection):
 
     method: Literal["lora"]
     targets: Annotated[list[str], Field(min_length=1)] = ["q", "k", "v", "o", "gate", "up", "down"]
-    r: Rank = 8
+    r: Width = 8
     alpha: PositiveFloat = 16.0
-    ranks: dict[str, Rank] = {}
+    ranks: dict[str, Width] = {}
     alphas: dict[str, PositiveFloat] = {}
     dropout: Probability = 0.0
     rslora: bool = False
@@ -133,7 +133,7 @@ class AdapterConfig(PeftSection):
     """
 
     method: Literal["adapter"]
-    size: Positive = 64
+    size: Width = 64
     placement: Literal["houlsby", "pfeiffer", "parallel"] = "houlsby"
     scale: PositiveFloat = 1.0
 
@@ -155,8 +155,8 @@ class PrefixConfig(PeftSection):
     """
 
     method: Literal["prefix"]
-    length: Positive = 16
-    reparameterize: Positive | None = None
+    length: Width = 16
+    reparameterize: Width | None = None
 
     def matched(self, model: ModelConfig) -> list[str]:
         """What has a prefix."""

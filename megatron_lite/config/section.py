@@ -22,7 +22,7 @@ Integer = Annotated[int, BeforeValidator(number)]
 Number = Annotated[float, BeforeValidator(number)]
 Positive = Annotated[Integer, Field(gt=0, lt=2**48)]
 Count = Annotated[Integer, Field(ge=0, lt=2**48)]
-Rank = Annotated[Integer, Field(gt=0, le=2**16)]  # of a low-rank update: a stranger's file cannot ask for all memory
+Width = Annotated[Integer, Field(gt=0, le=2**16)]  # of what peft adds: a stranger's file cannot ask for any amount
 Probability = Annotated[Number, Field(ge=0, lt=1)]
 PositiveFloat = Annotated[Number, Field(gt=0, allow_inf_nan=False)]
 NonNegativeFloat = Annotated[Number, Field(ge=0, allow_inf_nan=False)]

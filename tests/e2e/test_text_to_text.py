@@ -62,14 +62,30 @@ def test_what_a_run_leaves(folder: Path) -> None:
     assert {path.name for path in (run / "logs").glob("rank_*.log")} == {"rank_0.log", "rank_1.log"}
 
 
-def test_what_tensorboard_shows(folder: Path) -> None:
+def samples(run: Path, steps: int) -> dict[int, str]:
+    """What TensorBoard shows of the text that was sampled, by step; the loss is there of all."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    events = EventAccumulator(str(folder / "run" / "tb")).Reload()
-    assert [point.step for point in events.Scalars("loss")] == list(range(1, 21))
-    assert [point.step for point in events.Tensors("sample/text_summary")] == [10, 20]
-    shown = events.Tensors("sample/text_summary")[-1].tensor_proto.string_val[0].decode()
-    assert "import" in shown
+    events = EventAccumulator(str(run / "tb")).Reload()
+    assert [point.step for point in events.Scalars("loss")] == list(range(1, steps + 1))
+    shown = events.Tensors("sample/text_summary")
+    return {point.step: point.tensor_proto.string_val[0].decode() for point in shown}
+
+
+def test_what_tensorboard_shows(folder: Path) -> None:
+    shown = samples(folder / "run", 20)
+    assert list(shown) == [10, 20]
+    assert "import" in shown[20]
+
+
+def test_what_an_adapter_says_while_it_is_trained(folder: Path) -> None:
+    prefix = ["--peft.method=prefix", "--peft.length=4", "--peft.reparameterize=8", "--optim.lr=0.5"]
+    often = ["--train.steps=3", "--train.sample_every=1", "--train.profile=null"]
+    launch(folder, "--run.name=prefix", f"--init.from={folder}/run", *prefix, *often, nproc=2).expect(0)
+    shown = samples(folder / "prefix", 3)
+    assert list(shown) == [1, 2, 3]
+    assert all("import" in text and len(text) > 40 for text in shown.values())
+    assert len(set(shown.values())) > 1
 
 
 def test_the_same_text_on_one_rank_and_on_two(folder: Path) -> None:
