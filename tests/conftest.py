@@ -7,6 +7,8 @@ import os
 os.environ["OMP_NUM_THREADS"] = "1"
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 
+from collections.abc import Generator
+
 import pytest
 from hypothesis import settings
 
@@ -15,9 +17,12 @@ settings.register_profile("repeatable", derandomize=True, deadline=None, databas
 settings.load_profile("repeatable")
 
 
-@pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the groups
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+@pytest.hookimpl(wrapper=True)  # before pytest-xdist reads the groups
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> Generator[None]:
     """A file's tests share what they set up, so one worker runs them; hosts are heavy, and made by one worker alone."""
     for item in items:
         hosts = {"cluster", "slurm", "two", "six"} & set(getattr(item, "fixturenames", ()))
         item.add_marker(pytest.mark.xdist_group("hosts" if hosts else str(item.path)))
+    yield
+    if getattr(config.option, "loadgroup", False) and items and "@" not in items[0].nodeid:
+        raise pytest.UsageError("this pytest ignores the groups of this pytest-xdist; constraints.txt has two that fit")
