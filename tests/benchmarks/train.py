@@ -18,6 +18,7 @@ import sys
 import time
 from collections.abc import Callable
 from types import SimpleNamespace
+from typing import Any
 
 VOCAB, HIDDEN, LAYERS, HEADS, FFN, SEQ, BATCH = 32000, 512, 8, 8, 1376, 512, 4
 THREADS = 2
@@ -32,7 +33,10 @@ PEFT = {  # of about the same number of trained parameters, but for the prefix
 }
 
 
-def bare(dtype: str, mode: str) -> Callable[[int], float]:
+Contender = tuple[Callable[[int], float], Any]  # one step, which returns its loss; the optimizer
+
+
+def bare(dtype: str, mode: str) -> Contender:
     """A hand-written loop: SDPA, fused AdamW, autocast for bfloat16."""
     import torch
     import torch.nn.functional as F
@@ -80,7 +84,7 @@ def bare(dtype: str, mode: str) -> Callable[[int], float]:
     return _plain_loop(model, lambda tokens, targets: run(tokens, targets), dtype)
 
 
-def transformers(dtype: str, mode: str) -> Callable[[int], float]:
+def transformers(dtype: str, mode: str) -> Contender:
     """The same loop around transformers' LlamaForCausalLM."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
@@ -110,7 +114,7 @@ def peft_lora(model, dora: bool = False):
     return get_peft_model(model, LoraConfig(r=8, lora_alpha=16, target_modules=linears, use_dora=dora))
 
 
-def _plain_loop(model, loss_of, dtype: str) -> Callable[[int], float]:
+def _plain_loop(model, loss_of, dtype: str) -> Contender:
     import torch
 
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=LR, fused=True)
@@ -126,10 +130,10 @@ def _plain_loop(model, loss_of, dtype: str) -> Callable[[int], float]:
         optimizer.zero_grad(set_to_none=True)
         return loss.item()
 
-    return step
+    return step, optimizer
 
 
-def ours(dtype: str, mode: str) -> Callable[[int], float]:
+def ours(dtype: str, mode: str) -> Contender:
     """This project's train_step."""
     import torch
 
@@ -165,7 +169,7 @@ def ours(dtype: str, mode: str) -> Callable[[int], float]:
         batch = SimpleNamespace(**parts, positions=None, document_ids=None, index=number * BATCH)
         return trainer.train_step([batch]).loss
 
-    return step
+    return step, trainer.engine.optimizer
 
 
 MAKERS = {"ours": ours, "bare": bare, "transformers": transformers}
@@ -179,11 +183,13 @@ def _contender(pipe, name: str, dtype: str) -> None:
     torch.ones(8, 8) @ torch.ones(8, 8)
     maker, _, mode = name.partition("-")
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    step = MAKERS[maker](dtype, mode)
+    step, optimizer = MAKERS[maker](dtype, mode)
     while (number := pipe.recv()) is not None:
         began = time.perf_counter()
         loss = step(number)
-        pipe.send((time.perf_counter() - began, loss, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before))
+        taken = time.perf_counter() - began
+        state = sum(held.nbytes for states in optimizer.state.values() for held in states.values())
+        pipe.send((taken, loss, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before, state))
     os._exit(0)
 
 
@@ -195,22 +201,22 @@ def main(dtype: str = "float32", rounds: int = 5, contenders: str = "") -> None:
         pipes[name], theirs = context.Pipe()
         context.Process(target=_contender, args=(theirs, name, dtype), daemon=True).start()
     seconds: dict[str, list[float]] = {name: [] for name in names}
-    memory, losses = {}, {}
+    memory, losses, states = {}, {}, {}
     for number in range(rounds + 2):  # two to warm up and compile
         for name, pipe in pipes.items():
             pipe.send(number)
-            taken, losses[name], memory[name] = pipe.recv()
+            taken, losses[name], memory[name], states[name] = pipe.recv()
             if number >= 2:
                 seconds[name].append(taken)
     print(f"{dtype}, {THREADS} threads, {rounds} rounds: median of the paired ratios against bare eager")
-    print(f"{'':<16}{'tokens/s':>10}{'ratio':>8}{'peak MiB':>10}{'ratio':>8}{'loss':>9}")
+    print(f"{'':<16}{'tokens/s':>10}{'ratio':>8}{'peak MiB':>10}{'ratio':>8}{'optimizer MiB':>15}{'loss':>9}")
     reference = "bare" if "bare" in names else names[0]
     for name in names:
         rate = BATCH * SEQ / statistics.median(seconds[name])
         ratio = statistics.median(r / s for r, s in zip(seconds[reference], seconds[name], strict=True))
         print(
             f"{name:<16}{rate:>10.0f}{ratio:>8.2f}{memory[name] / 1024:>10.0f}"
-            f"{memory[name] / memory[reference]:>8.2f}{losses[name]:>9.4f}"
+            f"{memory[name] / memory[reference]:>8.2f}{states[name] / 2**20:>15.2f}{losses[name]:>9.4f}"
         )
         pipes[name].send(None)
 

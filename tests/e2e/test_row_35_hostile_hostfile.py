@@ -103,6 +103,7 @@ def test_every_bad_line_is_named_and_nothing_is_started(calls: Path, tmp_path: P
         (b"node1 slots=1\0\n", "hosts:1: slots=1\0: expected a whole number"),
         (b"x" * 2_000_000, "hosts is over 1 MB: not a hostfile"),
     ],
+    ids=["missing", "empty", "comments", "not text", "a NUL", "2 MB"],
 )
 def test_a_file_that_is_no_hostfile_is_an_error(
     calls: Path, tmp_path: Path, content: bytes | None, message: str
