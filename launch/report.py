@@ -93,7 +93,8 @@ class Reports:
     """The reports of some ranks in one attempt, as they are at this moment."""
 
     def __init__(self, log_dir: Path, attempt: int, ranks: Collection[int]) -> None:
-        self._log_dir, self.attempt, self._ranks = log_dir, attempt, ranks
+        self.attempt, self._ranks = attempt, ranks
+        self._files = list(log_dir.glob("rank_*.json"))  # one look at a folder that many ranks share
         self.ended = self._read("exit")
 
     @cached_property
@@ -109,9 +110,17 @@ class Reports:
     def failures(self) -> list[Report]:
         return [report for report in self.ended.values() if report.failed]
 
+    @property
+    def hung(self) -> bool:
+        """Whether a rank has said that it makes no progress (``launch/hang.py``)."""
+        return any(int(path.name[5:].partition(".")[0]) in self._ranks for path in self._of("flight"))
+
+    def _of(self, name: str) -> list[Path]:
+        return [path for path in self._files if path.name.endswith(f".{name}.json")]
+
     def _read(self, name: str) -> dict[int, Report]:
         found = {}
-        for path in self._log_dir.glob(f"rank_*.{name}.json"):
+        for path in self._of(name):
             try:
                 report = Report(**json.loads(path.read_text()))
             except (FileNotFoundError, ValueError):  # being renamed or rewritten at this moment

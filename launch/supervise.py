@@ -226,7 +226,7 @@ class _Attempt:
 
         They are asked as soon as a rank reports a hang, just before its collective fails.
         """
-        if not self.job.distributed or not (failed or self._hung()):
+        if not self.job.distributed or not (failed or reports.hung):
             self.search = None  # of a hang that went on after all
             return False
         if self.search is None:
@@ -237,10 +237,6 @@ class _Attempt:
         return bool(self.unreachable) and all(
             place.host in self.unreachable for place in self.job.watched if place.rank not in reports.ended
         )
-
-    def _hung(self) -> bool:
-        flights = self.job.log_dir.glob("rank_*.flight.json")
-        return any(int(path.name[5:].partition(".")[0]) in self.ranks for path in flights)
 
     def _look_for_the_lost(self) -> None:
         """Which hosts do not answer, where that was asked; waits for those that still have time to."""

@@ -171,7 +171,7 @@ def _same_as_beside(written: Source, base: Source, adapter: CheckpointSource) ->
         return f"its logits were not compared: {elements:,} parameters are too many to hold twice"
     beside = _adapted(base, adapter.peft)
     materialize(beside, torch.device("cpu"))
-    trained = {f"model.{name}" for name, parameter in beside.named_parameters() if parameter.requires_grad}
+    trained = trained_shapes(beside)
     pieces = {f"model.{name}": piece for name, piece in pieces_of(beside, Axis("tp")).items()}
     beside.requires_grad_(False)
     base.load({name: piece for name, piece in pieces.items() if name not in trained})

@@ -81,6 +81,21 @@ class _RecordingEngine:
         return getattr(self.engine, name)
 
 
+def batches(trainer: Trainer) -> Loader:
+    """What a new run trains on, from its first step, nothing prefetched."""
+    config, mesh = trainer.config, trainer.mesh
+    return Loader(
+        build_dataset(config.data, config.run.seed, "train", config.model.vocab_size),
+        micro_batch_size=config.train.micro_batch_size,
+        num_micro_batches=trainer.plan.accumulation,
+        dp_rank=mesh.dp.rank,
+        dp_size=mesh.dp.size,
+        consumed_samples=0,
+        prefetch=0,
+        device=mesh.device,
+    )
+
+
 def record(
     config: Config, mesh: Mesh, steps: int, prepare: Callable[[Trainer], None] | None = None
 ) -> Iterator[Record]:
@@ -105,16 +120,7 @@ def record(
     sizes = [torch.zeros((), dtype=torch.float64) for _ in trainer.model.blocks]
     for size, block in zip(sizes, trainer.model.blocks, strict=True):
         block.register_forward_hook(_measure(size))
-    loader = Loader(
-        build_dataset(config.data, config.run.seed, "train", config.model.vocab_size),
-        micro_batch_size=config.train.micro_batch_size,
-        num_micro_batches=trainer.plan.accumulation,
-        dp_rank=mesh.dp.rank,
-        dp_size=mesh.dp.size,
-        consumed_samples=0,
-        prefetch=0,
-        device=mesh.device,
-    )
+    loader = batches(trainer)
     for _ in range(steps):
         noted.clear()
         for size in sizes:

@@ -4,7 +4,7 @@ No torch here: a mistake is reported in well under a second, every mistake at on
 valid one.
 """
 
-from megatron_lite.config.launch import KubernetesConfig, LaunchConfig, SlurmConfig, SshConfig
+from megatron_lite.config.launch import SlurmConfig
 from megatron_lite.config.model import ModelConfig, RopeScaling
 from megatron_lite.config.peft import (
     METHODS,
@@ -28,13 +28,8 @@ from megatron_lite.config.reading import (
 )
 from megatron_lite.config.training import (
     PRECISIONS,
-    CheckpointConfig,
     DataConfig,
-    InitConfig,
     OptimConfig,
-    ParallelConfig,
-    RunConfig,
     SourceConfig,
-    TrainConfig,
 )
 from megatron_lite.config.tree import Config

@@ -11,6 +11,7 @@ import yaml
 
 from megatron_lite.config import load_config
 from megatron_lite.data.loader import Loader, build_dataset
+from tests.kit.foreign import their_adapter
 from tests.kit.jobs import PYTHON, Result, run_job
 from tests.kit.tiny import ENGINES, VOCAB, losses, tiny_config, tiny_data
 
@@ -48,20 +49,6 @@ def base(tmp_path_factory) -> Path:
     torch.manual_seed(1)
     transformers.LlamaForCausalLM(config).save_pretrained(folder)
     return folder
-
-
-def their_adapter(folder: Path, base: Path, settings: dict) -> torch.nn.Module:
-    """An adapter that somebody trained, as the peft library's model, which is saved in ``folder``."""
-    model = transformers.AutoModelForCausalLM.from_pretrained(base)
-    kind = peft.PrefixTuningConfig if "num_virtual_tokens" in settings else peft.LoraConfig
-    model = peft.get_peft_model(model, kind(task_type="CAUSAL_LM", **settings)).eval()
-    torch.manual_seed(2)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                parameter.add_(torch.randn_like(parameter) * 0.2)
-    model.save_pretrained(folder)
-    return model
 
 
 def config(folder: Path, base: Path, section: dict, engine: str) -> Path:

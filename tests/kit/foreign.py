@@ -1,4 +1,5 @@
-"""Checkpoints that the frameworks themselves write: a tiny Llama trained by DeepSpeed, a tiny GPT saved by Megatron."""
+"""Checkpoints that the frameworks themselves write: a tiny Llama trained by DeepSpeed, a tiny GPT saved by Megatron, an
+adapter of the peft library's."""
 
 from __future__ import annotations
 
@@ -14,6 +15,23 @@ import torch
 
 SIZES = {"vocab_size": 99, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
 SIZES |= {"num_key_value_heads": 2, "intermediate_size": 48, "max_position_embeddings": 32}
+
+
+def their_adapter(folder: Path, base: Path, settings: dict[str, Any]) -> Any:
+    """An adapter that somebody trained, as the peft library's model, which is saved in ``folder``."""
+    import peft
+    from transformers import AutoModelForCausalLM
+
+    kind = peft.PrefixTuningConfig if "num_virtual_tokens" in settings else peft.LoraConfig
+    model = AutoModelForCausalLM.from_pretrained(base)
+    model = peft.get_peft_model(model, kind(task_type="CAUSAL_LM", **settings)).eval()
+    torch.manual_seed(2)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(torch.randn_like(parameter) * 0.3)
+    model.save_pretrained(folder)
+    return model
 
 
 def train_with_deepspeed(rank: int, size: int, folder: str, stage: int, bf16: bool) -> None:

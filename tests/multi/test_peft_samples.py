@@ -3,12 +3,12 @@
 import pytest
 import torch
 
-from megatron_lite.data.loader import Loader, build_dataset
 from megatron_lite.dist.mesh import build_mesh
 from megatron_lite.dist.spawn import run_ranks
 from megatron_lite.faults import Faults
 from megatron_lite.generate import Sampling, generate
 from megatron_lite.parallel.plan import make_plan
+from megatron_lite.prove import batches
 from megatron_lite.trainer import Trainer
 from tests.kit.parity import Layout, ruffle
 from tests.kit.tiny import tiny_data
@@ -44,16 +44,7 @@ def losses(config, mesh, size, sample):
     """Of two steps; ``sample`` is shown the model after each."""
     trainer = Trainer(config, mesh, make_plan(config, size), Faults.none())
     ruffle(trainer)
-    loader = Loader(
-        build_dataset(config.data, config.run.seed, "train", config.model.vocab_size),
-        micro_batch_size=config.train.micro_batch_size,
-        num_micro_batches=trainer.plan.accumulation,
-        dp_rank=mesh.dp.rank,
-        dp_size=mesh.dp.size,
-        consumed_samples=0,
-        prefetch=0,
-        device=mesh.device,
-    )
+    loader = batches(trainer)
     found = []
     for _ in range(2):
         found.append(trainer.train_step(next(loader)).loss)

@@ -15,6 +15,7 @@ from megatron_lite.dist.spawn import run_ranks
 from megatron_lite.errors import CheckpointError
 from megatron_lite.generate import Models
 from tests.kit.adapters import LENGTH, VOCAB, decoder, saved
+from tests.kit.foreign import their_adapter
 
 peft = pytest.importorskip("peft", reason="the peft library is not installed")
 transformers = pytest.importorskip("transformers", reason="transformers is not installed")
@@ -71,19 +72,6 @@ def their_base(folder, family="llama"):
     torch.manual_seed(1)
     transformers.AutoModelForCausalLM.from_config(config).save_pretrained(folder)
     return folder
-
-
-def their_adapter(folder, base, settings):
-    model = transformers.AutoModelForCausalLM.from_pretrained(base)
-    kind = peft.PrefixTuningConfig if "num_virtual_tokens" in settings else peft.LoraConfig
-    model = peft.get_peft_model(model, kind(task_type="CAUSAL_LM", **settings)).eval()
-    torch.manual_seed(2)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                parameter.add_(torch.randn_like(parameter) * 0.3)
-    model.save_pretrained(folder)
-    return model
 
 
 def last(model):
