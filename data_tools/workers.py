@@ -14,6 +14,7 @@ from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from itertools import islice
+from multiprocessing import resource_tracker
 from typing import Any, TypeVar
 
 from megatron_lite.errors import ConfigError, MegatronLiteError, PeerError
@@ -36,9 +37,11 @@ def run(units: Iterator[Unit], work: Callable[[Unit], Result], merge: Callable[[
     # spawn: a fork would copy the locks of whatever threads the libraries have started.
     pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), _die_with_parent, (os.getpid(),))
     pending: deque[Future[Result]] = deque()
+    resource_tracker.ensure_running()  # its own start ends what _interrupts_later does
     try:
         for unit in units:
-            pending.append(pool.submit(work, unit))
+            with _interrupts_later():  # submitting may start a worker, which inherits this
+                pending.append(pool.submit(work, unit))
             if len(pending) > 2 * workers:
                 merge(pending.popleft().result())
         while pending:
@@ -49,9 +52,18 @@ def run(units: Iterator[Unit], work: Callable[[Unit], Result], merge: Callable[[
         pool.shutdown(cancel_futures=True)
 
 
+@contextmanager
+def _interrupts_later() -> Iterator[None]:
+    """Ctrl-C waits for the end of the block in this process, and for ever in those that it starts."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 def _die_with_parent(parent: int) -> None:
-    """End this worker when the main process ends, however it ends; leave Ctrl-C to the main process."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    """End this worker when the main process ends, however it ends."""
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != parent:
         os._exit(1)

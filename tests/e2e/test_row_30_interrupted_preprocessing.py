@@ -109,6 +109,18 @@ def test_interrupted_politely(arguments, tmp_path, number, code):
         assert not list(tmp_path.glob("out*"))
 
 
+@pytest.mark.parametrize("after", [0.02, 0.05, 0.1])
+def test_interrupted_while_workers_start(arguments, after):
+    with start_job([PYTHON, "-m", "data_tools", *arguments], timeout=60) as job:
+        while len(job.family()) < 4:  # the main process, the resource tracker and two workers, still importing
+            assert job.process.poll() is None and time.monotonic() < job.deadline, job.stderr
+            time.sleep(0.001)
+        time.sleep(after)
+        os.killpg(job.pid, signal.SIGINT)
+        result = ended(job)
+    result.expect(exit_code=130, stderr="^interrupted\n$")
+
+
 def test_an_older_dataset_stays_until_the_new_one_is_complete(arguments, tmp_path):
     data_tools(*arguments).expect(exit_code=0)
     before = dataset_bytes(tmp_path / "out")
