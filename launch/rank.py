@@ -150,7 +150,8 @@ def _wait(child: subprocess.Popen[bytes], watched: set[signal.Signals], wish: Wi
         elif time.monotonic() - stopped_since > _STOPPED_LIMIT_S:
             stopped = True
             process.send(child.pid, signal.SIGKILL)
-    return asked, stopped
+    # A signal to a whole group may end the program between fork and exec, before this process has looked for its own.
+    return asked or not signal.sigpending().isdisjoint(_STOP), stopped
 
 
 class Wish:

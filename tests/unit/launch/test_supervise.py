@@ -120,6 +120,24 @@ def test_a_program_that_does_not_exist_is_one_line(tmp_path: Path) -> None:
     )
 
 
+def test_a_rank_that_a_signal_to_its_group_ended_at_once_had_been_asked_to_stop(tmp_path: Path) -> None:
+    """As when another rank could not be started: it is not the first cause."""
+    code = f"""
+import os, signal
+from pathlib import Path
+from launch import rank
+def start(program, **options):
+    child = begin(program, **options)
+    os.kill(os.getpid(), signal.SIGTERM), os.kill(child.pid, signal.SIGTERM), child.wait()
+    return child
+begin, rank.process.start = rank.process.start, start
+rank.run(Path({str(tmp_path)!r}), ["sleep", "60"], 0, 0, None)
+"""
+    run_job([PYTHON, "-c", code], timeout=20, env=ENV).expect(exit_code=0)
+    report = json.loads((tmp_path / "rank_0.exit.json").read_text())
+    assert (report["signal"], report["asked"]) == (signal.SIGTERM, True)
+
+
 def test_a_lost_rank_is_started_again_with_resume(tmp_path: Path) -> None:
     code = (
         "print('attempt', attempt, sys.argv[1:], flush=True)\nif rank == 1 and attempt < 2: time.sleep(0.5); die(9)\n"
