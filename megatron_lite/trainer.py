@@ -80,6 +80,7 @@ class Trainer:
         return model(
             batch.tokens,
             batch.targets,
+            counted=batch.counted,
             positions=batch.positions,
             document_ids=batch.document_ids,
             seed=seed,

@@ -39,6 +39,7 @@ class Batch:
 
     tokens, targets: int64 [batch, seq]; a target of ``IGNORED`` does not count. positions, document_ids: int64 [batch,
     seq] where documents are masked from each other, else None. index: the position of its first sample in the run.
+    counted: int64, where the flattened targets count; None: not looked for, or everywhere.
     """
 
     tokens: Tensor
@@ -46,6 +47,7 @@ class Batch:
     positions: Tensor | None
     document_ids: Tensor | None
     index: int
+    counted: Tensor | None = None
 
     def to(self, device: torch.device) -> Batch:
         """The batch on ``device``; to a GPU it is copied from pinned memory, without waiting."""
@@ -57,7 +59,7 @@ class Batch:
 
         tokens, targets = move(self.tokens), move(self.targets)
         assert tokens is not None and targets is not None
-        return Batch(tokens, targets, move(self.positions), move(self.document_ids), self.index)
+        return Batch(tokens, targets, move(self.positions), move(self.document_ids), self.index, move(self.counted))
 
 
 class Rows(NamedTuple):
@@ -266,7 +268,9 @@ class Dataset:
             )
         tokens, targets, positions, ids = map(torch.from_numpy, rows)
         masked = self.document_mask or self.packing
-        return Batch(tokens, targets, positions if masked else None, ids if masked else None, index)
+        counted = torch.from_numpy(np.flatnonzero(rows.targets != IGNORED))
+        some = counted if len(counted) < targets.numel() else None
+        return Batch(tokens, targets, positions if masked else None, ids if masked else None, index, some)
 
 
 def build_dataset(data: DataConfig, seed: int, split: Split, vocab_size: int | None = None) -> Dataset:

@@ -17,7 +17,7 @@ from megatron_lite.dist import comm
 from megatron_lite.dist.mesh import Axis
 
 IGNORED = -100  # the target of a token with nothing to predict
-_CHUNK_ELEMENTS = 1 << 23  # logits held at once, on each rank
+_CHUNK_ELEMENTS = 1 << 24  # logits held at once, on each rank; or twice what the hidden states have, if that is more
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
@@ -31,29 +31,32 @@ class _LinearCrossEntropy(torch.autograd.Function):
         tp: Axis,
         low: Tensor | None,
         factor: Tensor | None,
+        counted: Tensor | None,
     ) -> Tensor:
-        rows = weight.shape[0]
+        rows, tokens = weight.shape[0], len(targets if counted is None else counted)
         first = tp.rank * rows
         padding = max(0, first + rows - vocab_size)
         needed = [tensor is not None and tensor.requires_grad for tensor in (hidden, weight, factor)]
         precise = torch.promote_types(hidden.dtype, torch.float32)
         matrix = weight.to(hidden.dtype)
-        grad_hidden = torch.empty_like(hidden) if any(needed) else None
+        grad_hidden = hidden.new_zeros(hidden.shape) if any(needed) else None
         grad_weight = weight.new_zeros(weight.shape, dtype=precise) if needed[1] else None
         grad_low = grad_factor = None
         if low is not None and factor is not None and any(needed):
-            grad_low, grad_factor = torch.empty_like(low), factor.new_zeros(factor.shape, dtype=precise)
+            grad_low, grad_factor = low.new_zeros(low.shape), factor.new_zeros(factor.shape, dtype=precise)
         total = torch.zeros((), dtype=precise, device=hidden.device)
-        size = max(1, _CHUNK_ELEMENTS // rows)
-        for start in range(0, hidden.shape[0], size):
-            chunk, target = hidden[start : start + size], targets[start : start + size]
-            counted = target != IGNORED
+        chunks = max(1, -(-tokens * rows // max(_CHUNK_ELEMENTS, 2 * hidden.numel(), rows)))
+        size = max(1, -(-tokens // chunks))
+        for start in range(0, tokens, size):
+            part = slice(start, start + size) if counted is None else counted[start : start + size]
+            chunk, target = hidden[part], targets[part]
+            kept = target != IGNORED
             local = target - first
-            here = counted & (local >= 0) & (local < rows)
+            here = kept & (local >= 0) & (local < rows)
             index = local.masked_fill(~here, 0).unsqueeze(1)
             product = chunk @ matrix.t()
             if low is not None and factor is not None:
-                product.addmm_(low[start : start + size], factor.t())
+                product.addmm_(low[part], factor.t())
             logits = product.to(precise)
             if padding:
                 logits[:, max(0, rows - padding) :] = float("-inf")
@@ -62,19 +65,19 @@ class _LinearCrossEntropy(torch.autograd.Function):
             picked = logits.gather(1, index).squeeze(1).masked_fill(~here, 0)
             logits.exp_()
             sums = comm.all_reduce(torch.stack((logits.sum(dim=1), picked)), tp)
-            total += (sums[0].log() - sums[1]).masked_fill(~counted, 0).sum()
+            total += (sums[0].log() - sums[1]).masked_fill(~kept, 0).sum()
             if grad_hidden is None:
                 continue
-            # softmax minus one-hot, zero where nothing is counted
-            logits.mul_((counted / sums[0]).unsqueeze(1))
+            # softmax minus one-hot, zero for a token that does not count
+            logits.mul_((kept / sums[0]).unsqueeze(1))
             logits.scatter_add_(1, index, -here.to(precise).unsqueeze(1))
             grad = logits.to(hidden.dtype)
-            torch.mm(grad, matrix, out=grad_hidden[start : start + size])
+            grad_hidden[part] = grad @ matrix
             if grad_weight is not None:
                 _accumulate(grad_weight, grad, chunk)
             if low is not None and factor is not None and grad_low is not None and grad_factor is not None:
-                torch.mm(grad, factor, out=grad_low[start : start + size])
-                _accumulate(grad_factor, grad, low[start : start + size])
+                grad_low[part] = grad @ factor
+                _accumulate(grad_factor, grad, low[part])
         if grad_weight is not None:
             grad_weight = grad_weight.to(weight.dtype)
         if grad_factor is not None and factor is not None:
@@ -88,7 +91,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         grad_hidden, grad_weight, grad_low, grad_factor = (
             None if grad is None else grad.mul_(scale.to(grad.dtype)) for grad in ctx.saved_tensors
         )
-        return grad_hidden, grad_weight, None, None, None, grad_low, grad_factor
+        return grad_hidden, grad_weight, None, None, None, grad_low, grad_factor, None
 
 
 def _accumulate(into: Tensor, grad: Tensor, chunk: Tensor) -> None:
@@ -108,6 +111,7 @@ def linear_cross_entropy(
     *,
     sp: bool,
     low_rank: tuple[Tensor, Tensor] | None = None,
+    counted: Tensor | None = None,
 ) -> Tensor:
     """Sum of the cross entropies of ``hidden @ weight.T`` against ``targets``, a scalar of float32 or better.
 
@@ -116,6 +120,7 @@ def linear_cross_entropy(
     value on every tp rank. Forward: per chunk one max and one sum all-reduce of [chunk] numbers (and an all-gather of
     hidden under ``sp``). Backward: all-reduce or reduce-scatter of hidden's gradient. ``low_rank``: an
     update of the weight, as ``ColumnParallelLinear.low_rank`` gives it. No gradient is made for a frozen weight.
+    ``counted``: where targets count, int64, ascending; only these are multiplied. None where nobody has looked.
     """
     low = factor = None
     if low_rank is None:
@@ -123,4 +128,4 @@ def linear_cross_entropy(
     else:
         low, factor = low_rank
         hidden, low = comm.enter_joined(hidden, low, tp, sp=sp)
-    return comm.apply(_LinearCrossEntropy, hidden, weight, targets.reshape(-1), vocab_size, tp, low, factor)
+    return comm.apply(_LinearCrossEntropy, hidden, weight, targets.reshape(-1), vocab_size, tp, low, factor, counted)

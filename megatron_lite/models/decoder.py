@@ -172,6 +172,7 @@ class Decoder(nn.Module):
         tokens: Tensor,
         targets: Tensor | None = None,
         *,
+        counted: Tensor | None = None,
         positions: Tensor | None = None,
         document_ids: Tensor | None = None,
         seed: int | None = None,
@@ -180,16 +181,18 @@ class Decoder(nn.Module):
     ) -> Tensor:
         """With ``targets`` [batch, seq]: the sum of their cross entropies. Without: logits of the last position.
 
-        tokens: [batch, seq]. positions, document_ids: [batch, seq], both when documents are masked from each other.
-        dtype: what is computed in. Logits come as [batch, vocab_size], gathered over tp, float32 or better.
+        tokens: [batch, seq]. counted: where the flattened targets count, int64, if known. positions, document_ids:
+        [batch, seq], both when documents are masked from each other. dtype: what is computed in. Logits come as
+        [batch, vocab_size], gathered over tp, float32 or better.
         """
         x = self.hidden_states(tokens, positions, document_ids, seed, caches, dtype)
         weight = self.head_weight
         if targets is not None:
-            assert self.config.vocab_size
             low_rank = None if self.head is None else self.head.low_rank(x, seed)
+            vocab_size = self.config.vocab_size
+            assert vocab_size
             return linear_cross_entropy(
-                x, weight, targets, self.config.vocab_size, self.tp, sp=self.sp, low_rank=low_rank
+                x, weight, targets, vocab_size, self.tp, sp=self.sp, low_rank=low_rank, counted=counted
             )
         if self.sp:
             x = comm.all_gather(x, self.tp)

@@ -69,7 +69,7 @@ def ours(size: int, engine: str, stage: int, method: str, dtype: str) -> Callabl
 
     def step(tokens: torch.Tensor) -> None:
         parts = {"tokens": tokens[:, :-1].contiguous(), "targets": tokens[:, 1:].contiguous()}
-        trainer.train_step([SimpleNamespace(**parts, positions=None, document_ids=None, index=0)])
+        trainer.train_step([SimpleNamespace(**parts, positions=None, document_ids=None, counted=None, index=0)])
 
     return step
 

@@ -1,11 +1,12 @@
 """Training speed and memory of one rank against bare PyTorch and transformers, side by side.
 
-    python tests/benchmarks/train.py [--dtype=float32] [--rounds=5] [--contenders=ours,bare]
+    python tests/benchmarks/train.py [--dtype=float32] [--rounds=5] [--prompt=0] [--contenders=ours,bare]
     python tests/benchmarks/train.py --contenders=ours,ours-lora,ours-prefix,transformers,transformers-lora
 
 Every contender trains the same 8-layer Llama on the same tokens, in its own process with the same number of threads.
 Processes are prepared first and then take turns, one step at a time, so that a slow moment of the machine meets all
-of them; figures are medians. Peak memory is the process's, less what it held before the model was built.
+of them; figures are medians. Peak memory is the process's, less what it held before the model was built. ``prompt``:
+the percentage of each sequence whose targets do not count, as in instruction tuning.
 """
 
 from __future__ import annotations
@@ -17,7 +18,6 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
-from types import SimpleNamespace
 from typing import Any
 
 VOCAB, HIDDEN, LAYERS, HEADS, FFN, SEQ, BATCH = 32000, 512, 8, 8, 1376, 512, 4
@@ -36,7 +36,7 @@ PEFT = {  # of about the same number of trained parameters, but for the prefix
 Contender = tuple[Callable[[int], float], Any]  # one step, which returns its loss; the optimizer
 
 
-def bare(dtype: str, mode: str) -> Contender:
+def bare(dtype: str, mode: str, prompt: int) -> Contender:
     """A hand-written loop: SDPA, fused AdamW, autocast for bfloat16."""
     import torch
     import torch.nn.functional as F
@@ -81,10 +81,10 @@ def bare(dtype: str, mode: str) -> Contender:
 
     model = Llama()
     run = torch.compile(model) if mode == "compiled" else model
-    return _plain_loop(model, lambda tokens, targets: run(tokens, targets), dtype)
+    return _plain_loop(model, lambda tokens, targets: run(tokens, targets), dtype, prompt)
 
 
-def transformers(dtype: str, mode: str) -> Contender:
+def transformers(dtype: str, mode: str, prompt: int) -> Contender:
     """The same loop around transformers' LlamaForCausalLM."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
@@ -103,7 +103,12 @@ def transformers(dtype: str, mode: str) -> Contender:
         model = peft_lora(model, dora=mode == "dora")
     run = torch.compile(model) if mode == "compiled" else model
     # transformers shifts the labels itself; the loss runs over one token less.
-    return _plain_loop(model, lambda tokens, targets: run(input_ids=tokens, labels=tokens).loss, dtype)
+    return _plain_loop(
+        model,
+        lambda tokens, targets: run(input_ids=tokens, labels=tokens.masked_fill(targets == -100, -100)).loss,
+        dtype,
+        prompt,
+    )
 
 
 def peft_lora(model, dora: bool = False):
@@ -114,16 +119,25 @@ def peft_lora(model, dora: bool = False):
     return get_peft_model(model, LoraConfig(r=8, lora_alpha=16, target_modules=linears, use_dora=dora))
 
 
-def _plain_loop(model, loss_of, dtype: str) -> Contender:
+def _batch(generator, prompt: int):
+    """Tokens and their targets, of which those of the prompt do not count."""
+    import torch
+
+    tokens = torch.randint(0, VOCAB, (BATCH, SEQ + 1), generator=generator)
+    targets = tokens[:, 1:].clone()
+    targets[:, : SEQ * prompt // 100] = -100
+    return tokens[:, :-1].contiguous(), targets
+
+
+def _plain_loop(model, loss_of, dtype: str, prompt: int) -> Contender:
     import torch
 
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=LR, fused=True)
     generator = torch.Generator().manual_seed(0)
 
     def step(_: int) -> float:
-        tokens = torch.randint(0, VOCAB, (BATCH, SEQ + 1), generator=generator)
         with torch.autocast("cpu", torch.bfloat16, enabled=dtype == "bfloat16"):
-            loss = loss_of(tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous())
+            loss = loss_of(*_batch(generator, prompt))
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
@@ -133,11 +147,12 @@ def _plain_loop(model, loss_of, dtype: str) -> Contender:
     return step, optimizer
 
 
-def ours(dtype: str, mode: str) -> Contender:
+def ours(dtype: str, mode: str, prompt: int) -> Contender:
     """This project's train_step."""
     import torch
 
     from megatron_lite.config import parse_config
+    from megatron_lite.data.loader import Batch
     from megatron_lite.dist.mesh import solo_mesh
     from megatron_lite.faults import Faults
     from megatron_lite.parallel.plan import make_plan
@@ -164,9 +179,9 @@ def ours(dtype: str, mode: str) -> Contender:
     generator = torch.Generator().manual_seed(0)
 
     def step(number: int) -> float:
-        tokens = torch.randint(0, VOCAB, (BATCH, SEQ + 1), generator=generator)
-        parts = {"tokens": tokens[:, :-1].contiguous(), "targets": tokens[:, 1:].contiguous()}
-        batch = SimpleNamespace(**parts, positions=None, document_ids=None, index=number * BATCH)
+        tokens, targets = _batch(generator, prompt)
+        counted = (targets.view(-1) != -100).nonzero().squeeze(1) if prompt else None
+        batch = Batch(tokens, targets, None, None, number * BATCH, counted)
         return trainer.train_step([batch]).loss
 
     return step, trainer.engine.optimizer
@@ -175,7 +190,7 @@ def ours(dtype: str, mode: str) -> Contender:
 MAKERS = {"ours": ours, "bare": bare, "transformers": transformers}
 
 
-def _contender(pipe, name: str, dtype: str) -> None:
+def _contender(pipe, name: str, dtype: str, prompt: int) -> None:
     import torch
 
     torch.set_num_threads(THREADS)
@@ -183,7 +198,7 @@ def _contender(pipe, name: str, dtype: str) -> None:
     torch.ones(8, 8) @ torch.ones(8, 8)
     maker, _, mode = name.partition("-")
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    step, optimizer = MAKERS[maker](dtype, mode)
+    step, optimizer = MAKERS[maker](dtype, mode, prompt)
     while (number := pipe.recv()) is not None:
         began = time.perf_counter()
         loss = step(number)
@@ -193,13 +208,13 @@ def _contender(pipe, name: str, dtype: str) -> None:
     os._exit(0)
 
 
-def main(dtype: str = "float32", rounds: int = 5, contenders: str = "") -> None:
+def main(dtype: str = "float32", rounds: int = 5, contenders: str = "", prompt: int = 0) -> None:
     names = contenders.split(",") if contenders else ["ours", "bare", "transformers", "ours-compiled", "bare-compiled"]
     context = multiprocessing.get_context("spawn")
     pipes = {}
     for name in names:
         pipes[name], theirs = context.Pipe()
-        context.Process(target=_contender, args=(theirs, name, dtype), daemon=True).start()
+        context.Process(target=_contender, args=(theirs, name, dtype, prompt), daemon=True).start()
     seconds: dict[str, list[float]] = {name: [] for name in names}
     memory, losses, states = {}, {}, {}
     for number in range(rounds + 2):  # two to warm up and compile
@@ -208,7 +223,7 @@ def main(dtype: str = "float32", rounds: int = 5, contenders: str = "") -> None:
             taken, losses[name], memory[name], states[name] = pipe.recv()
             if number >= 2:
                 seconds[name].append(taken)
-    print(f"{dtype}, {THREADS} threads, {rounds} rounds: median of the paired ratios against bare eager")
+    print(f"{dtype}, {THREADS} threads, prompts of {prompt} %, {rounds} rounds: median of the paired ratios")
     print(f"{'':<16}{'tokens/s':>10}{'ratio':>8}{'peak MiB':>10}{'ratio':>8}{'optimizer MiB':>15}{'loss':>9}")
     reference = "bare" if "bare" in names else names[0]
     for name in names:

@@ -22,11 +22,13 @@ def inputs(dtype=torch.float64):
     return hidden, weight.requires_grad_(), targets
 
 
-@pytest.mark.parametrize("chunk", [1, PADDED * 7, 1 << 23])
-def test_equal_to_torch(monkeypatch, chunk):
+@pytest.mark.parametrize("chunk", [1, 1 << 24])
+@pytest.mark.parametrize("told", [False, True])
+def test_equal_to_torch(monkeypatch, chunk, told):
     monkeypatch.setattr(module, "_CHUNK_ELEMENTS", chunk)
     hidden, weight, targets = inputs()
-    loss = linear_cross_entropy(hidden, weight, targets, VOCAB, Axis("tp"), sp=False)
+    counted = (targets != -100).nonzero().squeeze(1) if told else None
+    loss = linear_cross_entropy(hidden, weight, targets, VOCAB, Axis("tp"), sp=False, counted=counted)
     (3 * loss).backward()
     got = loss.detach(), hidden.grad.clone(), weight.grad.clone()
     hidden.grad = weight.grad = None
@@ -35,6 +37,23 @@ def test_equal_to_torch(monkeypatch, chunk):
     for ours, theirs in zip(got, (want.detach(), hidden.grad, weight.grad), strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
     assert not got[2][VOCAB:].any(), "the padding of the vocabulary gets a gradient"
+
+
+@pytest.mark.parametrize("told", [False, True])
+def test_an_update_of_the_weight_is_equal_to_torch(told):
+    hidden, weight, targets = inputs()
+    weight = weight.detach()
+    low, factor = (torch.randn(rows, 3, dtype=torch.float64, requires_grad=True) for rows in (TOKENS, PADDED))
+    counted = (targets != -100).nonzero().squeeze(1) if told else None
+    linear_cross_entropy(
+        hidden, weight, targets, VOCAB, Axis("tp"), sp=False, low_rank=(low, factor), counted=counted
+    ).backward()
+    got = [tensor.grad.clone() for tensor in (hidden, low, factor)]
+    hidden.grad = low.grad = factor.grad = None
+    logits = (hidden @ weight.t() + low @ factor.t())[:, :VOCAB]
+    torch.nn.functional.cross_entropy(logits, targets, reduction="sum").backward()
+    for ours, theirs in zip(got, (hidden.grad, low.grad, factor.grad), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
 
 
 def test_bfloat16_keeps_sums_in_float32():
@@ -47,9 +66,11 @@ def test_bfloat16_keeps_sums_in_float32():
     torch.testing.assert_close(loss.double(), want, rtol=1e-2, atol=0)
 
 
-def test_nothing_counted_is_zero_and_without_gradient():
+@pytest.mark.parametrize("counted", [None, torch.empty(0, dtype=torch.int64)])
+def test_nothing_counted_is_zero_and_without_gradient(counted):
     hidden, weight, targets = inputs()
-    loss = linear_cross_entropy(hidden, weight, torch.full_like(targets, -100), VOCAB, Axis("tp"), sp=False)
+    none = torch.full_like(targets, -100)
+    loss = linear_cross_entropy(hidden, weight, none, VOCAB, Axis("tp"), sp=False, counted=counted)
     loss.backward()
     assert (loss.item(), hidden.grad.abs().max().item(), weight.grad.abs().max().item()) == (0, 0, 0)
 
@@ -66,9 +87,18 @@ class Largest(TorchDispatchMode):
         return result
 
 
+def test_only_counted_tokens_are_multiplied():
+    hidden, weight, targets = inputs()
+    targets[5:] = -100
+    with Largest() as largest:
+        counted = torch.tensor([1, 2, 3, 4])
+        linear_cross_entropy(hidden, weight.detach(), targets, VOCAB, Axis("tp"), sp=False, counted=counted).backward()
+    assert largest.numel == TOKENS * HIDDEN
+
+
 def test_the_whole_logits_never_exist(monkeypatch):
     monkeypatch.setattr(module, "_CHUNK_ELEMENTS", 10 * PADDED)
     hidden, weight, targets = inputs()
     with Largest() as largest:
         linear_cross_entropy(hidden, weight, targets, VOCAB, Axis("tp"), sp=False).backward()
-    assert largest.numel == max(TOKENS * HIDDEN, PADDED * HIDDEN) < TOKENS * VOCAB
+    assert largest.numel == TOKENS * PADDED / 2 <= 2 * TOKENS * HIDDEN  # in two chunks
