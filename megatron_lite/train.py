@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import gc
 import logging
 import math
 import sys
@@ -31,6 +32,7 @@ from megatron_lite.trainer import StepResult, Trainer, TrainState
 from megatron_lite.watchdog import Stragglers, Watchdog
 
 logger = logging.getLogger("megatron_lite")
+_COLLECT_EVERY = 50  # steps
 _GRACE_S = 0.5  # how much longer than hang_timeout a collective waits: for the watchdog to leave its record first
 # What of the model's config decides which tensors there are, and their shapes.
 _SHAPES = (
@@ -375,6 +377,8 @@ class Run:
         self._open_reporter()
         saved = trainer.state.step
         profiler = self._profiler()
+        gc.freeze()
+        gc.disable()  # all ranks collect at the same steps: each at a time of its own would keep the others waiting
         with contextlib.closing(self._loader(self.train_data, trainer.state.samples)) as loader:
             while trainer.state.step < train.steps:
                 step = trainer.state.step + 1
@@ -388,6 +392,8 @@ class Run:
                 self._warn_of_stragglers(result.busy)
                 if profiler is not None:
                     profiler.step()
+                if step % _COLLECT_EVERY == 0:
+                    gc.collect()
                 if self._evaluates and (step % train.eval_every == 0 or step == train.steps):
                     self.evaluate()
                 if train.sample_every and step % train.sample_every == 0:

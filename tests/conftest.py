@@ -1,11 +1,13 @@
 """What all tests share: the same examples in every run, and which tests may run beside each other."""
 
+import gc
 import os
 
 # For every process that tests start, and before torch is imported here: two tests run at a time, and threads that wait
 # for each other's core take more of it than they give; and nobody should compile our sources once for each process.
 os.environ["OMP_NUM_THREADS"] = "1"
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+gc.set_threshold(50_000, 20, 20)  # what tests import is large, and no garbage
 
 from collections.abc import Generator
 
