@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import hashlib
 import importlib.util
 import math
@@ -37,6 +38,7 @@ from megatron_lite.generate import trained_shapes
 from megatron_lite.models.decoder import Decoder
 
 BLOCK_BYTES = 32 << 20
+_M_MMAP_THRESHOLD = -3  # <malloc.h>
 EXPORTS = {"lora": export_lora, "prefix": export_prefix}
 EXPORT_DTYPES = {"stored": None, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -308,6 +310,9 @@ def _write(
 @contextlib.contextmanager
 def _opened(path: Path, *, trust: bool, like: Source | None = None) -> Iterator[Source]:
     """A source, of the model that ``like`` is of where it does not say so itself."""
+    with contextlib.suppress(AttributeError):  # not glibc
+        # Freed blocks go back to the system. Left alone, glibc keeps them, and ever more, as few fit what comes next.
+        ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, 1 << 20)
     with contextlib.closing(open_source(path, trust=trust, like=like.model if like is not None else None)) as source:
         yield source
 

@@ -7,12 +7,13 @@ import os
 # for each other's core take more of it than they give; and nobody should compile our sources once for each process.
 os.environ["OMP_NUM_THREADS"] = "1"
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
-gc.set_threshold(50_000, 20, 20)  # what tests import is large, and no garbage
 
 from collections.abc import Generator
 
 import pytest
 from hypothesis import settings
+
+gc.set_threshold(50_000, 20, 20)  # what tests import is large, and no garbage
 
 # What passes once passes again; raise ``max_examples`` to search.
 settings.register_profile("repeatable", derandomize=True, deadline=None, database=None)
