@@ -2,6 +2,7 @@
 
 import gc
 import os
+import signal
 
 # For every process that tests start, and before torch is imported here: two tests run at a time, and threads that wait
 # for each other's core take more of it than they give; and nobody should compile our sources once for each process.
@@ -13,6 +14,7 @@ from collections.abc import Generator
 import pytest
 from hypothesis import settings
 
+signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in a shell's background job and all that it starts
 gc.set_threshold(50_000, 20, 20)  # what tests import is large, and no garbage
 
 # What passes once passes again; raise ``max_examples`` to search.
