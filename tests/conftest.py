@@ -14,7 +14,9 @@ from collections.abc import Generator
 import pytest
 from hypothesis import settings
 
-signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in a shell's background job and all that it starts
+# Ignored in a shell's background job, under nohup, and in all that these start.
+signal.signal(signal.SIGINT, signal.default_int_handler)
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 gc.set_threshold(50_000, 20, 20)  # what tests import is large, and no garbage
 
 # What passes once passes again; raise ``max_examples`` to search.
