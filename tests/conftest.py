@@ -2,7 +2,6 @@
 
 import gc
 import os
-import signal
 
 # For every process that tests start, and before torch is imported here: two tests run at a time, and threads that wait
 # for each other's core take more of it than they give; and nobody should compile our sources once for each process.
@@ -14,9 +13,6 @@ from collections.abc import Generator
 import pytest
 from hypothesis import settings
 
-# Ignored in a shell's background job, under nohup, and in all that these start.
-signal.signal(signal.SIGINT, signal.default_int_handler)
-signal.signal(signal.SIGHUP, signal.SIG_DFL)
 gc.set_threshold(50_000, 20, 20)  # what tests import is large, and no garbage
 
 # What passes once passes again; raise ``max_examples`` to search.

@@ -75,6 +75,12 @@ class Result:
         return self
 
 
+def heed_signals() -> None:
+    """Have this process end by Ctrl-C and hangup again, which nohup and a shell's background jobs leave ignored."""
+    for number in (signal.SIGINT, signal.SIGHUP):
+        signal.signal(number, signal.SIG_DFL)
+
+
 class RunningJob:
     """A started job; everything it starts carries a mark in its environment."""
 
@@ -96,6 +102,7 @@ class RunningJob:
                 stdout=out,
                 stderr=err,
                 start_new_session=True,
+                preexec_fn=heed_signals,
             )
 
     @property

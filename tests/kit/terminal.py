@@ -9,7 +9,7 @@ import time
 import uuid
 from collections.abc import Mapping, Sequence
 
-from tests.kit.jobs import MARK, REPOSITORY, Result, kill_marked
+from tests.kit.jobs import MARK, REPOSITORY, Result, heed_signals, kill_marked
 
 CTRL_C = b"\x03"
 
@@ -27,6 +27,7 @@ def run_on_terminal(
     if pid == 0:
         try:
             os.chdir(REPOSITORY)
+            heed_signals()
             os.execve(argv[0], list(argv), {**os.environ, **(env or {}), MARK: mark})
         finally:
             os._exit(127)
