@@ -268,9 +268,9 @@ class Dataset:
             )
         tokens, targets, positions, ids = map(torch.from_numpy, rows)
         masked = self.document_mask or self.packing
-        counted = torch.from_numpy(np.flatnonzero(rows.targets != IGNORED))
-        some = counted if len(counted) < targets.numel() else None
-        return Batch(tokens, targets, positions if masked else None, ids if masked else None, index, some)
+        counts = rows.targets != IGNORED
+        counted = None if counts.all() else torch.from_numpy(np.flatnonzero(counts))
+        return Batch(tokens, targets, positions if masked else None, ids if masked else None, index, counted)
 
 
 def build_dataset(data: DataConfig, seed: int, split: Split, vocab_size: int | None = None) -> Dataset:

@@ -45,8 +45,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         if low is not None and factor is not None and any(needed):
             grad_low, grad_factor = low.new_zeros(low.shape), factor.new_zeros(factor.shape, dtype=precise)
         total = torch.zeros((), dtype=precise, device=hidden.device)
-        chunks = max(1, -(-tokens * rows // max(_CHUNK_ELEMENTS, 2 * hidden.numel(), rows)))
-        size = max(1, -(-tokens // chunks))
+        size = max(1, max(_CHUNK_ELEMENTS, 2 * hidden.numel()) // rows)
         for start in range(0, tokens, size):
             part = slice(start, start + size) if counted is None else counted[start : start + size]
             chunk, target = hidden[part], targets[part]

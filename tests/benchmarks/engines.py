@@ -15,7 +15,6 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
-from types import SimpleNamespace
 from typing import Any
 
 os.environ["DS_ACCELERATOR"] = "cpu"
@@ -46,6 +45,7 @@ CONTENDERS = {  # whose model, on how many ranks, under which engine and stage
 
 def ours(size: int, engine: str, stage: int, method: str, dtype: str) -> Callable[[torch.Tensor], None]:
     from megatron_lite.config import parse_config
+    from megatron_lite.data.loader import Batch
     from megatron_lite.dist.mesh import build_mesh
     from megatron_lite.faults import Faults
     from megatron_lite.parallel.plan import make_plan
@@ -68,8 +68,7 @@ def ours(size: int, engine: str, stage: int, method: str, dtype: str) -> Callabl
     trainer = Trainer(config, mesh, plan, Faults.none())
 
     def step(tokens: torch.Tensor) -> None:
-        parts = {"tokens": tokens[:, :-1].contiguous(), "targets": tokens[:, 1:].contiguous()}
-        trainer.train_step([SimpleNamespace(**parts, positions=None, document_ids=None, counted=None, index=0)])
+        trainer.train_step([Batch(tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous(), None, None, 0)])
 
     return step
 

@@ -67,6 +67,7 @@ def test_every_token_is_a_target_once_an_epoch(tmp_path):
         targets = torch.cat([batch.targets for batch in epoch]).flatten()
         assert sorted(targets.tolist()) == list(range(1, 201))
         assert all(torch.equal(batch.tokens + 1, batch.targets) for batch in epoch)
+        assert all(batch.counted is None for batch in epoch)
 
 
 def test_epochs_and_seeds_have_orders_of_their_own(tmp_path):

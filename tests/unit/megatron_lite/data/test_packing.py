@@ -98,6 +98,9 @@ def test_targets_positions_and_ids_are_those_of_whole_conversations(tmp_path_fac
                 found[tokens[0]] = (tokens, targets)
             assert (batch.targets[row][batch.document_ids[row] == -1] == IGNORED).all()
         assert found == wanted
+        counted = [i for i, target in enumerate(batch.targets.flatten().tolist()) if target != IGNORED]
+        every = len(counted) == batch.targets.numel()
+        assert (None if batch.counted is None else batch.counted.tolist()) == (None if every else counted)
 
 
 @pytest.fixture
