@@ -34,9 +34,10 @@ PEFT = {  # of about the same number of trained parameters, but for the prefix
 
 
 Contender = tuple[Callable[[int], float], Any]  # one step, which returns its loss; the optimizer
+Batches = Callable[[], tuple[Any, Any]]  # the next tokens and targets, the same for everybody
 
 
-def bare(dtype: str, mode: str, prompt: int) -> Contender:
+def bare(dtype: str, mode: str, batch: Batches) -> Contender:
     """A hand-written loop: SDPA, fused AdamW, autocast for bfloat16."""
     import torch
     import torch.nn.functional as F
@@ -81,10 +82,10 @@ def bare(dtype: str, mode: str, prompt: int) -> Contender:
 
     model = Llama()
     run = torch.compile(model) if mode == "compiled" else model
-    return _plain_loop(model, lambda tokens, targets: run(tokens, targets), dtype, prompt)
+    return _plain_loop(model, run, dtype, batch)
 
 
-def transformers(dtype: str, mode: str, prompt: int) -> Contender:
+def transformers(dtype: str, mode: str, batch: Batches) -> Contender:
     """The same loop around transformers' LlamaForCausalLM."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
@@ -107,7 +108,7 @@ def transformers(dtype: str, mode: str, prompt: int) -> Contender:
         model,
         lambda tokens, targets: run(input_ids=tokens, labels=tokens.masked_fill(targets == -100, -100)).loss,
         dtype,
-        prompt,
+        batch,
     )
 
 
@@ -119,25 +120,29 @@ def peft_lora(model, dora: bool = False):
     return get_peft_model(model, LoraConfig(r=8, lora_alpha=16, target_modules=linears, use_dora=dora))
 
 
-def _batch(generator, prompt: int):
-    """Tokens and their targets, of which those of the prompt do not count."""
+def _batches(prompt: int) -> Batches:
+    """Random tokens; the targets of a prompt do not count."""
     import torch
 
-    tokens = torch.randint(0, VOCAB, (BATCH, SEQ + 1), generator=generator)
-    targets = tokens[:, 1:].clone()
-    targets[:, : SEQ * prompt // 100] = -100
-    return tokens[:, :-1].contiguous(), targets
+    generator = torch.Generator().manual_seed(0)
+
+    def batch() -> tuple[torch.Tensor, torch.Tensor]:
+        tokens = torch.randint(0, VOCAB, (BATCH, SEQ + 1), generator=generator)
+        targets = tokens[:, 1:].clone()
+        targets[:, : SEQ * prompt // 100] = -100
+        return tokens[:, :-1].contiguous(), targets
+
+    return batch
 
 
-def _plain_loop(model, loss_of, dtype: str, prompt: int) -> Contender:
+def _plain_loop(model, loss_of, dtype: str, batch: Batches) -> Contender:
     import torch
 
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=LR, fused=True)
-    generator = torch.Generator().manual_seed(0)
 
     def step(_: int) -> float:
         with torch.autocast("cpu", torch.bfloat16, enabled=dtype == "bfloat16"):
-            loss = loss_of(*_batch(generator, prompt))
+            loss = loss_of(*batch())
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
@@ -147,10 +152,8 @@ def _plain_loop(model, loss_of, dtype: str, prompt: int) -> Contender:
     return step, optimizer
 
 
-def ours(dtype: str, mode: str, prompt: int) -> Contender:
+def ours(dtype: str, mode: str, batch: Batches) -> Contender:
     """This project's train_step."""
-    import torch
-
     from megatron_lite.config import parse_config
     from megatron_lite.data.loader import Batch
     from megatron_lite.dist.mesh import solo_mesh
@@ -176,13 +179,12 @@ def ours(dtype: str, mode: str, prompt: int) -> Contender:
             model["ffn_size"] = -(-FFN // 64) * 64  # whole blocks: 2 % more
     config = parse_config(tree)
     trainer = Trainer(config, solo_mesh(), make_plan(config, 1), Faults.none())
-    generator = torch.Generator().manual_seed(0)
 
     def step(number: int) -> float:
-        tokens, targets = _batch(generator, prompt)
-        counted = (targets.view(-1) != -100).nonzero().squeeze(1) if prompt else None
-        batch = Batch(tokens, targets, None, None, number * BATCH, counted)
-        return trainer.train_step([batch]).loss
+        tokens, targets = batch()
+        counts = targets.view(-1) != -100
+        counted = None if counts.all() else counts.nonzero().squeeze(1)
+        return trainer.train_step([Batch(tokens, targets, None, None, number * BATCH, counted)]).loss
 
     return step, trainer.engine.optimizer
 
@@ -198,7 +200,7 @@ def _contender(pipe, name: str, dtype: str, prompt: int) -> None:
     torch.ones(8, 8) @ torch.ones(8, 8)
     maker, _, mode = name.partition("-")
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    step, optimizer = MAKERS[maker](dtype, mode, prompt)
+    step, optimizer = MAKERS[maker](dtype, mode, _batches(prompt))
     while (number := pipe.recv()) is not None:
         began = time.perf_counter()
         loss = step(number)
