@@ -5,8 +5,9 @@ A run takes them from one variable (``dist/env.py`` reads it), a list of ``kind:
     kill:rank=1:step=7:phase=bwd ; enospc:step=100:op=3 ; sleep:rank=0:seconds=0.2
 
 Kinds: kill (SIGKILL), stop (SIGSTOP), term (SIGTERM), sleep, raise, nan (poisons the loss), enospc (the disk is full).
-``phase`` is fwd, bwd, optim or save; ``op`` the n-th file operation of a save, from 1; ``attempt`` the restart it
-belongs to (0, the first start, unless given). A key left out matches everything; a fault with a ``step`` strikes once.
+``phase`` is fwd, bwd, optim, save or copy (what a save in the background begins with); ``op`` the n-th file operation
+of a save, from 1; ``attempt`` the restart it belongs to (0, the first start, unless given). A key left out matches
+everything; a fault with a ``step`` strikes once.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from typing import Any
 from megatron_lite.errors import ConfigError
 
 KINDS = ("kill", "stop", "term", "sleep", "raise", "nan", "enospc")
-PHASES = ("fwd", "bwd", "optim", "save")
+PHASES = ("fwd", "bwd", "optim", "save", "copy")
 _SIGNALS = {"kill": signal.SIGKILL, "stop": signal.SIGSTOP, "term": signal.SIGTERM}
 _KEYS: Mapping[str, Any] = {"rank": int, "step": int, "phase": str, "op": int, "seconds": float, "attempt": int}
 

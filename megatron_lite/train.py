@@ -74,7 +74,10 @@ class Run:
         self.extras = self._extras()
         self.trainer = Trainer(config, mesh, plan, self.faults)
         limit_waits(config.train.hang_timeout + _GRACE_S)
-        self.saver = checkpoint.BackgroundSaver(mesh.world) if config.checkpoint.background else None
+        self.saver: checkpoint.BackgroundSaver | None = None
+        if config.checkpoint.background:
+            self.saver = checkpoint.BackgroundSaver(mesh.world, mesh.device)
+            self.trainer.before_update = self.saver.wait_for_copy
         self.reporter: Reporter | None = None
 
     @property

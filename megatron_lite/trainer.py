@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -72,6 +73,7 @@ class Trainer:
                 block.compile()
         self.engine = build_engine(self.model, config, mesh)
         self.state = TrainState()
+        self.before_update: Callable[[], None] = lambda: None  # called when weights and optimizer state are to change
 
     def loss(self, batch: Any, *, training: bool) -> Tensor:
         """Sum of the cross entropies of one micro batch."""
@@ -119,6 +121,7 @@ class Trainer:
         finite = math.isfinite(loss_value) and math.isfinite(norm_value)
         if finite:
             self.faults.at("optim", step)
+            self.before_update()
             if self.config.optim.clip > 0:
                 self.engine.clip(norm, self.config.optim.clip)
             self.engine.step(lr)

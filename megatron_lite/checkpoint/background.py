@@ -1,11 +1,14 @@
-"""Saving beside training: a step waits for a copy of what this rank writes, the disk is waited for in the background.
+"""Saving beside training: what this rank writes is copied while the next step computes, and persisted behind it.
 
-What is written is the copy, so a checkpoint never mixes steps; it is committed like any other, by ranks that agree over
-a process group of their own. The idea is CheckFreq's (Mohan et al. 2021): snapshot, then persist.
+Weights and optimizer state change in an update alone, so an update waits for the copy, and a checkpoint never mixes
+steps. It is committed like any other, by ranks that agree over a process group of their own. Snapshot, then persist, is
+CheckFreq's (Mohan et al. 2021); that forward and backward leave alone what is copied, DataStates-LLM's (Maurya et al.
+2024).
 """
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -31,10 +34,12 @@ class BackgroundSaver:
     tensor only one of them copies it.
     """
 
-    def __init__(self, world: Axis) -> None:
+    def __init__(self, world: Axis, device: torch.device) -> None:
+        self.device = device
         group = torch_dist.new_group(backend="gloo") if world.size > 1 else None
         self.world, self.axis = world, Axis("saving", world.rank, world.size, group)
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="save")
+        self._copied: Future[None] | None = None
         self._pending: Future[None] | None = None
         self._buffers: dict[Box, Tensor] = {}
 
@@ -42,6 +47,12 @@ class BackgroundSaver:
     def failed(self) -> bool:
         """Whether the save at work has failed on this rank; ``wait`` then raises why, on every rank."""
         return self._pending is not None and self._pending.done() and self._pending.exception() is not None
+
+    def wait_for_copy(self) -> None:
+        """Before anything that was saved changes: until it is copied. Raises, on this rank alone, what went wrong."""
+        copied, self._copied = self._copied, None
+        if copied is not None:
+            copied.result()
 
     def wait(self) -> None:
         """For the save at work, if there is one. Raises on every rank what any of them met."""
@@ -59,34 +70,46 @@ class BackgroundSaver:
         faults: Faults,
         then: Callable[[Path], None],
     ) -> None:
-        """Like ``commit.save``, but back as soon as everything is copied. ``then`` is called, in the background, with
-        the path of what was committed. Raises what the save before it met."""
+        """Like ``commit.save``, but back as soon as it is arranged who writes what: ``wait_for_copy`` before the pieces
+        change. ``then`` is called, in the background, with the path of what was committed. Raises what the save before
+        it met."""
         self.wait()
         faults.at("save", step)
         layout = arrange([shards.holdings(pieces)], self.world)
-        copies = self._copy(pieces, [box for file in layout.own.values() for box in file.boxes])
+        sources = {
+            _box(name, entry): shards.tile_of(pieces[name], entry).data.detach()
+            for file in layout.own.values()
+            for name, entry in file.boxes
+        }
+        copies = self._buffers = {box: self._buffer(box, source) for box, source in sources.items()}
+        stream = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
+        if stream is not None:
+            stream.wait_stream(torch.cuda.current_stream(self.device))
+
+        def copy() -> None:
+            faults.at("copy", step)
+            with contextlib.nullcontext() if stream is None else torch.cuda.stream(stream):
+                for box, source in sources.items():
+                    copies[box].copy_(source, non_blocking=True)
+            if stream is not None:
+                stream.synchronize()
 
         def read(name: str, entry: BoxEntry) -> Iterable[Any]:
             return [shards.buffer(copies[_box(name, entry)])]
 
         def persist() -> None:
+            copied.result()
             then(write(folder, step, layout, read, dict(state), extras, self.axis, faults))
 
+        self._copied = copied = self._thread.submit(copy)
         self._pending = self._thread.submit(persist)
 
-    def _copy(self, pieces: Mapping[str, shards.Piece], boxes: Iterable[tuple[str, BoxEntry]]) -> dict[Box, Tensor]:
-        fresh: dict[Box, Tensor] = {}
-        for name, entry in boxes:
-            tile = shards.tile_of(pieces[name], entry)
-            box, source = _box(name, entry), tile.data.detach()
-            buffer = self._buffers.get(box)
-            if buffer is None or buffer.dtype != source.dtype:
-                buffer = torch.empty(source.shape, dtype=source.dtype, pin_memory=source.is_cuda)
-            fresh[box] = buffer.copy_(source, non_blocking=True)
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
-        self._buffers = fresh
-        return fresh
+    def _buffer(self, box: Box, source: Tensor) -> Tensor:
+        """Host memory for a copy, that of the last save where it fits."""
+        buffer = self._buffers.get(box)
+        if buffer is None or buffer.dtype != source.dtype:
+            buffer = torch.empty(source.shape, dtype=source.dtype, pin_memory=source.is_cuda)
+        return buffer
 
 
 def _box(name: str, entry: BoxEntry) -> Box:

@@ -148,8 +148,8 @@ class InitConfig(Section):
 
 class CheckpointConfig(Section):
     """When to save (``every`` 0: only at the end), what to keep, and where to resume from: ``auto`` (the newest that
-    verifies, if there is one), ``none``, or a path. ``trust``: what is read is not hashed first. ``async``: a step
-    waits for a copy only, which is written while training goes on.
+    verifies, if there is one), ``none``, or a path. ``trust``: what is read is not hashed first. ``async``: what is
+    saved is copied while the next step computes, and written behind it.
     """
 
     every: Count = 0

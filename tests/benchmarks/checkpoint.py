@@ -4,7 +4,9 @@
 
 Two ranks hold so much float32 state, divided by rows. ``save`` and ``load`` are this project's (hashed, fsynced,
 committed; verified as it is read), ``dcp`` are ``dcp.save`` (with fsync) and ``dcp.load``, ``raw`` is the disk: each
-rank writes its half and fsyncs, or reads it. ``stall`` is what a step waits for when saving is asynchronous.
+rank writes its half and fsyncs, or reads it. ``stall`` is what training waits for when saving is asynchronous, there
+where the save begins and before the next update; between them is a stand-in for forward and backward, about a second of
+products of matrices (``step``; ``step beside a save``, which shares its cores with copying, hashing and writing).
 Contenders take turns; reads are from a warm cache, and (``cold``) from the disk. Then, once each: ``reshard``
 rewrites a checkpoint of twice the size into two files within 256 MiB, its memory seen from outside; two tensor-
 parallel ranks read a Hugging Face folder by slices, and by one rank that scatters; a ZeRO 2 checkpoint is converted
@@ -58,7 +60,8 @@ def measure(rank: int, size: int, folder: str, gigabytes: float, rounds: int) ->
     }
     mesh = init_device_mesh("cpu", (size,))
     views: dict[str, Any] = {n: DTensor.from_local(p, mesh, [Shard(0)], run_check=False) for n, p in parts.items()}
-    saver = BackgroundSaver(world)
+    saver = BackgroundSaver(world, torch.device("cpu"))
+    matrix = torch.randn(1024, 1024)
     found: dict[str, list[float]] = {}
     root = Path(folder)
 
@@ -70,14 +73,14 @@ def measure(rank: int, size: int, folder: str, gigabytes: float, rounds: int) ->
         found.setdefault(name, []).append(time.perf_counter() - began)
         return value
 
-    def raw_write() -> None:
-        with (root / f"raw.{rank}").open("wb", buffering=0) as file:
+    def raw_write(path: Path) -> None:
+        with path.open("xb", buffering=0) as file:  # a new file, as the others': a virtual disk is slow where it is new
             for part in parts.values():
                 file.write(part.numpy().data)
             os.fsync(file.fileno())
 
-    def raw_read() -> None:
-        with (root / f"raw.{rank}").open("rb", buffering=0) as file:
+    def raw_read(path: Path) -> None:
+        with path.open("rb", buffering=0) as file:
             for part in parts.values():
                 file.readinto(part.numpy().data)
 
@@ -92,26 +95,42 @@ def measure(rank: int, size: int, folder: str, gigabytes: float, rounds: int) ->
                     os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
         torch_dist.barrier()
 
+    def step() -> None:
+        for _ in range(40):
+            torch.mm(matrix, matrix)
+
+    def save_behind(folder: Path, number: int) -> None:
+        torch_dist.barrier()
+        began = time.perf_counter()
+        saver.save(folder, number, pieces, {}, EXTRAS, Faults.none(), lambda path: None)
+        stall = time.perf_counter() - began
+        timed("step beside a save", step)
+        began = time.perf_counter()
+        saver.wait_for_copy()
+        found.setdefault("stall", []).append(stall + time.perf_counter() - began)
+        timed("saved behind", saver.wait)
+
     for i in range(rounds):
-        ours = root / f"ours.{i}"
+        ours, raw = root / f"ours.{i}", root / f"raw.{i}.{rank}"
         prepare(ours, world)
-        timed("raw write", raw_write)
+        timed("raw write", lambda: raw_write(raw))  # noqa: B023
         path = timed("save", lambda: save(ours, i, pieces, {}, EXTRAS, world, Faults.none()))  # noqa: B023
         timed("dcp write", lambda: dcp.save(views, checkpoint_id=str(root / f"dcp.{i}")))  # noqa: B023
-        timed("raw read", raw_read)
+        timed("raw read", lambda: raw_read(raw))  # noqa: B023
         timed("load", lambda: load(path, False))  # noqa: B023
         timed("load, trusted", lambda: load(path, True))  # noqa: B023
         timed("dcp read", lambda: dcp.load(views, checkpoint_id=str(root / f"dcp.{i}")))  # noqa: B023
         for name, read in (
-            ("raw read, cold", raw_read),
+            ("raw read, cold", lambda: raw_read(raw)),  # noqa: B023
             ("load, cold", lambda: load(path, False)),  # noqa: B023
             ("dcp read, cold", lambda: dcp.load(views, checkpoint_id=str(root / f"dcp.{i}"))),  # noqa: B023
         ):
             forget()
             timed(name, read)
-        timed("stall", lambda: saver.save(ours, i + 100, pieces, {}, EXTRAS, Faults.none(), lambda path: None))  # noqa: B023
-        timed("saved behind", saver.wait)
+        timed("step", step)
+        save_behind(ours, i + 100)
         torch_dist.barrier()
+        raw.unlink()
         if rank == 0:
             for old in [*ours.glob("step_*")][: None if i < rounds - 1 else 1]:
                 shutil.rmtree(old)
@@ -263,12 +282,13 @@ def main(gigabytes: float = 1.0, rounds: int = 3, folder: str = "") -> None:
         for name, against in (
             *((name, "raw write") for name in ("raw write", "save", "dcp write")),
             *((name, "save") for name in ("stall", "saved behind")),
+            ("step beside a save", "step"),
             *((name, "raw read") for name in ("raw read", "load", "load, trusted", "dcp read")),
             *((name, "raw read, cold") for name in ("raw read, cold", "load, cold", "dcp read, cold")),
         ):
             rate = gigabytes * 1e3 / statistics.median(found[name])
             ratio = statistics.median(b / a for a, b in zip(found[name], found[against], strict=True))
-            print(f"{name:<18}{statistics.median(found[name]):>7.2f} s {rate:>7.0f} MB/s {ratio:>6.2f} × {against}")
+            print(f"{name:<18}{statistics.median(found[name]):>7.3f} s {rate:>7.0f} MB/s {ratio:>6.2f} × {against}")
         for path in root.iterdir():
             shutil.rmtree(path) if path.is_dir() else path.unlink()
         reshard(root, 2 * gigabytes)

@@ -13,8 +13,8 @@ ASYNC = "--checkpoint.async=true"
 
 @every_engine
 def test_the_same_checkpoints(tiny: TinyRuns, tmp_path: Path) -> None:
-    """While a save takes a while, training goes on: the copy is what is written."""
-    faults = "sleep:op=2:seconds=0.3;sleep:rank=0:step=3:op=3:seconds=4"
+    """While a save takes a while, training goes on: the copy is what is written. An update waits for the copy."""
+    faults = "sleep:op=2:seconds=0.3;sleep:rank=0:step=3:op=3:seconds=4;sleep:rank=1:step=6:phase=copy:seconds=1"
     with tiny.start(tmp_path, ASYNC, faults=faults) as job:
         steps = 0
         while checkpoint_steps(tmp_path / "run") == []:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -59,6 +59,26 @@ def ruffle(trainer: Trainer) -> None:
     trainer.engine.publish()
 
 
+def hold_still(trainer: Trainer) -> None:
+    """Assert from now on that what a checkpoint holds changes in the update alone: a save in the background may read
+    it until then."""
+    engine = trainer.engine
+    update = engine.step
+
+    def held() -> list[tuple[torch.Tensor, torch.Tensor]]:
+        return [(tile.data, tile.data.clone()) for piece in engine.pieces().values() for tile in piece.tiles]
+
+    def step(lr: float) -> None:
+        update(lr)
+        trainer.before_update = partial(unchanged, held())
+
+    def unchanged(tensors: list[tuple[torch.Tensor, torch.Tensor]]) -> None:
+        assert all(torch.equal(now, before) for now, before in tensors)
+
+    trainer.before_update = partial(unchanged, held())
+    engine.step = step  # type: ignore[method-assign]
+
+
 def train(
     layout: Layout, data: str, changes: Mapping[str, Mapping[str, Any]], plant: Change | None, steps: int = STEPS
 ) -> list[Record]:
@@ -74,6 +94,7 @@ def train(
         ruffle(trainer)
         if plant is not None:
             plant(trainer)
+        hold_still(trainer)
 
     return list(record(config, mesh, steps, prepare))
 

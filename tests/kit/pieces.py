@@ -78,9 +78,10 @@ def commit(folder: Path, step: int, rank: int = 0, size: int = 1, faults: Faults
 
 def commit_beside(folder: Path, step: int, rank: int = 0, size: int = 1, faults: Faults | None = None) -> None:
     """``commit`` in the background, while the tensors become those of the next step."""
-    pieces, saver = cut(global_tensors(step), rank, size), BackgroundSaver(world_of(rank, size))
+    pieces, saver = cut(global_tensors(step), rank, size), BackgroundSaver(world_of(rank, size), torch.device("cpu"))
     state = {"step": step, "samples": 8 * step, "rng": list(range(20))}
     saver.save(folder, step, pieces, state, EXTRAS, faults or Faults.none(), lambda path: None)
+    saver.wait_for_copy()
     for name, piece in cut(global_tensors(step + 1), rank, size).items():
         for tile, later in zip(pieces[name].tiles, piece.tiles, strict=True):
             tile.data.copy_(later.data)
