@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import hashlib
 import importlib.util
 import math
@@ -16,7 +15,7 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
-from megatron_lite import checkpoint, peft
+from megatron_lite import allocator, checkpoint, peft
 from megatron_lite.checkpoint import inspect as look
 from megatron_lite.checkpoint.deepspeed import DeepSpeedSource, is_deepspeed
 from megatron_lite.checkpoint.formats import open_peft, open_source
@@ -38,7 +37,6 @@ from megatron_lite.generate import trained_shapes
 from megatron_lite.models.decoder import Decoder
 
 BLOCK_BYTES = 32 << 20
-_M_MMAP_THRESHOLD = -3  # <malloc.h>
 EXPORTS = {"lora": export_lora, "prefix": export_prefix}
 EXPORT_DTYPES = {"stored": None, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -310,9 +308,7 @@ def _write(
 @contextlib.contextmanager
 def _opened(path: Path, *, trust: bool, like: Source | None = None) -> Iterator[Source]:
     """A source, of the model that ``like`` is of where it does not say so itself."""
-    with contextlib.suppress(AttributeError):  # not glibc
-        # Freed blocks go back to the system. Left alone, glibc keeps them, and ever more, as few fit what comes next.
-        ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, 1 << 20)
+    allocator.return_freed(1 << 20)
     with contextlib.closing(open_source(path, trust=trust, like=like.model if like is not None else None)) as source:
         yield source
 

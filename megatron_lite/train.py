@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from megatron_lite import __version__, checkpoint
+from megatron_lite import __version__, allocator, checkpoint
 from megatron_lite.config import Config, ModelConfig, to_yaml
 from megatron_lite.data.loader import Dataset, Loader, build_dataset
 from megatron_lite.data.tokenizer import TEMPLATE, load_tokenizer, tokenizer_files
@@ -451,6 +451,8 @@ def train(config: Config, plan: Plan, rank: Rank) -> None:
             _prepare_folder(config, rank)
             stop = StopRequest()
             device = pick_device(rank)
+            if device.type == "cpu":
+                allocator.keep_freed()
             hang_timeout = config.train.hang_timeout
             with process_group(rank, device, hang_timeout + _GRACE_S, identity(config)) as hosts:
                 mesh = build_mesh(plan.degrees, device)

@@ -1,9 +1,10 @@
 """Throughput of two ranks over one, under every engine, beside a bare fully_shard loop and DeepSpeed's own engine.
 
     python -m tests.benchmarks.engines [--rounds=3] [--dtype=float32] [--contenders=ours-fsdp-3,bare-fsdp-3]
+                                       [--model=small] [--prompt=0]
 
-One rank has two threads, each of two ranks has one; the model is the 8-layer Llama of train.py, the micro batch of a
-rank the same. ``ours`` is this project's train_step on its own model; ``bare`` a hand-written loop around transformers'
+One rank has two threads, each of two ranks has one; models and prompts are those of train.py, the micro batch of a rank
+is the same. ``ours`` is this project's train_step on its own model; ``bare`` a hand-written loop around transformers'
 LlamaForCausalLM, autocast for bfloat16; ``lora`` train LoRA on it, ``bare`` through the peft library. A ratio is over
 the same model on one rank. Contenders take turns, a world each; figures are medians over the rounds.
 """
@@ -22,7 +23,7 @@ os.environ["DS_ACCELERATOR"] = "cpu"
 import torch
 
 from megatron_lite.dist.spawn import run_ranks
-from tests.benchmarks.train import FFN, HEADS, HIDDEN, LAYERS, LR, PEFT, SEQ, VOCAB, peft_lora
+from tests.benchmarks.train import LR, MODELS, PEFT, SEQ, Batches, batches, counted, llama, peft_lora
 
 BATCH, STEPS = 2, 3
 CONTENDERS = {  # whose model, on how many ranks, under which engine and stage
@@ -43,7 +44,10 @@ CONTENDERS = {  # whose model, on how many ranks, under which engine and stage
 }
 
 
-def ours(size: int, engine: str, stage: int, method: str, dtype: str) -> Callable[[torch.Tensor], None]:
+def ours(
+    model: dict[str, Any], batch: Batches, size: int, engine: str, stage: int, method: str, dtype: str
+) -> Callable[[], None]:
+    from megatron_lite.allocator import keep_freed
     from megatron_lite.config import parse_config
     from megatron_lite.data.loader import Batch
     from megatron_lite.dist.mesh import build_mesh
@@ -51,10 +55,10 @@ def ours(size: int, engine: str, stage: int, method: str, dtype: str) -> Callabl
     from megatron_lite.parallel.plan import make_plan
     from megatron_lite.trainer import Trainer
 
-    sizes = {"hidden_size": HIDDEN, "num_layers": LAYERS, "num_heads": HEADS, "ffn_size": FFN, "max_seq_len": SEQ}
+    keep_freed()
     config = parse_config(
         {
-            "model": {"vocab_size": VOCAB, **sizes},
+            "model": {**model, "max_seq_len": SEQ},
             "data": {"train": [{"path": "unused"}], "seq_len": SEQ},
             "train": {"global_batch_size": BATCH * size, "micro_batch_size": BATCH, "precision": dtype},
             "optim": {"lr": LR, "schedule": "constant"},
@@ -67,20 +71,24 @@ def ours(size: int, engine: str, stage: int, method: str, dtype: str) -> Callabl
     assert mesh is not None
     trainer = Trainer(config, mesh, plan, Faults.none())
 
-    def step(tokens: torch.Tensor) -> None:
-        trainer.train_step([Batch(tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous(), None, None, 0)])
+    def step() -> None:
+        tokens, targets = batch()
+        trainer.train_step([Batch(tokens, targets, None, None, 0, counted(targets))])
 
     return step
 
 
-def bare(size: int, engine: str, stage: int, method: str, dtype: str) -> Callable[[torch.Tensor], None]:
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    sizes = {"hidden_size": HIDDEN, "intermediate_size": FFN, "num_hidden_layers": LAYERS}
-    config = LlamaConfig(vocab_size=VOCAB, num_attention_heads=HEADS, max_position_embeddings=SEQ, **sizes)
-    model: Any = LlamaForCausalLM(config)
+def bare(
+    sizes: dict[str, Any], batch: Batches, size: int, engine: str, stage: int, method: str, dtype: str
+) -> Callable[[], None]:
+    model = llama(sizes)
     if method == "lora":
         model = peft_lora(model)
+
+    def inputs() -> dict[str, Any]:
+        tokens, targets = batch()
+        return {"input_ids": tokens, "labels": tokens.masked_fill(targets == -100, -100), "use_cache": False}
+
     if engine == "deepspeed":
         import deepspeed
 
@@ -93,8 +101,8 @@ def bare(size: int, engine: str, stage: int, method: str, dtype: str) -> Callabl
         }
         wrapped, *_ = deepspeed.initialize(model=model, model_parameters=model.parameters(), config=settings)
 
-        def deepspeed_step(tokens: torch.Tensor) -> None:
-            wrapped.backward(wrapped(input_ids=tokens, labels=tokens, use_cache=False).loss)
+        def deepspeed_step() -> None:
+            wrapped.backward(wrapped(**inputs()).loss)
             wrapped.step()
 
         return deepspeed_step
@@ -108,9 +116,9 @@ def bare(size: int, engine: str, stage: int, method: str, dtype: str) -> Callabl
         fully_shard(model)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=LR, fused=True)
 
-    def step(tokens: torch.Tensor) -> None:
+    def step() -> None:
         with torch.autocast("cpu", torch.bfloat16, enabled=dtype == "bfloat16"):
-            loss = model(input_ids=tokens, labels=tokens, use_cache=False).loss
+            loss = model(**inputs()).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
@@ -119,28 +127,28 @@ def bare(size: int, engine: str, stage: int, method: str, dtype: str) -> Callabl
     return step
 
 
-def contend(rank: int, size: int, whose: str, engine: str, stage: int, dtype: str) -> float:
+def contend(rank: int, size: int, whose: str, engine: str, stage: int, dtype: str, model: str, prompt: int) -> float:
     """Tokens a second of the whole world, the first step apart."""
     torch.set_num_threads(2 // size)
     os.environ["LOCAL_RANK"] = str(rank)
     whose, _, method = whose.partition("-")
-    step = {"ours": ours, "bare": bare}[whose](size, engine, stage, method, dtype)
-    generator = torch.Generator().manual_seed(rank)
-    batches = [torch.randint(0, VOCAB, (BATCH, SEQ + 1), generator=generator) for _ in range(STEPS + 1)]
-    step(batches[0])
+    sizes = MODELS[model]
+    batch = batches(sizes["vocab_size"], BATCH, prompt, seed=rank)
+    step = {"ours": ours, "bare": bare}[whose](sizes, batch, size, engine, stage, method, dtype)
+    step()
     began = time.perf_counter()
-    for tokens in batches[1:]:
-        step(tokens)
+    for _ in range(STEPS):
+        step()
     return size * BATCH * SEQ * STEPS / (time.perf_counter() - began)
 
 
-def main(rounds: int = 3, contenders: str = "", dtype: str = "float32") -> None:
+def main(rounds: int = 3, contenders: str = "", dtype: str = "float32", model: str = "small", prompt: int = 0) -> None:
     names = contenders.split(",") if contenders else [name for name in CONTENDERS if "-lora" not in name]
     rates: dict[str, list[float]] = {name: [] for name in names}
     for _ in range(rounds):
         for name in names:
             whose, size, engine, stage = CONTENDERS[name]
-            rates[name].append(min(run_ranks(contend, size, whose, engine, stage, dtype, timeout=300)))
+            rates[name].append(min(run_ranks(contend, size, whose, engine, stage, dtype, model, prompt, timeout=300)))
             print(f"{name:<20}{rates[name][-1]:>8.0f} tokens/s", flush=True)
     print(f"\n{'':<20}{'tokens/s':>10}{'over one rank':>15}")
     for name in names:

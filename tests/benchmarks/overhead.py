@@ -27,19 +27,19 @@ from megatron_lite.lifetime import StopRequest
 from megatron_lite.parallel.plan import make_plan
 from megatron_lite.train import Run
 from megatron_lite.watchdog import Watchdog
-from tests.benchmarks.train import FFN, HEADS, HIDDEN, LAYERS, LR, SEQ, VOCAB
+from tests.benchmarks.train import LR, MODELS, SEQ
 
 BATCH = 2
+MODEL = MODELS["small"]
 
 
 def contend(rank: int, size: int, folder: str, engine: str, stage: int, rounds: int) -> list[float]:
     """For each pair of steps, what the loop's takes over the bare engine's."""
     torch.set_num_threads(1)
-    sizes = {"hidden_size": HIDDEN, "num_layers": LAYERS, "num_heads": HEADS, "ffn_size": FFN, "max_seq_len": SEQ}
     config = parse_config(
         {
             "run": {"dir": folder},
-            "model": {"vocab_size": VOCAB, **sizes},
+            "model": {**MODEL, "max_seq_len": SEQ},
             "data": {"train": [{"path": f"{folder}/data"}], "seq_len": SEQ},
             "train": {"global_batch_size": BATCH * size, "micro_batch_size": BATCH, "steps": 10**6, "log_every": 1},
             "optim": {"lr": LR, "schedule": "constant"},
@@ -93,7 +93,7 @@ def main(rounds: int = 8, engines: str = "fsdp-0,fsdp-2,fsdp-3,deepspeed-1,deeps
         engine, stage = name.split("-")
         with tempfile.TemporaryDirectory() as folder:
             with IndexedWriter(Path(folder) / "data", np.dtype(np.uint16)) as writer:
-                tokens = np.random.default_rng(0).integers(0, VOCAB, size=40 * BATCH * SEQ * (rounds + 2))
+                tokens = np.random.default_rng(0).integers(0, MODEL["vocab_size"], size=40 * BATCH * SEQ * (rounds + 2))
                 writer.add_document(tokens.astype(np.uint16))
             ratios = run_ranks(contend, 2, folder, engine, int(stage), rounds, timeout=590)[0]
         low, middle, high = min(ratios), statistics.median(ratios), max(ratios)

@@ -2,11 +2,13 @@
 
     python tests/benchmarks/train.py [--dtype=float32] [--rounds=5] [--prompt=0] [--contenders=ours,bare]
     python tests/benchmarks/train.py --contenders=ours,ours-lora,ours-prefix,transformers,transformers-lora
+    python tests/benchmarks/train.py --model=wide --batch=2
 
-Every contender trains the same 8-layer Llama on the same tokens, in its own process with the same number of threads.
-Processes are prepared first and then take turns, one step at a time, so that a slow moment of the machine meets all
-of them; figures are medians. Peak memory is the process's, less what it held before the model was built. ``prompt``:
-the percentage of each sequence whose targets do not count, as in instruction tuning.
+Every contender trains the same Llama on the same tokens, in its own process with the same number of threads: ``small``
+has 8 layers, ``wide`` is four of TinyLlama 1.1B's 22, ``smollm2-360m`` all of SmolLM2 360M. Processes are prepared
+first and then take turns, one step at a time, so that a slow moment of the machine meets all of them; figures are
+medians. Peak memory is the process's, less what it held before the model was built. ``prompt``: the percentage of each
+sequence whose targets do not count, as in instruction tuning.
 """
 
 from __future__ import annotations
@@ -20,8 +22,18 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-VOCAB, HIDDEN, LAYERS, HEADS, FFN, SEQ, BATCH = 32000, 512, 8, 8, 1376, 512, 4
-THREADS = 2
+MODELS: dict[str, dict[str, Any]] = {
+    "small": {"vocab_size": 32000, "hidden_size": 512, "num_layers": 8, "num_heads": 8, "ffn_size": 1376},
+    "wide": {
+        **{"vocab_size": 32000, "hidden_size": 2048, "num_layers": 4, "num_heads": 32, "num_kv_heads": 4},
+        **{"ffn_size": 5632},
+    },
+    "smollm2-360m": {
+        **{"vocab_size": 49152, "hidden_size": 960, "num_layers": 32, "num_heads": 15, "num_kv_heads": 5},
+        **{"ffn_size": 2560, "tie_embeddings": True},
+    },
+}
+SEQ, THREADS = 512, 2
 LR = 1e-4
 PEFT = {  # of about the same number of trained parameters, but for the prefix
     "lora": {"method": "lora", "r": 8},
@@ -37,39 +49,42 @@ Contender = tuple[Callable[[int], float], Any]  # one step, which returns its lo
 Batches = Callable[[], tuple[Any, Any]]  # the next tokens and targets, the same for everybody
 
 
-def bare(dtype: str, mode: str, batch: Batches) -> Contender:
+def bare(model: dict[str, Any], dtype: str, mode: str, batch: Batches) -> Contender:
     """A hand-written loop: SDPA, fused AdamW, autocast for bfloat16."""
     import torch
     import torch.nn.functional as F
     from torch import nn
 
+    vocab, hidden, heads, ffn = (model[key] for key in ("vocab_size", "hidden_size", "num_heads", "ffn_size"))
+    assert "num_kv_heads" not in model and "tie_embeddings" not in model
+
     class Block(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.norm1, self.norm2 = nn.RMSNorm(HIDDEN, eps=1e-5), nn.RMSNorm(HIDDEN, eps=1e-5)
-            self.qkv, self.out = nn.Linear(HIDDEN, 3 * HIDDEN, bias=False), nn.Linear(HIDDEN, HIDDEN, bias=False)
-            self.gate_up, self.down = nn.Linear(HIDDEN, 2 * FFN, bias=False), nn.Linear(FFN, HIDDEN, bias=False)
+            self.norm1, self.norm2 = nn.RMSNorm(hidden, eps=1e-5), nn.RMSNorm(hidden, eps=1e-5)
+            self.qkv, self.out = nn.Linear(hidden, 3 * hidden, bias=False), nn.Linear(hidden, hidden, bias=False)
+            self.gate_up, self.down = nn.Linear(hidden, 2 * ffn, bias=False), nn.Linear(ffn, hidden, bias=False)
 
         def forward(self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
             b, s, _ = x.shape
-            q, k, v = self.qkv(self.norm1(x)).view(b, s, 3, HEADS, -1).permute(2, 0, 3, 1, 4)
+            q, k, v = self.qkv(self.norm1(x)).view(b, s, 3, heads, -1).permute(2, 0, 3, 1, 4)
 
             def rotate(t: torch.Tensor) -> torch.Tensor:
                 first, second = t.chunk(2, -1)
                 return torch.cat((first * cos - second * sin, second * cos + first * sin), -1).to(v.dtype)
 
             y = F.scaled_dot_product_attention(rotate(q), rotate(k), v, is_causal=True)
-            x = x + self.out(y.transpose(1, 2).reshape(b, s, HIDDEN))
+            x = x + self.out(y.transpose(1, 2).reshape(b, s, hidden))
             gate, up = self.gate_up(self.norm2(x)).chunk(2, -1)
             return x + self.down(F.silu(gate) * up)
 
     class Llama(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.embedding = nn.Embedding(VOCAB, HIDDEN)
-            self.blocks = nn.ModuleList(Block() for _ in range(LAYERS))
-            self.norm, self.head = nn.RMSNorm(HIDDEN, eps=1e-5), nn.Linear(HIDDEN, VOCAB, bias=False)
-            width = HIDDEN // HEADS
+            self.embedding = nn.Embedding(vocab, hidden)
+            self.blocks = nn.ModuleList(Block() for _ in range(model["num_layers"]))
+            self.norm, self.head = nn.RMSNorm(hidden, eps=1e-5), nn.Linear(hidden, vocab, bias=False)
+            width = hidden // heads
             angles = torch.outer(torch.arange(SEQ).float(), 10000.0 ** (-torch.arange(0, width, 2).float() / width))
             self.register_buffer("cos", angles.cos())
             self.register_buffer("sin", angles.sin())
@@ -78,34 +93,42 @@ def bare(dtype: str, mode: str, batch: Batches) -> Contender:
             x = self.embedding(tokens)
             for block in self.blocks:
                 x = block(x, self.cos, self.sin)
-            return F.cross_entropy(self.head(self.norm(x)).view(-1, VOCAB), targets.view(-1))
+            return F.cross_entropy(self.head(self.norm(x)).view(-1, vocab), targets.view(-1))
 
-    model = Llama()
-    run = torch.compile(model) if mode == "compiled" else model
-    return _plain_loop(model, run, dtype, batch)
+    made = Llama()
+    run = torch.compile(made) if mode == "compiled" else made
+    return _plain_loop(made, run, dtype, batch)
 
 
-def transformers(dtype: str, mode: str, batch: Batches) -> Contender:
-    """The same loop around transformers' LlamaForCausalLM."""
-    import torch
+def llama(model: dict[str, Any]) -> Any:
+    """transformers' LlamaForCausalLM of the same sizes."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     config = LlamaConfig(
-        vocab_size=VOCAB,
-        hidden_size=HIDDEN,
-        intermediate_size=FFN,
-        num_hidden_layers=LAYERS,
-        num_attention_heads=HEADS,
+        vocab_size=model["vocab_size"],
+        hidden_size=model["hidden_size"],
+        intermediate_size=model["ffn_size"],
+        num_hidden_layers=model["num_layers"],
+        num_attention_heads=model["num_heads"],
+        num_key_value_heads=model.get("num_kv_heads"),
         max_position_embeddings=SEQ,
+        tie_word_embeddings=model.get("tie_embeddings", False),
         use_cache=False,
     )
-    model = LlamaForCausalLM(config)
+    return LlamaForCausalLM(config)
+
+
+def transformers(model: dict[str, Any], dtype: str, mode: str, batch: Batches) -> Contender:
+    """The same loop around transformers."""
+    import torch
+
+    made = llama(model)
     if mode in ("lora", "dora"):
-        model = peft_lora(model, dora=mode == "dora")
-    run = torch.compile(model) if mode == "compiled" else model
+        made = peft_lora(made, dora=mode == "dora")
+    run = torch.compile(made) if mode == "compiled" else made
     # transformers shifts the labels itself; the loss runs over one token less.
     return _plain_loop(
-        model,
+        made,
         lambda tokens, targets: run(input_ids=tokens, labels=tokens.masked_fill(targets == -100, -100)).loss,
         dtype,
         batch,
@@ -120,14 +143,14 @@ def peft_lora(model, dora: bool = False):
     return get_peft_model(model, LoraConfig(r=8, lora_alpha=16, target_modules=linears, use_dora=dora))
 
 
-def _batches(prompt: int) -> Batches:
+def batches(vocab: int, size: int, prompt: int, seed: int = 0) -> Batches:
     """Random tokens; the targets of a prompt do not count."""
     import torch
 
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator().manual_seed(seed)
 
     def batch() -> tuple[torch.Tensor, torch.Tensor]:
-        tokens = torch.randint(0, VOCAB, (BATCH, SEQ + 1), generator=generator)
+        tokens = torch.randint(0, vocab, (size, SEQ + 1), generator=generator)
         targets = tokens[:, 1:].clone()
         targets[:, : SEQ * prompt // 100] = -100
         return tokens[:, :-1].contiguous(), targets
@@ -152,8 +175,15 @@ def _plain_loop(model, loss_of, dtype: str, batch: Batches) -> Contender:
     return step, optimizer
 
 
-def ours(dtype: str, mode: str, batch: Batches) -> Contender:
-    """This project's train_step."""
+def counted(targets: Any) -> Any:
+    """Where targets count, as our loader says it."""
+    counts = targets.view(-1) != -100
+    return None if counts.all() else counts.nonzero().squeeze(1)
+
+
+def ours(model: dict[str, Any], dtype: str, mode: str, batch: Batches) -> Contender:
+    """This project's train_step, in a process as ``train`` prepares it."""
+    from megatron_lite.allocator import keep_freed
     from megatron_lite.config import parse_config
     from megatron_lite.data.loader import Batch
     from megatron_lite.dist.mesh import solo_mesh
@@ -161,30 +191,22 @@ def ours(dtype: str, mode: str, batch: Batches) -> Contender:
     from megatron_lite.parallel.plan import make_plan
     from megatron_lite.trainer import Trainer
 
-    model = {
-        "vocab_size": VOCAB,
-        "hidden_size": HIDDEN,
-        "num_layers": LAYERS,
-        "num_heads": HEADS,
-        "ffn_size": FFN,
-        "max_seq_len": SEQ,
-    }
-    train = {"global_batch_size": BATCH, "micro_batch_size": BATCH, "precision": dtype, "compile": mode == "compiled"}
+    keep_freed()
+    model = {**model, "max_seq_len": SEQ}
+    train = {"global_batch_size": 1, "micro_batch_size": 1, "precision": dtype, "compile": mode == "compiled"}
     data = {"train": [{"path": "unused"}], "seq_len": SEQ}
     tree = {"model": model, "data": data, "train": train, "optim": {"lr": LR, "schedule": "constant"}}
     if mode in PEFT:
         model["max_seq_len"] += 16
         tree |= {"peft": PEFT[mode], "init": {"from": "unused"}}
         if "base_dtype" in PEFT[mode]:
-            model["ffn_size"] = -(-FFN // 64) * 64  # whole blocks: 2 % more
+            model["ffn_size"] = -(-model["ffn_size"] // 64) * 64  # whole blocks: 2 % more
     config = parse_config(tree)
     trainer = Trainer(config, solo_mesh(), make_plan(config, 1), Faults.none())
 
     def step(number: int) -> float:
         tokens, targets = batch()
-        counts = targets.view(-1) != -100
-        counted = None if counts.all() else counts.nonzero().squeeze(1)
-        return trainer.train_step([Batch(tokens, targets, None, None, number * BATCH, counted)]).loss
+        return trainer.train_step([Batch(tokens, targets, None, None, number, counted(targets))]).loss
 
     return step, trainer.engine.optimizer
 
@@ -192,7 +214,7 @@ def ours(dtype: str, mode: str, batch: Batches) -> Contender:
 MAKERS = {"ours": ours, "bare": bare, "transformers": transformers}
 
 
-def _contender(pipe, name: str, dtype: str, prompt: int) -> None:
+def _contender(pipe, name: str, model: str, batch: int, dtype: str, prompt: int) -> None:
     import torch
 
     torch.set_num_threads(THREADS)
@@ -200,7 +222,8 @@ def _contender(pipe, name: str, dtype: str, prompt: int) -> None:
     torch.ones(8, 8) @ torch.ones(8, 8)
     maker, _, mode = name.partition("-")
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    step, optimizer = MAKERS[maker](dtype, mode, _batches(prompt))
+    sizes = MODELS[model]
+    step, optimizer = MAKERS[maker](sizes, dtype, mode, batches(sizes["vocab_size"], batch, prompt))
     while (number := pipe.recv()) is not None:
         began = time.perf_counter()
         loss = step(number)
@@ -210,13 +233,20 @@ def _contender(pipe, name: str, dtype: str, prompt: int) -> None:
     os._exit(0)
 
 
-def main(dtype: str = "float32", rounds: int = 5, contenders: str = "", prompt: int = 0) -> None:
+def main(
+    dtype: str = "float32",
+    rounds: int = 5,
+    contenders: str = "",
+    prompt: int = 0,
+    model: str = "small",
+    batch: int = 4,
+) -> None:
     names = contenders.split(",") if contenders else ["ours", "bare", "transformers", "ours-compiled", "bare-compiled"]
     context = multiprocessing.get_context("spawn")
     pipes = {}
     for name in names:
         pipes[name], theirs = context.Pipe()
-        context.Process(target=_contender, args=(theirs, name, dtype, prompt), daemon=True).start()
+        context.Process(target=_contender, args=(theirs, name, model, batch, dtype, prompt), daemon=True).start()
     seconds: dict[str, list[float]] = {name: [] for name in names}
     memory, losses, states = {}, {}, {}
     for number in range(rounds + 2):  # two to warm up and compile
@@ -225,11 +255,12 @@ def main(dtype: str = "float32", rounds: int = 5, contenders: str = "", prompt: 
             taken, losses[name], memory[name], states[name] = pipe.recv()
             if number >= 2:
                 seconds[name].append(taken)
-    print(f"{dtype}, {THREADS} threads, prompts of {prompt} %, {rounds} rounds: median of the paired ratios")
+    print(f"{model}, {batch} × {SEQ} tokens, {dtype}, {THREADS} threads, prompts of {prompt} %, {rounds} rounds;")
+    print("medians, of paired ratios")
     print(f"{'':<16}{'tokens/s':>10}{'ratio':>8}{'peak MiB':>10}{'ratio':>8}{'optimizer MiB':>15}{'loss':>9}")
     reference = "bare" if "bare" in names else names[0]
     for name in names:
-        rate = BATCH * SEQ / statistics.median(seconds[name])
+        rate = batch * SEQ / statistics.median(seconds[name])
         ratio = statistics.median(r / s for r, s in zip(seconds[reference], seconds[name], strict=True))
         print(
             f"{name:<16}{rate:>10.0f}{ratio:>8.2f}{memory[name] / 1024:>10.0f}"
