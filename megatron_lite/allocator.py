@@ -5,13 +5,15 @@ from __future__ import annotations
 import contextlib
 import ctypes
 
-_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_MMAP_MAX = -1, -3, -4  # <malloc.h>
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # <malloc.h>
+_LARGEST = 32 << 20  # the most that glibc takes for the latter
 
 
 def keep_freed() -> None:
-    """From now on freed memory stays with this process. A training step frees the tensors that the next one makes
-    again; where they go back to the system in between, every page of theirs is mapped and zeroed anew."""
-    _set(_M_MMAP_MAX, 0)
+    """From now on this process keeps freed blocks of up to 32 MiB. A training step frees the tensors that the next one
+    makes again; where they go back to the system in between, every page of theirs is mapped and zeroed anew. Larger
+    blocks do go back: kept, they would be cut up, and more of them be needed."""
+    _set(_M_MMAP_THRESHOLD, _LARGEST)
     _set(_M_TRIM_THRESHOLD, -1)
 
 

@@ -46,6 +46,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
             grad_low, grad_factor = low.new_zeros(low.shape), factor.new_zeros(factor.shape, dtype=precise)
         total = torch.zeros((), dtype=precise, device=hidden.device)
         size = max(1, max(_CHUNK_ELEMENTS, 2 * hidden.numel()) // rows)
+        products = hidden.new_empty((min(size, tokens), rows))  # each chunk's, over the last one's
+        precisely = None if precise == hidden.dtype else hidden.new_empty(products.shape, dtype=precise)
         for start in range(0, tokens, size):
             part = slice(start, start + size) if counted is None else counted[start : start + size]
             chunk, target = hidden[part], targets[part]
@@ -53,10 +55,10 @@ class _LinearCrossEntropy(torch.autograd.Function):
             local = target - first
             here = kept & (local >= 0) & (local < rows)
             index = local.masked_fill(~here, 0).unsqueeze(1)
-            product = chunk @ matrix.t()
+            product = torch.mm(chunk, matrix.t(), out=products[: len(chunk)])
             if low is not None and factor is not None:
                 product.addmm_(low[part], factor.t())
-            logits = product.to(precise)
+            logits = product if precisely is None else precisely[: len(chunk)].copy_(product)
             if padding:
                 logits[:, max(0, rows - padding) :] = float("-inf")
             peak = comm.all_reduce(logits.amax(dim=1), tp, torch_dist.ReduceOp.MAX)
@@ -70,7 +72,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             # softmax minus one-hot, zero for a token that does not count
             logits.mul_((kept / sums[0]).unsqueeze(1))
             logits.scatter_add_(1, index, -here.to(precise).unsqueeze(1))
-            grad = logits.to(hidden.dtype)
+            grad = product if precisely is None else product.copy_(logits)
             grad_hidden[part] = grad @ matrix
             if grad_weight is not None:
                 _accumulate(grad_weight, grad, chunk)
