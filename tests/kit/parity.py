@@ -65,17 +65,18 @@ def hold_still(trainer: Trainer) -> None:
     engine = trainer.engine
     update = engine.step
 
-    def held() -> list[tuple[torch.Tensor, torch.Tensor]]:
-        return [(tile.data, tile.data.clone()) for piece in engine.pieces().values() for tile in piece.tiles]
-
-    def step(lr: float) -> None:
-        update(lr)
-        trainer.before_update = partial(unchanged, held())
-
     def unchanged(tensors: list[tuple[torch.Tensor, torch.Tensor]]) -> None:
         assert all(torch.equal(now, before) for now, before in tensors)
 
-    trainer.before_update = partial(unchanged, held())
+    def watch() -> None:
+        held = [(tile.data, tile.data.clone()) for piece in engine.pieces().values() for tile in piece.tiles]
+        trainer.before_update = partial(unchanged, held)
+
+    def step(lr: float) -> None:
+        update(lr)
+        watch()
+
+    watch()
     engine.step = step  # type: ignore[method-assign]
 
 
