@@ -14,6 +14,7 @@ from megatron_lite.dist import comm
 from megatron_lite.dist.mesh import Axis
 from megatron_lite.dist.packing import unpack
 from megatron_lite.dist.shard import ShardSpec, attach, spec_of
+from megatron_lite.layers import matmul
 
 
 def _plain(weight: Tensor, packing: str | None, dtype: torch.dtype) -> Tensor:
@@ -21,63 +22,47 @@ def _plain(weight: Tensor, packing: str | None, dtype: torch.dtype) -> Tensor:
     return weight.to(dtype) if packing is None else unpack(weight, packing, dtype)
 
 
-class _PackedLinear(torch.autograd.Function):
-    """``x @ weight.T + bias`` of frozen parameters. The weight is unpacked for each product, and dropped after it: from
-    forward to backward only its bytes are there."""
+class _Product(torch.autograd.Function):
+    """``x @ weight.T + bias`` of column-parallel parameters, whose backward overlaps the input gradient's collective
+    with the weight's gradient; along an axis of size 1, without collectives.
 
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, packed: Tensor, bias: Tensor | None, packing: str) -> Tensor:
-        ctx.save_for_backward(packed)
-        ctx.packing = packing
-        return F.linear(x, unpack(packed, packing, x.dtype), bias)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        (packed,) = ctx.saved_tensors
-        return grad @ unpack(packed, ctx.packing, grad.dtype), None, None, None
-
-
-class _ColumnLinear(torch.autograd.Function):
-    """``x @ weight.T + bias`` whose backward overlaps the input gradient's collective with the weight's gradient.
-
-    Only the rank's own slice of x is kept under sequence parallelism; backward gathers it again while the input
-    gradient is computed. A packed weight is frozen, and unpacked in both.
+    x is kept only for a weight that is trained; under sequence parallelism the rank's own slice of it, which backward
+    gathers again while the input gradient is computed. A packed weight is frozen, unpacked for each product and dropped
+    after it: from forward to backward only its bytes are there.
     """
 
     @staticmethod
     def forward(
         ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, tp: Axis, sp: bool, packing: str | None
     ) -> Tensor:
-        ctx.save_for_backward(x, weight)
-        ctx.tp, ctx.sp, ctx.has_bias, ctx.packing = tp, sp, bias is not None, packing
-        return F.linear(comm.all_gather(x, tp) if sp else x, _plain(weight, packing, x.dtype), bias)
+        ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, weight)
+        ctx.tp, ctx.sp, ctx.packing = tp, sp, packing
+        return matmul.linear(comm.all_gather(x, tp) if sp else x, _plain(weight, packing, x.dtype), bias)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
-        tp, sp = ctx.tp, ctx.sp
+        tp, sp = ctx.tp, ctx.sp and ctx.tp.size > 1
         need_x, need_weight, need_bias = ctx.needs_input_grad[:3]
         grad = grad.contiguous()
-        whole_x, gathering = x, None
+        gathering = reducing = grad_x = None
         if sp and need_weight:
-            whole_x = x.new_empty((tp.size * x.shape[0], x.shape[1]))
+            own, x = x, x.new_empty((tp.size * x.shape[0], x.shape[1]))
             tp.note()
-            gathering = torch_dist.all_gather_single(whole_x, x.contiguous(), group=tp.group, async_op=True)
-        grad_x = reducing = partial = None
+            gathering = torch_dist.all_gather_single(x, own.contiguous(), group=tp.group, async_op=True)
         if need_x:
-            partial = grad @ _plain(weight, ctx.packing, grad.dtype)
+            grad_x = partial = matmul.linear(grad, _plain(weight, ctx.packing, grad.dtype).t())
             if sp:
-                grad_x = torch.empty_like(x)
+                grad_x = partial.new_empty((partial.shape[0] // tp.size, partial.shape[1]))
                 tp.note()
                 reducing = torch_dist.reduce_scatter_single(grad_x, partial, group=tp.group, async_op=True)
-            else:
-                grad_x = partial
+            elif tp.size > 1:
                 tp.note()
                 reducing = torch_dist.all_reduce(grad_x, group=tp.group, async_op=True)
         if gathering is not None:
             comm.wait(gathering)
-        grad_weight = grad.t() @ whole_x if need_weight else None
-        grad_bias = grad.sum(0) if ctx.has_bias and need_bias else None
+        grad_weight = grad.t() @ x if need_weight else None
+        grad_bias = grad.sum(0) if need_bias else None
         if reducing is not None:
             comm.wait(reducing)
         return grad_x, grad_weight, grad_bias, None, None, None
@@ -103,9 +88,14 @@ class _Linear(nn.Module):
 
     def product(self, x: Tensor, bias: Tensor | None) -> Tensor:
         """``x W^T + b``, without communication."""
-        if self.packing is None:
+        if self.packing is None and not matmul.prefers_onednn(x):
             return F.linear(x, self.weight.to(x.dtype), bias)
-        return comm.apply(_PackedLinear, x, self.weight, bias, self.packing)  # type: ignore[no-any-return]
+        return self.multiply(x, bias, Axis("tp"), sp=False)
+
+    def multiply(self, x: Tensor, bias: Tensor | None, tp: Axis, *, sp: bool) -> Tensor:
+        """``x W^T + b``, with a column-parallel layer's collectives along ``tp``."""
+        weight = self.weight if self.packing else self.weight.to(x.dtype)
+        return comm.apply(_Product, x, weight, bias, tp, sp, self.packing)  # type: ignore[no-any-return]
 
 
 class ColumnParallelLinear(_Linear):
@@ -146,8 +136,7 @@ class ColumnParallelLinear(_Linear):
         bias = None if self.bias is None else self.bias.to(x.dtype)
         if self.tp.size == 1:
             return self.product(x, bias)
-        weight = self.weight if self.packing else self.weight.to(x.dtype)
-        return comm.apply(_ColumnLinear, x, weight, bias, self.tp, self.sp, self.packing)
+        return self.multiply(x, bias, self.tp, sp=self.sp)
 
 
 class RowParallelLinear(_Linear):

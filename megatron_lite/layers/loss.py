@@ -15,6 +15,7 @@ from torch import Tensor
 
 from megatron_lite.dist import comm
 from megatron_lite.dist.mesh import Axis
+from megatron_lite.layers import matmul
 
 IGNORED = -100  # the target of a token with nothing to predict
 _CHUNK_ELEMENTS = 1 << 24  # logits held at once, on each rank; or twice what the hidden states have, if that is more
@@ -73,7 +74,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             logits.mul_((kept / sums[0]).unsqueeze(1))
             logits.scatter_add_(1, index, -here.to(precise).unsqueeze(1))
             grad = product if precisely is None else product.copy_(logits)
-            grad_hidden[part] = grad @ matrix
+            grad_hidden[part] = matmul.linear(grad, matrix.t())
             if grad_weight is not None:
                 _accumulate(grad_weight, grad, chunk)
             if low is not None and factor is not None and grad_low is not None and grad_factor is not None:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from megatron_lite.config import ModelConfig
 from megatron_lite.dist import comm, random
 from megatron_lite.dist.mesh import Axis
+from megatron_lite.layers import matmul
 from megatron_lite.layers.attention import Attention, Context, KeyValueCache
 from megatron_lite.layers.embedding import VocabParallelEmbedding
 from megatron_lite.layers.linear import ColumnParallelLinear
@@ -183,7 +184,7 @@ class Decoder(nn.Module):
 
         tokens: [batch, seq]. counted: where the flattened targets count, int64, if known. positions, document_ids:
         [batch, seq], both when documents are masked from each other. dtype: what is computed in. Logits come as
-        [batch, vocab_size], gathered over tp, float32 or better.
+        [batch, vocab_size], gathered over tp, float32 or better, and have no gradient.
         """
         x = self.hidden_states(tokens, positions, document_ids, seed, caches, dtype)
         weight = self.head_weight
@@ -197,7 +198,7 @@ class Decoder(nn.Module):
         if self.sp:
             x = comm.all_gather(x, self.tp)
         last = x.view(tokens.shape[0], tokens.shape[1], -1)[:, -1]
-        logits = last @ weight.to(last.dtype).t()
+        logits = matmul.linear(last, weight.to(last.dtype))
         if self.head is not None and (update := self.head.low_rank(last)) is not None:
             logits = logits + update[0] @ update[1].t()
         logits = logits.to(torch.promote_types(dtype, torch.float32))

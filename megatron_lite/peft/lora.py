@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from megatron_lite.config import LoRAConfig
 from megatron_lite.dist import comm, random
 from megatron_lite.dist.shard import ShardSpec, attach, spec_of
+from megatron_lite.layers import matmul
 from megatron_lite.layers.embedding import VocabParallelEmbedding
 from megatron_lite.layers.linear import ColumnParallelLinear, RowParallelLinear
 
@@ -114,7 +115,7 @@ class _AddProduct(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         low, b = ctx.saved_tensors
-        return grad, grad @ b, grad.t() @ low
+        return grad, matmul.linear(grad, b.t()), matmul.linear(low.t(), grad.t()).t()
 
 
 class LoRAColumnLinear(_Adapted, ColumnParallelLinear):
