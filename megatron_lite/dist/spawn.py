@@ -6,6 +6,7 @@ Ranks come from a fork server that has torch loaded already, so a world starts i
 from __future__ import annotations
 
 import multiprocessing
+import pickle
 import tempfile
 import time
 import traceback
@@ -21,22 +22,25 @@ from megatron_lite.errors import MegatronLiteError, PeerError
 
 
 def _rank_main(
-    pipe: Connection, fn: Callable[..., Any], rank: int, size: int, store: str, limit: float, args: tuple
+    pipe: Connection, fn: Callable[..., Any], rank: int, size: int, store: str, limit: float, args: bytes
 ) -> None:
     torch.set_num_threads(1)
+
+    def answer(status: str, value: Any) -> None:
+        pipe.send_bytes(pickle.dumps((status, value)))
+
     try:
         if size > 1:
             torch.distributed.init_process_group(
                 "gloo", init_method=f"file://{store}", rank=rank, world_size=size, timeout=timedelta(seconds=limit)
             )
-        result = fn(rank, size, *args)
-        pipe.send(("ok", result))
+        answer("ok", fn(rank, size, *pickle.loads(args)))
         if size > 1:
             torch.distributed.destroy_process_group()
     except MegatronLiteError as error:
-        pipe.send(("refused", error))
+        answer("refused", error)
     except BaseException:  # the parent re-raises it with the rank's number
-        pipe.send(("failed", traceback.format_exc()))
+        answer("failed", traceback.format_exc())
 
 
 def run_ranks(fn: Callable[..., Any], size: int, *args: Any, timeout: float = 120.0) -> list[Any]:
@@ -45,6 +49,8 @@ def run_ranks(fn: Callable[..., Any], size: int, *args: Any, timeout: float = 12
     ``fn`` is importable by name. Raises the first rank's MegatronLiteError, or PeerError with the traceback of the rank
     that failed first, or PeerError when ``timeout`` seconds pass; no process is left behind in any case.
     """
+    # As bytes: multiprocessing's own way with tensors is to share memory, which ends with the process that made them.
+    pickled = pickle.dumps(args)
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["torch.distributed", "megatron_lite.dist.comm"])
     deadline = time.monotonic() + timeout
@@ -54,7 +60,7 @@ def run_ranks(fn: Callable[..., Any], size: int, *args: Any, timeout: float = 12
         try:
             for rank in range(size):
                 ours, theirs = context.Pipe(duplex=False)
-                process = context.Process(target=_rank_main, args=(theirs, fn, rank, size, store, timeout, args))
+                process = context.Process(target=_rank_main, args=(theirs, fn, rank, size, store, timeout, pickled))
                 process.start()
                 theirs.close()
                 processes.append(process)
@@ -78,7 +84,7 @@ def _collect(pipes: list[Any], deadline: float, timeout: float) -> list[Any]:
         for pipe in ready:
             rank = pending[pipe]
             try:
-                status, value = pipe.recv()
+                status, value = pickle.loads(pipe.recv_bytes())
             except EOFError:
                 raise PeerError(f"rank {rank} ended without a result") from None
             if status == "refused":
