@@ -112,7 +112,7 @@ def record(
     def note(kind: str, pieces: dict[str, Piece]) -> None:
         names = list(pieces) if kind == "weights" else list(reversed(pieces))  # backward ends at the embedding
         for some in _batches(names, pieces):
-            own = [[(tile.place, tile.numbers.cpu().clone()) for tile in pieces[name].tiles] for name in some]
+            own = [[(tile.place, _as_bytes(tile.numbers)) for tile in pieces[name].tiles] for name in some]
             for name, parts in zip(some, zip(*comm.gather_objects(own, mesh.world), strict=True), strict=True):
                 noted[f"{kind}/{name}"] = _whole(pieces[name], chain.from_iterable(parts))
 
@@ -158,12 +158,18 @@ def _batches(names: Iterable[str], pieces: Mapping[str, Piece]) -> Iterator[list
         yield some
 
 
-def _whole(piece: Piece, parts: Iterable[tuple[Any, Tensor]]) -> Tensor:
+def _as_bytes(numbers: Tensor) -> Any:
+    """A tensor as an array of bytes, which is pickled some ten times as fast."""
+    return numbers.cpu().reshape(-1).view(torch.uint8).numpy()
+
+
+def _whole(piece: Piece, parts: Iterable[tuple[Any, Any]]) -> Tensor:
     """The global tensor from every rank's parts and their places. Where several ranks hold the same part and disagree,
     the one that is furthest from the first is kept."""
     whole = torch.full(piece.shape, float("nan"), dtype=piece.dtype)
     first = whole.clone()
-    for place, part in parts:
+    for place, array in parts:
+        part = torch.from_numpy(array).view(piece.dtype).view(whole[place].shape)
         first[place] = torch.where(first[place].isnan(), part, first[place])
         closer = whole[place].isnan() | ((whole[place] - first[place]).abs() < (part - first[place]).abs())
         whole[place] = torch.where(closer, part, whole[place])

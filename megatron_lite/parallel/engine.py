@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from megatron_lite.config import Config, OptimConfig
 from megatron_lite.dist import shard
@@ -155,7 +154,7 @@ class Engine(ABC):
 
 def local(tensor: Any) -> Tensor:
     """This rank's memory of a tensor, which FSDP2 hands out as a DTensor."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+    return tensor.to_local() if hasattr(tensor, "to_local") else tensor  # asked without the import, of half a second
 
 
 def build_engine(model: nn.Module, config: Config, mesh: Mesh) -> Engine:
@@ -165,7 +164,10 @@ def build_engine(model: nn.Module, config: Config, mesh: Mesh) -> Engine:
         from megatron_lite.parallel.zero import DeepSpeedZeRO
 
         return DeepSpeedZeRO(model, config, mesh)
-    from megatron_lite.parallel.ddp import DataParallel
-    from megatron_lite.parallel.fsdp import FullyShardedDataParallel
+    if mesh.dp_shard.size > 1:
+        from megatron_lite.parallel.fsdp import FullyShardedDataParallel
 
-    return (FullyShardedDataParallel if mesh.dp_shard.size > 1 else DataParallel)(model, config, mesh)
+        return FullyShardedDataParallel(model, config, mesh)
+    from megatron_lite.parallel.ddp import DataParallel
+
+    return DataParallel(model, config, mesh)

@@ -152,9 +152,11 @@ def test_only_zero_imports_deepspeed(name: str) -> None:
 
 
 def test_no_pickle_and_no_shell() -> None:
+    # The one refuses what would run, the other reads what its own children wrote.
+    allowed = (M + "checkpoint.pickles", M + "dist.spawn")
     for name in SOURCES:
         pickles = [t for t, _ in imports(name) if t in ("pickle", "dill", "cloudpickle")]
-        assert not pickles or name == M + "checkpoint.pickles", name  # which refuses what would run
+        assert not pickles or name in allowed, name
         for node in ast.walk(SOURCES[name]):
             shell = isinstance(node, ast.keyword) and node.arg == "shell"
             assert not shell and getattr(node, "attr", "") not in ("system", "popen"), name
