@@ -25,7 +25,7 @@ from torch import Tensor
 from megatron_lite.config import Config
 from megatron_lite.data.loader import Loader, build_dataset
 from megatron_lite.dist import comm
-from megatron_lite.dist.mesh import Mesh, build_mesh
+from megatron_lite.dist.mesh import Axis, Mesh, build_mesh
 from megatron_lite.dist.shard import Piece
 from megatron_lite.dist.spawn import run_ranks
 from megatron_lite.errors import MegatronLiteError
@@ -111,10 +111,7 @@ def record(
 
     def note(kind: str, pieces: dict[str, Piece]) -> None:
         names = list(pieces) if kind == "weights" else list(reversed(pieces))  # backward ends at the embedding
-        for some in _batches(names, pieces):
-            own = [[(tile.place, _as_bytes(tile.numbers)) for tile in pieces[name].tiles] for name in some]
-            for name, parts in zip(some, zip(*comm.gather_objects(own, mesh.world), strict=True), strict=True):
-                noted[f"{kind}/{name}"] = _whole(pieces[name], chain.from_iterable(parts))
+        noted.update((f"{kind}/{name}", tensor) for name, tensor in gathered(names, pieces, mesh.world))
 
     trainer.engine = _RecordingEngine(trainer.engine, note)  # type: ignore[assignment]
     sizes = [torch.zeros((), dtype=torch.float64) for _ in trainer.model.blocks]
@@ -142,6 +139,14 @@ def _measure(size: Tensor) -> Callable[..., None]:
         size.add_(output.detach().double().square().sum().cpu())
 
     return hook
+
+
+def gathered(names: Iterable[str], pieces: Mapping[str, Piece], world: Axis) -> Iterator[tuple[str, Tensor]]:
+    """The named tensors in their order, each whole, from the pieces of all ranks. Collective."""
+    for some in _batches(names, pieces):
+        own = [[(tile.place, _as_bytes(tile.numbers)) for tile in pieces[name].tiles] for name in some]
+        for name, parts in zip(some, zip(*comm.gather_objects(own, world), strict=True), strict=True):
+            yield name, _whole(pieces[name], chain.from_iterable(parts))
 
 
 def _batches(names: Iterable[str], pieces: Mapping[str, Piece]) -> Iterator[list[str]]:

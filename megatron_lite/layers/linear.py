@@ -16,6 +16,8 @@ from megatron_lite.dist.packing import unpack
 from megatron_lite.dist.shard import ShardSpec, attach, spec_of
 from megatron_lite.layers import matmul
 
+_ALONE = Axis("tp")
+
 
 def _plain(weight: Tensor, packing: str | None, dtype: torch.dtype) -> Tensor:
     """A weight as a matrix, whatever it is stored in."""
@@ -42,7 +44,7 @@ class _Product(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
-        tp, sp = ctx.tp, ctx.sp and ctx.tp.size > 1
+        tp, sp = ctx.tp, ctx.sp
         need_x, need_weight, need_bias = ctx.needs_input_grad[:3]
         grad = grad.contiguous()
         gathering = reducing = grad_x = None
@@ -90,7 +92,7 @@ class _Linear(nn.Module):
         """``x W^T + b``, without communication."""
         if self.packing is None and not matmul.prefers_onednn(x):
             return F.linear(x, self.weight.to(x.dtype), bias)
-        return self.multiply(x, bias, Axis("tp"), sp=False)
+        return self.multiply(x, bias, _ALONE, sp=False)
 
     def multiply(self, x: Tensor, bias: Tensor | None, tp: Axis, *, sp: bool) -> Tensor:
         """``x W^T + b``, with a column-parallel layer's collectives along ``tp``."""

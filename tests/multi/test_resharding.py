@@ -2,7 +2,7 @@
 losses as the run that was never interrupted, in float64 with clipping on."""
 
 from collections.abc import Mapping
-from itertools import chain, product
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from megatron_lite.dist.mesh import Mesh
 from megatron_lite.dist.spawn import run_ranks
 from megatron_lite.faults import Faults
 from megatron_lite.parallel.plan import make_plan
-from megatron_lite.prove import _whole
+from megatron_lite.prove import gathered
 from megatron_lite.trainer import Trainer, TrainState
 from tests.kit.parity import Layout, _mesh
 from tests.kit.pieces import world_of
@@ -90,9 +90,7 @@ class Bench:
     def whole(self) -> dict[str, torch.Tensor]:
         """Every tensor of weights and optimizer, from everybody's pieces."""
         pieces = self.trainer.engine.pieces()
-        own = {name: [(t.place, t.data.clone()) for t in piece.tiles] for name, piece in pieces.items()}
-        everyone = comm.gather_objects(own, self.mesh.world)
-        return {n: _whole(pieces[n], chain.from_iterable(rank[n] for rank in everyone)) for n in pieces}
+        return dict(gathered(pieces, pieces, self.mesh.world))
 
     def save(self, folder: Path) -> Path:
         state = {"train": vars(self.trainer.state)}
