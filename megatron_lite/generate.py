@@ -18,10 +18,10 @@ from megatron_lite.cli import nearest
 from megatron_lite.config import PrefixConfig
 from megatron_lite.data.template import ChatTemplate, find_template
 from megatron_lite.data.tokenizer import Tokenizer, carried_tokenizer, parse_object
-from megatron_lite.dist import random
-from megatron_lite.dist.env import read_rank
-from megatron_lite.dist.mesh import Mesh, build_mesh, pick_device, process_group
-from megatron_lite.dist.shard import materialize, pieces_of, spec_of
+from megatron_lite.distributed import random
+from megatron_lite.distributed.env import read_rank
+from megatron_lite.distributed.mesh import Mesh, build_mesh, pick_device, process_group
+from megatron_lite.distributed.shard import materialize, pieces_of, spec_of
 from megatron_lite.errors import CheckpointError, ConfigError, DataError
 from megatron_lite.layers.attention import KeyValueCache
 from megatron_lite.models.decoder import Decoder

@@ -22,7 +22,7 @@ from megatron_lite.checkpoint.storage import new_folder, open_regular, write_fil
 from megatron_lite.checkpoint.tensor_file import TensorFile, header, row_blocks
 from megatron_lite.config import ModelConfig, parse_model
 from megatron_lite.data.tokenizer import GENERATION, JSON, MODEL, TOKENIZER_FILES, carried_tokenizer
-from megatron_lite.dist.shard import Tile
+from megatron_lite.distributed.shard import Tile
 from megatron_lite.errors import CheckpointError, ConfigError
 from megatron_lite.faults import Faults
 from megatron_lite.models.huggingface import TOKEN_IDS, Part, config_json, model_section, tensor_parts

@@ -14,7 +14,7 @@ from torch import Tensor
 from megatron_lite.checkpoint.fingerprint import check_base, fingerprint_of
 from megatron_lite.checkpoint.source import CheckpointSource, Info, Source
 from megatron_lite.config import LoRAConfig, ModelConfig
-from megatron_lite.dist.shard import Tile
+from megatron_lite.distributed.shard import Tile
 from megatron_lite.errors import CheckpointError
 
 

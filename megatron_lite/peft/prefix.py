@@ -13,8 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from megatron_lite.config import PrefixConfig
-from megatron_lite.dist import comm
-from megatron_lite.dist.shard import ShardSpec, attach
+from megatron_lite.distributed import comm
+from megatron_lite.distributed.shard import ShardSpec, attach
 from megatron_lite.layers.attention import Attention
 
 _STD = 0.02  # small values and nearly even attention: the prefix starts out as little as it can

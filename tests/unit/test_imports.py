@@ -15,28 +15,28 @@ M = "megatron_lite."
 # counts; what has no entry stands at the top and may import everything.
 ALLOWED: dict[str, tuple[str, ...]] = {
     "launch": (),
-    "data_tools": (M + "cli", M + "data", M + "dist.env"),
+    "data_tools": (M + "cli", M + "data", M + "distributed.env"),
     M + "errors": (),
     M + "cli": (),
     M + "config": (M + "cli", M + "targets", M + "data.tokenizer", M + "models.huggingface"),
     M + "targets": (M + "cli",),
-    M + "data": (M + "dist.random", M + "layers.loss"),
-    M + "dist": (),
-    M + "layers": (M + "dist",),
-    M + "models": (M + "layers", M + "dist"),
-    M + "peft": (M + "layers", M + "dist"),
-    M + "optim": (M + "dist",),
-    M + "parallel": (M + "cli", M + "dist", M + "optim"),
-    M + "checkpoint": (M + "data.tokenizer", M + "dist", M + "faults", M + "models.huggingface"),
-    M + "metrics": (M + "dist",),
-    M + "faults": (M + "dist",),
+    M + "data": (M + "distributed.random", M + "layers.loss"),
+    M + "distributed": (),
+    M + "layers": (M + "distributed",),
+    M + "models": (M + "layers", M + "distributed"),
+    M + "peft": (M + "layers", M + "distributed"),
+    M + "optim": (M + "distributed",),
+    M + "parallel": (M + "cli", M + "distributed", M + "optim"),
+    M + "checkpoint": (M + "data.tokenizer", M + "distributed", M + "faults", M + "models.huggingface"),
+    M + "metrics": (M + "distributed",),
+    M + "faults": (M + "distributed",),
 }
 EVERYONE = (M + "config", M + "errors")  # `launch` alone may not even import these
 THIRD_PARTY: dict[str, set[str]] = {  # besides the standard library; where there is no entry, anything
     "launch": {"fire"},
     M + "errors": set(),
     M + "cli": {"fire"},
-    M + "dist.env": set(),
+    M + "distributed.env": set(),
     M + "config": {"pydantic", "yaml"},
     M + "targets": set(),
 }
@@ -48,7 +48,7 @@ NO_TORCH = (
     M + "cli",
     M + "errors",
     M + "data.indexed",
-    M + "dist.env",
+    M + "distributed.env",
 )
 
 
@@ -120,7 +120,7 @@ def test_no_torch_where_start_up_has_to_be_quick(name: str) -> None:
 
 @pytest.mark.parametrize("name", SOURCES)
 def test_the_environment_is_read_in_one_place(name: str) -> None:
-    if within(name, "launch") or name == M + "dist.env":
+    if within(name, "launch") or name == M + "distributed.env":
         return
     for node in ast.walk(SOURCES[name]):
         reads = isinstance(node, ast.Attribute) and node.attr in ("environ", "environb", "getenv", "putenv")
@@ -153,7 +153,7 @@ def test_only_zero_imports_deepspeed(name: str) -> None:
 
 def test_no_pickle_and_no_shell() -> None:
     # The one refuses what would run, the other reads what its own children wrote.
-    allowed = (M + "checkpoint.pickles", M + "dist.spawn")
+    allowed = (M + "checkpoint.pickles", M + "distributed.spawn")
     for name in SOURCES:
         pickles = [t for t, _ in imports(name) if t in ("pickle", "dill", "cloudpickle")]
         assert not pickles or name in allowed, name

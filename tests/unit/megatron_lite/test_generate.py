@@ -4,9 +4,9 @@ import pytest
 import torch
 
 from megatron_lite.config import PACKED_BYTES
-from megatron_lite.dist.mesh import build_mesh, solo_mesh
-from megatron_lite.dist.shard import spec_of
-from megatron_lite.dist.spawn import run_ranks
+from megatron_lite.distributed.mesh import build_mesh, solo_mesh
+from megatron_lite.distributed.shard import spec_of
+from megatron_lite.distributed.spawn import run_ranks
 from megatron_lite.errors import CheckpointError, ConfigError, DataError
 from megatron_lite.generate import Sampling, choose, generate, open_models, read_requests
 from tests.kit.adapters import FAMILIES, LENGTH, decoder, saved

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from megatron_lite.dist.mesh import Axis
+from megatron_lite.distributed.mesh import Axis
 from megatron_lite.layers import matmul
 from megatron_lite.layers.linear import ColumnParallelLinear
 

@@ -5,7 +5,7 @@ import socket
 
 import pytest
 
-from megatron_lite.dist.rendezvous import compare, port_owner
+from megatron_lite.distributed.rendezvous import compare, port_owner
 
 
 def ranks(**changed: dict[int, str]) -> list[dict[str, str]]:

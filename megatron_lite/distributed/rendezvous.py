@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch.distributed as torch_dist
 
-from megatron_lite.dist.env import Rank
+from megatron_lite.distributed.env import Rank
 from megatron_lite.errors import ConfigError, PeerError
 
 _LINGER_S = 5.0  # how long rank 0, whose process may hold the store, stays for the others to read a bad verdict
@@ -38,8 +38,7 @@ def meet(rank: Rank, identity: Mapping[str, str], timeout_seconds: float) -> tup
         if "EADDRINUSE" not in str(error):
             raise
         raise ConfigError(
-            f"port {port} of {rank.host} is in use by {port_owner(port)}; "
-            "choose another MASTER_PORT"
+            f"port {port} of {rank.host} is in use by {port_owner(port)}; choose another MASTER_PORT"
         ) from None
     store.set_timeout(limit)
     if rank.rank == 0:

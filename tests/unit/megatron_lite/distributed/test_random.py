@@ -2,11 +2,13 @@
 
 import torch
 
-from megatron_lite.dist.random import dropout, mix
+from megatron_lite.distributed.random import dropout, mix
 
 
 def test_seeds_are_63_bits_and_differ_wherever_the_place_does():
-    places = [(seed, sample, site, rank) for seed in range(4) for sample in range(8) for site in range(8) for rank in range(4)]
+    places = [
+        (seed, sample, site, rank) for seed in range(4) for sample in range(8) for site in range(8) for rank in range(4)
+    ]
     seeds = {mix(*place) for place in places}
     assert len(seeds) == len(places)
     assert all(0 <= seed < 1 << 63 for seed in seeds)

@@ -23,7 +23,7 @@ import torch
 import torch.distributed as torch_dist
 from torch import Tensor
 
-from megatron_lite.dist.mesh import Axis
+from megatron_lite.distributed.mesh import Axis
 
 
 def all_reduce(tensor: Tensor, axis: Axis, op: Any = torch_dist.ReduceOp.SUM) -> Tensor:
@@ -192,8 +192,8 @@ def reduce_scatter_to(tensor: Tensor, axis: Axis, dim: int = 0) -> Tensor:
 
 
 def enter_joined(x: Tensor, low: Tensor, axis: Axis, *, sp: bool) -> tuple[Tensor, Tensor]:
-    """Enter a parallel region with two tensors [tokens, …] in one collective, there and back: ``gather_from`` the slices
-    of tokens under ``sp``, else ``copy_to``."""
+    """Enter a parallel region with two tensors [tokens, …] in one collective, there and back: ``gather_from`` the
+    slices of tokens under ``sp``, else ``copy_to``."""
     if axis.size == 1:
         return x, low
     joined = torch.cat((x, low), dim=1)

@@ -2,7 +2,7 @@
 
 import pytest
 
-from megatron_lite.dist.env import Rank, read_rank
+from megatron_lite.distributed.env import Rank, read_rank
 from megatron_lite.errors import ConfigError
 
 MEET = {"MASTER_ADDR": "node0", "MASTER_PORT": "29500"}

@@ -16,8 +16,8 @@ import torch
 import torch.distributed as torch_dist
 from torch.distributed.device_mesh import DeviceMesh
 
-from megatron_lite.dist.env import Rank
-from megatron_lite.dist.rendezvous import meet
+from megatron_lite.distributed.env import Rank
+from megatron_lite.distributed.rendezvous import meet
 from megatron_lite.errors import ConfigError
 
 AXES = ("pp", "dp_replicate", "dp_shard", "cp", "tp")
@@ -36,9 +36,7 @@ class Axis:
     size: int = 1
     group: torch_dist.ProcessGroup | None = field(default=None, repr=False, compare=False)
     layer: str = field(default="", compare=False)
-    calls: deque[tuple[int, str, bool]] = field(
-        default_factory=lambda: deque(maxlen=256), repr=False, compare=False
-    )
+    calls: deque[tuple[int, str, bool]] = field(default_factory=lambda: deque(maxlen=256), repr=False, compare=False)
 
     def of(self, layer: str) -> Axis:
         """This axis for the use of one layer, by whose name its collectives will be known."""

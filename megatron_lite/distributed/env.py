@@ -146,7 +146,9 @@ def _rendezvous(dialect: _Dialect, environ: Mapping[str, str]) -> tuple[str, int
         return address, int(port)
     if address or port:
         wanted = "MASTER_ADDR (a host) and MASTER_PORT (1 to 65535)"
-        raise ConfigError(f"started by {dialect.name} with MASTER_ADDR={address!r}, MASTER_PORT={port!r}: need {wanted}")
+        raise ConfigError(
+            f"started by {dialect.name} with MASTER_ADDR={address!r}, MASTER_PORT={port!r}: need {wanted}"
+        )
     if dialect.mpi:
         return None
     if dialect.name == "srun":

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from megatron_lite.config import PACKED_BLOCK, PACKED_BYTES
-from megatron_lite.dist.mesh import Axis
-from megatron_lite.dist.packing import pack, unpack
+from megatron_lite.distributed.mesh import Axis
+from megatron_lite.distributed.packing import pack, unpack
 
 
 @dataclass(frozen=True)
@@ -165,9 +165,7 @@ class Piece:
         return cls(tuple(data.shape), data.dtype, [Tile(data, (0,) * data.dim())])
 
 
-def rectangles(
-    shape: tuple[int, ...], start: int, stop: int
-) -> Iterator[tuple[int, tuple[int, ...], tuple[int, ...]]]:
+def rectangles(shape: tuple[int, ...], start: int, stop: int) -> Iterator[tuple[int, tuple[int, ...], tuple[int, ...]]]:
     """Elements ``start`` to ``stop`` of a contiguous tensor as rectangles, at most two for each dim but one:
     (first element, origin, size) of each, in order."""
     if start >= stop:
@@ -227,7 +225,9 @@ def materialize(model: nn.Module, device: torch.device, shared: Mapping[str, nn.
             if shared is not None and name in shared:
                 setattr(module, name.rpartition(".")[2], shared[name])
                 continue
-            real = nn.Parameter(torch.empty(parameter.shape, dtype=parameter.dtype, device=device), parameter.requires_grad)
+            real = nn.Parameter(
+                torch.empty(parameter.shape, dtype=parameter.dtype, device=device), parameter.requires_grad
+            )
             setattr(module, name.rpartition(".")[2], attach(real, spec_of(parameter), parameter.init))  # type: ignore[attr-defined]
 
 
