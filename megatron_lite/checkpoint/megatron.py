@@ -9,19 +9,21 @@ import importlib
 import io
 import re
 from abc import abstractmethod
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from megatron_lite.checkpoint.megatron_args import model_section
 from megatron_lite.checkpoint.pickles import SafeUnpickler, StoredTensor, load_torch
 from megatron_lite.checkpoint.source import Info, Source
 from megatron_lite.checkpoint.storage import open_regular
 from megatron_lite.config import parse_model
 from megatron_lite.distributed.shard import Tile
 from megatron_lite.errors import CheckpointError, ConfigError
+from megatron_lite.models.huggingface import tensor_parts
 
 _LAYER = {  # ours → theirs, the first that is there
     "attention_norm": ("self_attention.linear_qkv.layer_norm_", "input_layernorm."),
@@ -33,6 +35,7 @@ _LAYER = {  # ours → theirs, the first that is there
     "mlp.up": ("mlp.linear_fc1.",),
     "mlp.down": ("mlp.linear_fc2.",),
 }
+_VOCABULARY = ("embedding.weight", "head.weight")
 _TOP = {
     "embedding.weight": "embedding.word_embeddings.weight",
     "positions.weight": "embedding.position_embeddings.weight",
@@ -40,54 +43,19 @@ _TOP = {
     "norm.bias": "decoder.final_layernorm.bias",
     "head.weight": "output_layer.weight",
 }
-_FIXED: dict[str, tuple[Any, ...]] = {  # what the model knows nothing else than
-    "rotary_percent": (1.0,),
-    "rotary_interleaved": (False,),
-    "apply_layernorm_1p": (False,),
-    "squared_relu": (False,),
-    "num_experts": (None,),
-    "multi_latent_attention": (False,),
-    "apply_residual_connection_post_layernorm": (False,),
-    "rotary_seq_len_interpolation_factor": (None, 1),
-    "use_rope_scaling": (False,),
-    "mtp_num_layers": (None,),
-    "window_size": (None,),
-}
+# What is saved beside the weights and is none of them.
+_NO_WEIGHT = re.compile(
+    r"(.*\.)?_extra_state(/.*)?|(optimizer|chained_\d+|rng_state|rerun_state_machine_state|args)\b.*"
+)
 
 
-def model_section(args: Mapping[str, Any], where: Path, vocab_size: int | None) -> dict[str, Any]:
-    """Our ``model`` section for Megatron's arguments. Raises CheckpointError naming what cannot be honoured."""
-    missing = [n for n in ("num_layers", "hidden_size", "num_attention_heads", "padded_vocab_size") if n not in args]
-    if missing:
-        raise CheckpointError(f"{where}: its args lack {', '.join(missing)}")
-    refused = [f"{n}={args[n]!r}" for n, values in _FIXED.items() if n in args and args[n] not in values]
-    swiglu, rope = bool(args.get("swiglu")), args.get("position_embedding_type") == "rope"
-    rms, bias = args.get("normalization", "LayerNorm") == "RMSNorm", bool(args.get("add_bias_linear", True))
-    if not swiglu == rope == rms:
-        refused.append("a mix of Llama (RMSNorm, swiglu, rope) and GPT-2 (LayerNorm, gelu, learned positions)")
-    if not swiglu and not (args.get("openai_gelu") or args.get("bias_gelu_fusion")):
-        refused.append("gelu without the tanh approximation (bias_gelu_fusion or openai_gelu)")
-    if refused:
-        raise CheckpointError(f"{where}: cannot be honoured: {'; '.join(refused)}")
-    heads, padded = args["num_attention_heads"], args["padded_vocab_size"]
-    return {
-        "family": "llama" if swiglu else "gpt2",
-        "vocab_size": vocab_size or padded,
-        "vocab_multiple": padded,
-        "num_layers": args["num_layers"],
-        "hidden_size": args["hidden_size"],
-        "num_heads": heads,
-        "num_kv_heads": (args.get("num_query_groups") or heads) if args.get("group_query_attention") else heads,
-        "head_dim": args.get("kv_channels") or args["hidden_size"] // heads,
-        "ffn_size": args.get("ffn_hidden_size") or 4 * args["hidden_size"],
-        "max_seq_len": args.get("max_position_embeddings") or args.get("seq_length") or 2048,
-        "norm_eps": args.get("norm_epsilon", 1e-5),
-        "rope_theta": float(args.get("rotary_base", 10000)),
-        "bias": bias,
-        "qkv_bias": bias or bool(args.get("add_qkv_bias")),
-        "qk_norm": bool(args.get("qk_layernorm")),
-        "tie_embeddings": not args.get("untie_embeddings_and_output_weights", False),
-    }
+def _their_names(name: str) -> list[str]:
+    """What Megatron may call one of ours."""
+    if name in _TOP:
+        return [_TOP[name]]
+    _, layer, rest = name.split(".", 2)
+    part, _, end = rest.rpartition(".")
+    return [f"decoder.layers.{layer}.{prefix}{end}" for prefix in _LAYER[part]]
 
 
 class MegatronSource(Source):
@@ -95,30 +63,51 @@ class MegatronSource(Source):
 
     def __init__(self, path: Path, args: Mapping[str, Any], vocab_size: int | None) -> None:
         self.path = path
+        section, self.notes = model_section(args, path, vocab_size)
         try:
-            self.model = parse_model(model_section(args, path, vocab_size), str(path))
+            self.model = parse_model(section, str(path))
         except ConfigError as error:
             raise CheckpointError(str(error)) from None
         model = self.model
         if vocab_size is not None and vocab_size > model.vocab_multiple:
             raise CheckpointError(f"{path}: vocab_size={vocab_size} is more than its padded {model.vocab_multiple}")
         self.precision = "bfloat16" if args.get("bf16") else "float32"
-        ours = {name: theirs for name, theirs in _TOP.items() if self._has(theirs)}
-        for i in range(model.num_layers):
-            for name, prefixes in _LAYER.items():
-                for end in ("weight", "bias"):
-                    found = [p for p in prefixes if self._has(f"decoder.layers.{i}.{p}{end}")]
-                    if found:
-                        ours[f"blocks.{i}.{name}.{end}"] = f"decoder.layers.{i}.{found[0]}{end}"
-        if model.tie_embeddings:
-            ours.pop("head.weight", None)
-        self._names = {f"model.{name}": theirs for name, theirs in ours.items()}
-        self.tensors = {name: Info(*self._kind(theirs)) for name, theirs in self._names.items()}
+        self._names: dict[str, str] = {}
+        self.tensors: dict[str, Info] = {}
         self._last: tuple[str, Tensor] | None = None
+        unread = {name for name in self._all() if not _NO_WEIGHT.fullmatch(name)}
+        for name, parts in tensor_parts(model).items():
+            theirs = next((n for n in _their_names(name) if self._has(n)), None)
+            if theirs is None:
+                raise CheckpointError(f"{path} lacks {_their_names(name)[0]}")
+            unread.discard(self._split(theirs)[0])
+            dtype, shape = self._kind(theirs)
+            rows = model.padded_vocab_size if name in _VOCABULARY else sum(part.shape[0] for part in parts)
+            meant = (rows, *parts[0].shape[1:])
+            if shape != meant:
+                raise CheckpointError(f"{path}: {theirs} has shape {shape}, its args mean {meant}")
+            if not dtype.is_floating_point or dtype.itemsize < 2:
+                raise CheckpointError(f"{path}: {theirs} is {dtype}: quantised weights are not read")
+            self._names[f"model.{name}"], self.tensors[f"model.{name}"] = theirs, Info(dtype, shape)
+        if model.tie_embeddings and _TOP["head.weight"] in unread:  # what the last pipeline stage has of it
+            unread.remove(_TOP["head.weight"])
+            if not torch.equal(self._whole(_TOP["head.weight"]), self._whole(_TOP["embedding.weight"])):
+                raise CheckpointError(f"{path}: {_TOP['head.weight']} is not the embedding, which its args say it is")
+        if unread:
+            more = f" and {len(unread) - 3} more" if len(unread) > 3 else ""
+            raise CheckpointError(f"{path}: the model has no use for {', '.join(sorted(unread)[:3])}{more}")
 
     @abstractmethod
+    def _all(self) -> Collection[str]:
+        """The names of all that is there, as they are stored."""
+
+    def _split(self, name: str) -> tuple[str, int | None]:
+        """Where one of theirs is stored: under its name, or as a row of another's."""
+        return name, None
+
     def _has(self, name: str) -> bool:
         """Whether there is such a tensor of theirs, ``decoder.layers.N.…`` for those of a layer."""
+        return self._split(name)[0] in self._all()
 
     @abstractmethod
     def _kind(self, name: str) -> tuple[torch.dtype, tuple[int, ...]]:
@@ -155,20 +144,24 @@ class TorchDistSource(MegatronSource):
         self.step = int(common.get("iteration", 0))
         super().__init__(path, _args(common, path / "common.pt"), vocab_size)
 
+    def _all(self) -> Collection[str]:
+        return self._chunks
+
     def _split(self, name: str) -> tuple[str, int | None]:
-        """A layer's tensor is its own, or a row of one that stacks those of all layers."""
         stacked = re.sub(r"^decoder\.layers\.(\d+)\.", "decoder.layers.", name)
         if stacked == name or name in self._chunks:
             return name, None
         return stacked, int(name.split(".")[2])
 
-    def _has(self, name: str) -> bool:
-        return self._split(name)[0] in self._chunks
-
     def _kind(self, name: str) -> tuple[torch.dtype, tuple[int, ...]]:
         name, row = self._split(name)
         entry = self._chunks[name]
+        if not hasattr(entry, "size"):
+            raise CheckpointError(f"{self.path}: {name} is no tensor")
         shape = tuple(entry.size)
+        if row is not None and shape[0] != self.model.num_layers:
+            layers = self.model.num_layers
+            raise CheckpointError(f"{self.path}: {name} stacks {shape[0]} layers, its args mean {layers}")
         return entry.properties.dtype, shape if row is None else shape[1:]
 
     def _whole(self, name: str) -> Tensor:
@@ -225,41 +218,72 @@ def _dcp_class(module: str, name: str) -> Any:
 
 
 class LegacySource(MegatronSource):
-    """``mp_rank_TP`` or ``mp_rank_TP_PP`` folders, each with a rank's ``model_optim_rng.pt``, with core's names."""
+    """``mp_rank_TP`` or ``mp_rank_TP_PP`` folders, each with a rank's ``model_optim_rng.pt``, with core's names.
+
+    Each pipeline stage numbers its own layers from 0. Stages hold as many as they hold, and with virtual stages
+    (``model0``, ``model1``, …) the layers go round all stages once for each of those.
+    """
 
     def __init__(self, path: Path, vocab_size: int | None = None) -> None:
         trees: dict[tuple[int, int], dict[str, Any]] = {}
         for folder in sorted(path.glob("mp_rank_*")):
             match = re.fullmatch(r"mp_rank_(\d+)(?:_(\d+))?", folder.name)
-            if match:
-                trees[int(match[2] or 0), int(match[1])] = load_torch(folder / "model_optim_rng.pt")
+            if match is None:
+                raise CheckpointError(f"{folder}: of expert parallelism or another layout that is not read")
+            trees[int(match[2] or 0), int(match[1])] = load_torch(folder / "model_optim_rng.pt")
         self._tp, self._pp = (1 + max((key[axis] for key in trees), default=-1) for axis in (1, 0))
         if len(trees) != self._tp * self._pp or not trees:
             raise CheckpointError(f"{path}: {len(trees)} rank folders for tp {self._tp} × pp {self._pp}")
         args = _args(trees[0, 0], path)
+        version = trees[0, 0].get("checkpoint_version", 3.0)
+        if not isinstance(version, (int, float)) or version < 2:
+            raise CheckpointError(f"{path}: checkpoint_version {version!a}: queries and keys are in another order")
         self._parts: dict[str, list[StoredTensor]] = {}
-        for pp in range(self._pp):
-            first = int(args.get("num_layers", 0)) // self._pp * pp
-            for tp in range(self._tp):
-                model = trees[pp, tp].get("model")
-                if not isinstance(model, dict) or "language_model" in model:
-                    raise CheckpointError(f"{path}: without core's names (older than Megatron-LM's use of its core)")
-                for name, tensor in model.items():
-                    if isinstance(tensor, StoredTensor):
-                        layer = re.match(r"decoder\.layers\.(\d+)\.", name)
-                        if layer:
-                            name = f"decoder.layers.{first + int(layer[1])}.{name[layer.end() :]}"
-                        self._parts.setdefault(name, []).append(tensor)
+        first = 0
+        for chunk in self._virtual_stages(trees[0, 0], path):
+            for pp in range(self._pp):
+                first += self._add_stage([trees[pp, tp].get(chunk) for tp in range(self._tp)], first, path)
+        if first != args.get("num_layers"):
+            raise CheckpointError(f"{path}: its stages hold {first} layers, its args mean {args.get('num_layers')}")
         step = trees[0, 0].get("iteration", 0)
         self.step = step if isinstance(step, int) else 0
         super().__init__(path, args, vocab_size)
-        self.tensors = {n: Info(i.dtype, self._global(self._names[n], i.shape)) for n, i in self.tensors.items()}
 
-    def _has(self, name: str) -> bool:
-        return name in self._parts
+    @staticmethod
+    def _virtual_stages(tree: Mapping[str, Any], path: Path) -> list[str]:
+        """The keys of a rank's parts of the model: one, or one for each of its virtual stages."""
+        virtual = sorted((key for key in tree if re.fullmatch(r"model\d+", key)), key=lambda key: int(key[5:]))
+        if ("model" in tree) == bool(virtual) or virtual != [f"model{i}" for i in range(len(virtual))]:
+            raise CheckpointError(f"{path}: expected the key model, or model0, model1, …, found {sorted(tree)}")
+        return virtual or ["model"]
+
+    def _add_stage(self, ranks: Sequence[Any], first: int, path: Path) -> int:
+        """Note the tensors of a stage whose layers are those from ``first`` on; how many it has."""
+        if not all(isinstance(model, dict) and "language_model" not in model for model in ranks):
+            raise CheckpointError(f"{path}: without core's names (older than Megatron-LM's use of its core)")
+        layers: set[int] = set()
+        names = [name for name, value in ranks[0].items() if isinstance(value, StoredTensor)]
+        if any(sorted(names) != sorted(n for n, v in model.items() if isinstance(v, StoredTensor)) for model in ranks):
+            raise CheckpointError(f"{path}: the tensor-parallel ranks of a pipeline stage hold different tensors")
+        for name in names:
+            parts, layer = [model[name] for model in ranks], re.match(r"decoder\.layers\.(\d+)\.", name)
+            if layer:
+                layers.add(int(layer[1]))
+                name = f"decoder.layers.{first + int(layer[1])}.{name[layer.end() :]}"
+            if name not in self._parts:
+                self._parts[name] = parts
+            elif not _NO_WEIGHT.fullmatch(name) and not all(map(_equal, self._parts[name], parts)):
+                raise CheckpointError(f"{path}: {name} is there twice, with different values")
+        if layers != set(range(len(layers))):
+            raise CheckpointError(f"{path}: a pipeline stage holds the layers {sorted(layers)}, not all from 0 on")
+        return len(layers)
+
+    def _all(self) -> Collection[str]:
+        return self._parts
 
     def _kind(self, name: str) -> tuple[torch.dtype, tuple[int, ...]]:
-        return self._parts[name][0].dtype, self._parts[name][0].shape
+        part, dim = self._parts[name][0], self._dim(name)
+        return part.dtype, tuple(n * self._tp if d == dim else n for d, n in enumerate(part.shape))
 
     def _dim(self, name: str) -> int | None:
         """The dim that tensor parallelism splits."""
@@ -269,21 +293,23 @@ class LegacySource(MegatronSource):
             return 1 if name.endswith("weight") else None
         return 0
 
-    def _global(self, name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
-        dim = self._dim(name)
-        return tuple(n * self._tp if d == dim else n for d, n in enumerate(shape))
-
     def _whole(self, name: str) -> Tensor:
         dim, parts = self._dim(name), self._parts[name]
-        if dim is None:
-            return parts[0].read()
-        if len(parts) < self._tp or any(part.shape != parts[0].shape for part in parts):
+        if any(part.shape != parts[0].shape for part in parts):
             raise CheckpointError(f"{self.path}: {name} is not there in equal parts on every rank")
-        read = [part.read() for part in parts[: self._tp]]
+        if dim is None:
+            if not all(_equal(parts[0], part) for part in parts[1:]):
+                raise CheckpointError(f"{self.path}: {name} differs between the tensor-parallel ranks, which share it")
+            return parts[0].read()
+        read = [part.read() for part in parts]
         if "linear_fc1" in name and self.model.family == "llama":
             halves = [part.chunk(2) for part in read]
             return torch.cat([gate for gate, _ in halves] + [up for _, up in halves])
         return torch.cat(read, dim)
+
+
+def _equal(a: StoredTensor, b: StoredTensor) -> bool:
+    return a.shape == b.shape and torch.equal(a.read(), b.read())
 
 
 def _args(tree: Any, where: Path) -> dict[str, Any]:

@@ -8,6 +8,7 @@ import contextlib
 import copy
 import io
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -94,20 +95,52 @@ GPT2 |= {"add_bias_linear": True, "bias_gelu_fusion": True}
 def save_with_megatron(rank: int, size: int, folder: str, family: str) -> None:
     """Megatron-core's GPTModel, split over ``size`` tensor-parallel ranks, as torch_dist and as mp_rank_XX; and the
     logits it computes, as ``logits.pt``."""
+    run_megatron(size)
+    import torch.distributed as torch_dist
+    from megatron.core import dist_checkpointing
+
+    args, model = megatron_model(family)
+    logits = megatron_logits(model)
+    root, rank_folder = Path(folder), Path(folder) / "legacy" / "iter_0000007" / f"mp_rank_{rank:02d}"
+    (root / "dist" / "iter_0000007").mkdir(parents=True, exist_ok=True)
+    rank_folder.mkdir(parents=True)
+    saved = {"args": args, "iteration": 7, "checkpoint_version": 3.0}
+    torch.save(
+        {**saved, "model": model.state_dict_for_save_checkpoint(), "rng_state": [{"seed": 1}]},
+        rank_folder / "model_optim_rng.pt",
+    )
+    torch_dist.barrier()
+    dist_checkpointing.save({**saved, **model.sharded_state_dict()}, str(root / "dist" / "iter_0000007"))
+    if rank == 0:
+        torch.save(logits[:, -1], root / "logits.pt")
+        for kind in ("dist", "legacy"):
+            (root / kind / "latest_checkpointed_iteration.txt").write_text("7\n")
+
+
+def run_megatron(size: int) -> None:
+    """Make Megatron-core run on this CPU, with ``size`` tensor-parallel ranks."""
     torch.cuda.current_device = lambda: "cpu"  # type: ignore[assignment,return-value]
     torch.cuda.synchronize = lambda *_: None  # type: ignore[assignment]
-    import torch.distributed as torch_dist
-    from megatron.core import dist_checkpointing, parallel_state
+    from megatron.core import parallel_state
     from megatron.core.fusions import fused_softmax
-    from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
-    from megatron.core.models.gpt.gpt_model import GPTModel
     from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
-    from megatron.core.transformer.transformer_config import TransformerConfig
 
-    llama = family == "llama"
     parallel_state.initialize_model_parallel(size, 1)
     fused_softmax.get_default_causal_mask = lambda n: torch.triu(torch.ones(n, n), 1).bool()
     get_cuda_rng_tracker().fork = contextlib.nullcontext
+
+
+def megatron_model(
+    family: str, changes: Mapping[str, Any] | None = None, model_changes: Mapping[str, Any] | None = None
+) -> tuple[argparse.Namespace, Any]:
+    """The arguments of a tiny model of Megatron-core's, and the model, all of whose weights are random. ``changes``: to
+    its TransformerConfig; ``model_changes``: to what else GPTModel takes."""
+    from megatron.core import parallel_state
+    from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+    from megatron.core.models.gpt.gpt_model import GPTModel
+    from megatron.core.transformer.transformer_config import TransformerConfig
+
+    llama, rank = family == "llama", parallel_state.get_tensor_model_parallel_rank()
     args = argparse.Namespace(
         **(LLAMA if llama else GPT2),
         num_layers=2,
@@ -127,56 +160,51 @@ def save_with_megatron(rank: int, size: int, folder: str, family: str) -> None:
         bf16=False,
         output_dir=Path("/nowhere"),
     )
-    config = TransformerConfig(
-        num_layers=2,
-        hidden_size=32,
-        num_attention_heads=4,
-        num_query_groups=2 if llama else 4,
-        ffn_hidden_size=48,
-        use_cpu_initialization=True,
-        gated_linear_unit=llama,
-        activation_func=torch.nn.functional.silu if llama else gelu,
-        add_bias_linear=not llama,
-        normalization=args.normalization,
-        layernorm_epsilon=1e-5,
-        attention_dropout=0.0,
-        hidden_dropout=0.0,
-        pipeline_dtype=torch.float32,
-        tensor_model_parallel_size=size,
-        init_method_std=0.2,
-    )
+    settings: dict[str, Any] = {
+        "num_layers": 2,
+        "hidden_size": 32,
+        "num_attention_heads": 4,
+        "num_query_groups": 2 if llama else 4,
+        "ffn_hidden_size": 48,
+        "use_cpu_initialization": True,
+        "gated_linear_unit": llama,
+        "activation_func": torch.nn.functional.silu if llama else gelu,
+        "add_bias_linear": not llama,
+        "normalization": args.normalization,
+        "layernorm_epsilon": 1e-5,
+        "attention_dropout": 0.0,
+        "hidden_dropout": 0.0,
+        "pipeline_dtype": torch.float32,
+        "tensor_model_parallel_size": parallel_state.get_tensor_model_parallel_world_size(),
+        "init_method_std": 0.2,
+    }
+    config = TransformerConfig(**{**settings, **(changes or {})})
     torch.manual_seed(1)
+    others = {"share_embeddings_and_output_weights": not llama, **(model_changes or {})}
     model: Any = GPTModel(
         config=config,
-        transformer_layer_spec=get_gpt_layer_local_spec(normalization=args.normalization),
+        transformer_layer_spec=get_gpt_layer_local_spec(
+            normalization=args.normalization, qk_layernorm=config.qk_layernorm
+        ),
         vocab_size=112,
         max_sequence_length=64,
         position_embedding_type=args.position_embedding_type,
-        share_embeddings_and_output_weights=not llama,
         parallel_output=False,
+        **others,
     ).eval()
     with torch.no_grad():  # nothing at zero or one; what every rank holds stays the same on all
         for name, parameter in model.named_parameters():
             split = getattr(parameter, "tensor_model_parallel", False)
             generator = torch.Generator().manual_seed(sum(map(ord, name)) + (1000 * rank if split else 0))
             parameter += 0.05 * torch.randn(parameter.shape, generator=generator)
+    return args, model
+
+
+def megatron_logits(model: Any) -> torch.Tensor:
+    """What a model of Megatron-core's computes for 24 tokens."""
     tokens = torch.arange(24).unsqueeze(0) * 5 % 99
     with torch.no_grad():
-        logits = model(tokens, torch.arange(24).unsqueeze(0), torch.triu(torch.ones(1, 1, 24, 24), 1).bool())
-    root, rank_folder = Path(folder), Path(folder) / "legacy" / "iter_0000007" / f"mp_rank_{rank:02d}"
-    (root / "dist" / "iter_0000007").mkdir(parents=True, exist_ok=True)
-    rank_folder.mkdir(parents=True)
-    saved = {"args": args, "iteration": 7, "checkpoint_version": 3.0}
-    torch.save(
-        {**saved, "model": model.state_dict_for_save_checkpoint(), "rng_state": [{"seed": 1}]},
-        rank_folder / "model_optim_rng.pt",
-    )
-    torch_dist.barrier()
-    dist_checkpointing.save({**saved, **model.sharded_state_dict()}, str(root / "dist" / "iter_0000007"))
-    if rank == 0:
-        torch.save(logits[:, -1], root / "logits.pt")
-        for kind in ("dist", "legacy"):
-            (root / kind / "latest_checkpointed_iteration.txt").write_text("7\n")
+        return model(tokens, torch.arange(24).unsqueeze(0), torch.triu(torch.ones(1, 1, 24, 24), 1).bool())
 
 
 def gelu(x: torch.Tensor) -> torch.Tensor:
