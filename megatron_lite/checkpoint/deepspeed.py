@@ -41,6 +41,12 @@ class Flat:
                 flat.fill(into[low - first : high - first], offset + low - start)
             start += length
 
+    def read(self) -> Tensor:
+        """All of it."""
+        whole = torch.empty(math.prod(self.shape), dtype=self.dtype)
+        self.fill(whole, 0)
+        return whole.view(self.shape)
+
 
 class FlatFile:
     """Flat tensors with a tensor file's interface."""
@@ -83,31 +89,63 @@ class DeepSpeedSource(PartsSource):
         if any("mp_rank_00" not in shard.name for shard in shards):
             raise CheckpointError(f"{path}: of a model that was split over ranks, which nothing in it describes")
         optimizers = [self._tree(shard, "optimizer_state_dict") for shard in shards]
-        shapes = self._tree(states[0], "param_shapes")
+        models = [load_torch(state) for state in states]
+        shapes = self._of(models[0], states[0], "param_shapes")
+        if models[0].get("mp_world_size", 1) not in (None, 1):
+            raise CheckpointError(f"{path}: of a model that was split over {models[0]['mp_world_size']} ranks")
         by_parameter = "fp32_flat_groups" in optimizers[0]  # stage 3
         key = "fp32_flat_groups" if by_parameter else "single_partition_of_fp32_groups"
         masters = [tree.get(key) for tree in optimizers]
         if not all(isinstance(groups, (list, tuple)) for groups in masters):
             raise CheckpointError(f"{path}: no {key}: no ZeRO checkpoint with float32 masters")
+        count = optimizers[0].get("partition_count", len(shards))
+        if len(shards) != (max(count) if isinstance(count, (list, tuple)) else count):
+            raise CheckpointError(f"{path}: {len(shards)} *_optim_states.pt of {count} ranks")
         places = None if by_parameter else [tree.get("param_slice_mappings") for tree in optimizers]
-        files = {"model": self._file(path, shapes, masters, places)}
+        trained, frozen = self._file(path, shapes, masters, places), _frozen(path, models, shapes, len(shards))
+        if any(name.startswith("base_model.model.") for name in trained.tensors):
+            raise CheckpointError(
+                f"{path}: of a model that the peft library wraps; ckpt import_peft reads its adapters"
+            )
+        weights = FlatFile({**trained.tensors, **frozen})
+        files = {"model": weights}
         for moment in MOMENTS:
             held = [_moments(tree, moment) for tree in optimizers]
-            if all(held):
+            if all(held) and not frozen:
                 files[f"optimizer.{moment}"] = self._file(path, shapes, held, places)
-        names = {_bare(name): name for group in shapes for name in group}
-        if any(name.startswith("blocks.") for name in names):
-            parts = {
-                name: [Part(name, tuple(shape)) for shape in [_shape(shapes, full)]] for name, full in names.items()
-            }
+        if any(name.startswith("blocks.") for name in weights.tensors):
+            parts = {name: [Part(name, flat.shape)] for name, flat in weights.tensors.items()}
         else:
             parts = tensor_parts(model)
+        for alias, name in (models[0].get("shared_params") or {}).items():
+            if _bare(name) in weights.tensors:
+                weights.tensors.setdefault(_bare(alias), weights.tensors[_bare(name)])
         self.step = _step(optimizers[0])
         super().__init__(path, model, parts, files)
+        if frozen:
+            self.notes = [f"without the optimizer: {len(frozen)} of its parameters were frozen"]
+        self._check_all_used(weights)
+
+    def _check_all_used(self, weights: FlatFile) -> None:
+        """Refuse a parameter that the model has no use for, unless it is the head of one that ties it to its
+        embedding, and is that."""
+        used = {part.name for _, parts in self._places.values() for part in parts}
+        unused = weights.tensors.keys() - used
+        for head in [name for name in unused if name.endswith("lm_head.weight") and self.model.tie_embeddings]:
+            embedding = self._places["model.embedding.weight"][1][0].name
+            if not torch.equal(weights.tensors[head].read(), weights.tensors[embedding].read()):
+                raise CheckpointError(f"{self.path}: {head} is not the embedding, which the config says it is")
+            unused.remove(head)
+        if unused:
+            more = f" and {len(unused) - 3} more" if len(unused) > 3 else ""
+            raise CheckpointError(f"{self.path}: the model has no use for {', '.join(sorted(unused)[:3])}{more}")
 
     @staticmethod
     def _tree(path: Path, key: str) -> Any:
-        tree = load_torch(path)
+        return DeepSpeedSource._of(load_torch(path), path, key)
+
+    @staticmethod
+    def _of(tree: Any, path: Path, key: str) -> Any:
         found = tree.get(key) if isinstance(tree, dict) else None
         if not isinstance(found, (dict, list)):
             raise CheckpointError(f"{path}: no {key}")
@@ -164,8 +202,37 @@ def _bare(name: str) -> str:
     return name.removeprefix("module.")
 
 
-def _shape(shapes: Any, name: str) -> Sequence[int]:
-    return next(group[name] for group in shapes if name in group)
+def _frozen(path: Path, models: Sequence[Any], shapes: Any, ranks: int) -> dict[str, Flat]:
+    """The parameters that no optimizer has: in stage 3 divided over the ranks, in stage 2 whole and apart, in stage 1
+    among the module's own tensors."""
+    wanted = models[0].get("frozen_param_shapes") or {}
+    found: dict[str, Flat] = {}
+    for name, shape in wanted.items():
+        parts = [(model.get("frozen_param_fragments") or {}).get(name) for model in models]
+        held = [part for part in parts if isinstance(part, StoredTensor)]
+        if len(held) not in (1, ranks) or len(held) < len(parts):
+            raise CheckpointError(f"{path}: {name}, which is frozen, is not whole")
+        found[_bare(name)] = _joined(path, name, tuple(shape), held)
+    trained = {name for group in shapes for name in group}
+    beside = {*wanted, *trained, *(models[0].get("buffer_names") or ()), *(models[0].get("shared_params") or ())}
+    module = models[0].get("module")
+    for name, tensor in (module if isinstance(module, dict) else {}).items():
+        if isinstance(tensor, StoredTensor) and name not in beside and 0 not in tensor.shape:
+            found[_bare(name)] = Flat(tensor.dtype, tensor.shape, [(tensor, 0, math.prod(tensor.shape))])
+    return found
+
+
+def _joined(path: Path, name: str, shape: tuple[int, ...], parts: Sequence[StoredTensor]) -> Flat:
+    """A tensor from equal flat parts, of which the last may be filled up."""
+    segments: list[tuple[StoredTensor, int, int]] = []
+    rest = math.prod(shape)
+    for part in parts:
+        length = min(rest, math.prod(part.shape))
+        segments.append((part, 0, length))
+        rest -= length
+    if rest:
+        raise CheckpointError(f"{path}: {name}, which is frozen, is not whole")
+    return Flat(parts[0].dtype, shape, segments)
 
 
 def _base_state(tree: Mapping[str, Any]) -> Any:

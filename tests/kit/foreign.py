@@ -8,7 +8,7 @@ import contextlib
 import copy
 import io
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -35,9 +35,12 @@ def their_adapter(folder: Path, base: Path, settings: dict[str, Any]) -> Any:
     return model
 
 
-def train_with_deepspeed(rank: int, size: int, folder: str, stage: int, bf16: bool) -> None:
+def train_with_deepspeed(
+    rank: int, size: int, folder: str, stage: int, bf16: bool, frozen: Sequence[str] = (), tied: bool = False
+) -> None:
     """Two steps of transformers' Llama under DeepSpeed's own engine, its checkpoint, and what it should hold, as
-    ``want.pt``: the masters, gathered by DeepSpeed itself, and Adam's moments after the same steps without it."""
+    ``want.pt``: the masters, gathered by DeepSpeed itself, and Adam's moments after the same steps without it.
+    ``frozen``: parts of the names of what is not trained."""
     os.environ["LOCAL_RANK"] = str(rank)
     import deepspeed
     from deepspeed.utils import safe_get_full_fp32_param
@@ -45,8 +48,10 @@ def train_with_deepspeed(rank: int, size: int, folder: str, stage: int, bf16: bo
 
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     torch.manual_seed(0)
-    config = LlamaConfig(**SIZES, bos_token_id=None, eos_token_id=None)
+    config = LlamaConfig(**SIZES, bos_token_id=None, eos_token_id=None, tie_word_embeddings=tied)
     model: Any = LlamaForCausalLM(config)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(not any(part in name for part in frozen))
     plain = copy.deepcopy(model)
     if rank == 0:
         model.save_pretrained(Path(folder) / "model")
@@ -60,24 +65,33 @@ def train_with_deepspeed(rank: int, size: int, folder: str, stage: int, bf16: bo
     }
     with contextlib.redirect_stdout(io.StringIO()):
         # Two groups, the second without weight decay, as people have them.
-        norms = [p for p in model.parameters() if p.ndim == 1]
-        groups = [{"params": [p for p in model.parameters() if p.ndim > 1]}, {"params": norms, "weight_decay": 0.0}]
+        trained = [p for p in model.parameters() if p.requires_grad]
+        norms = {"params": [p for p in trained if p.ndim == 1], "weight_decay": 0.0}
+        groups = [{"params": [p for p in trained if p.ndim > 1]}, norms]
         engine, *_ = deepspeed.initialize(model=model, model_parameters=groups, config=settings)
         for _ in range(2):
             tokens = batch(rank)
             engine.backward(engine(input_ids=tokens, labels=tokens, use_cache=False).loss)
             engine.step()
         engine.save_checkpoint(f"{folder}/ds")
-        want = {name: safe_get_full_fp32_param(parameter).clone() for name, parameter in model.named_parameters()}
+        want = {
+            name: safe_get_full_fp32_param(parameter).clone()
+            for name, parameter in model.named_parameters()
+            if parameter.requires_grad
+        }
     if rank:
         return
-    adam = torch.optim.AdamW(plain.parameters(), lr=1e-2, weight_decay=0.0)
+    trained = [p for p in plain.parameters() if p.requires_grad]
+    want |= {
+        n: p.detach().to(torch.bfloat16 if bf16 else p.dtype) for n, p in plain.named_parameters() if n not in want
+    }
+    adam = torch.optim.AdamW(trained, lr=1e-2, weight_decay=0.0)
     for _ in range(2):
         adam.zero_grad()
         for other in range(size):
             (plain(input_ids=batch(other), labels=batch(other), use_cache=False).loss / size).backward()
         adam.step()
-    for name, parameter in plain.named_parameters():
+    for name, parameter in plain.named_parameters() if not frozen else ():
         want |= {f"{name}.{moment}": adam.state[parameter][moment] for moment in ("exp_avg", "exp_avg_sq")}
     torch.save(want, f"{folder}/want.pt")
 

@@ -47,6 +47,31 @@ def test_what_deepspeed_wrote(tmp_path, stage, bf16, ranks):
         convert.inspect(tmp_path / "ds")
 
 
+@pytest.mark.parametrize(("stage", "bf16"), [(1, False), (2, True), (3, False)])
+def test_frozen_parameters_that_deepspeed_wrote(tmp_path, stage, bf16):
+    """Each stage keeps them in another place; with a tied head beside them."""
+    pytest.importorskip("deepspeed", reason="deepspeed is not installed (pip install '.[deepspeed]')")
+    pytest.importorskip("transformers", reason="transformers is not installed (pip install '.[hf]')")
+    frozen = ("embed_tokens", "layers.0.self_attn", "layers.1.mlp.up_proj", "layers.0.input_layernorm")
+    run_ranks(train_with_deepspeed, 2, str(tmp_path), stage, bf16, frozen, True, timeout=280)
+    want = torch.load(tmp_path / "want.pt")
+    model, _ = read_model(tmp_path / "model")
+    source = DeepSpeedSource(tmp_path / "ds", model)
+    assert source.notes == ["without the optimizer: 7 of its parameters were frozen"]
+    assert {name.partition(".")[0] for name in source.tensors} == {"model"}
+    for name, parts in tensor_parts(model).items():
+        whole = torch.cat([want[part.name].float() for part in parts])
+        got = torch.empty(source.tensors[f"model.{name}"].shape)
+        source.load({f"model.{name}": Piece.whole(got)})
+        assert torch.equal(got[: len(whole)], whole), name
+    with pytest.raises(CheckpointError, match=r"the model has no use for model.layers.1"):
+        DeepSpeedSource(tmp_path / "ds", model.model_copy(update={"num_layers": 1}))
+    files = sorted((tmp_path / "ds" / "global_step2").glob("*zero_pp_rank_1_*optim_states.pt"))
+    files[0].unlink()
+    with pytest.raises(CheckpointError, match=r"1 \*_optim_states.pt of .*2.* ranks"):
+        DeepSpeedSource(tmp_path / "ds", model)
+
+
 @pytest.fixture(scope="module", params=[("llama", 2), ("gpt2", 2)], ids=lambda p: f"{p[0]}, tp {p[1]}")
 def megatron(request, tmp_path_factory):
     """A folder with a model as Megatron saves it in both ways, and its logits."""
