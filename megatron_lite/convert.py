@@ -5,8 +5,10 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import importlib.util
+import io
 import math
 import sys
+import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -29,7 +31,7 @@ from megatron_lite.checkpoint.rewrite import Advance, rewrite
 from megatron_lite.checkpoint.rewrite import diff as compare
 from megatron_lite.checkpoint.source import Average, CheckpointSource, Source
 from megatron_lite.checkpoint.storage import amount
-from megatron_lite.config import PeftConfig, model_section, parse_model, yaml_text
+from megatron_lite.config import ModelConfig, PeftConfig, PrefixConfig, model_section, parse_model, yaml_text
 from megatron_lite.distributed.mesh import Axis
 from megatron_lite.distributed.shard import materialize, pieces_of
 from megatron_lite.errors import CheckpointError, ConfigError, MegatronLiteError
@@ -165,25 +167,71 @@ def merge_adapter(
 def _same_as_beside(written: Source, base: Source, adapter: CheckpointSource) -> str:
     """Compare the logits of what was written with those of the base, as it is on disk, with the adapter beside it.
     Raises CheckpointError."""
-    assert adapter.peft is not None
-    elements = sum(math.prod(info.shape) for info in base.tensors.values())
-    if elements > 2 << 30:
-        return f"its logits were not compared: {elements:,} parameters are too many to hold twice"
-    beside = _adapted(base, adapter.peft)
-    materialize(beside, torch.device("cpu"))
-    trained = trained_shapes(beside)
-    pieces = {f"model.{name}": piece for name, piece in pieces_of(beside, Axis("tp")).items()}
-    beside.requires_grad_(False)
-    base.load({name: piece for name, piece in pieces.items() if name not in trained})
-    adapter.load({name: piece for name, piece in pieces.items() if name in trained})
-    tokens = torch.arange(min(32, base.model.max_seq_len)).unsqueeze(0) * 7919 % (base.model.vocab_size or 1)
+    if reason := _too_large(base):
+        return reason
+    tokens = _some_tokens(base.model, base.model.max_seq_len)
     with torch.no_grad():
-        ours, want = load_model(written)(tokens), beside(tokens)
+        ours, want = load_model(written)(tokens), _beside(base, adapter)(tokens)
     gap = float((ours - want).abs().max() / want.abs().max())
     exact = all(info.dtype == torch.float32 for info in written.tensors.values())
     if not gap < (1e-4 if exact else 0.1):
         raise CheckpointError(f"{written.path} computes other logits than its parts, by {gap:.2g} of the largest")
     return f"its logits are those of both together within {gap:.1g}"
+
+
+def _as_peft_computes(folder: Path, base: Source, adapter: Source) -> str:
+    """Compare the logits of ``adapter`` beside its base with those that the peft library computes from ``folder``,
+    where that is installed and reads the base, too. Raises CheckpointError."""
+    if reason := _too_large(base):
+        return reason
+    if not isinstance(base, HuggingFaceSource):
+        return "its logits were not compared with the peft library's: the base is no Hugging Face folder"
+    if importlib.util.find_spec("peft") is None:
+        return "its logits were not compared: the peft library is not installed"
+    prefix = adapter.peft.length if isinstance(adapter.peft, PrefixConfig) else 0
+    tokens = _some_tokens(base.model, base.model.max_seq_len - prefix)
+    with torch.no_grad(), _in_silence():
+        from peft import PeftModel
+        from transformers import AutoModelForCausalLM
+
+        theirs = AutoModelForCausalLM.from_pretrained(base.path, dtype=torch.float32)
+        want = PeftModel.from_pretrained(theirs, folder).eval()(tokens).logits[:, -1]
+        ours = _beside(base, adapter)(tokens)
+    gap = float((ours - want).abs().max() / want.abs().max())
+    if not gap < 1e-4:
+        raise CheckpointError(f"{folder}: the peft library computes other logits from it, by {gap:.2g} of the largest")
+    return f"the peft library's logits are ours within {gap:.1g}"
+
+
+def _too_large(base: Source) -> str:
+    """Why logits are not compared, if so."""
+    elements = sum(math.prod(info.shape) for info in base.tensors.values())
+    return f"its logits were not compared: {elements:,} parameters are too many to hold twice" * (elements > 2 << 30)
+
+
+def _some_tokens(model: ModelConfig, most: int) -> torch.Tensor:
+    """Tokens to compare logits by, at most so many."""
+    return torch.arange(min(32, most)).unsqueeze(0) * 7919 % (model.vocab_size or 1)
+
+
+@contextlib.contextmanager
+def _in_silence() -> Iterator[None]:
+    """Without the progress bars and warnings of the libraries that logits are compared with."""
+    with warnings.catch_warnings(action="ignore"), contextlib.redirect_stderr(io.StringIO()):
+        yield
+
+
+def _beside(base: Source, adapter: Source) -> Decoder:
+    """A base as it is on disk, with an adapter beside it, to compute with."""
+    assert adapter.peft is not None
+    model = _adapted(base, adapter.peft)
+    materialize(model, torch.device("cpu"))
+    trained = trained_shapes(model)
+    pieces = {f"model.{name}": piece for name, piece in pieces_of(model, Axis("tp")).items()}
+    model.requires_grad_(False)
+    base.load({name: piece for name, piece in pieces.items() if name not in trained})
+    adapter.load({name: piece for name, piece in pieces.items() if name in trained})
+    return model
 
 
 def _adapted(base: Source, config: PeftConfig) -> Decoder:
@@ -197,7 +245,9 @@ def _adapted(base: Source, config: PeftConfig) -> Decoder:
 def import_peft(source: Path, destination: Path, base: Path, *, trust: bool) -> None:
     """A checkpoint of ours with an adapter of the peft library's."""
     with _opened(base, trust=trust) as under, contextlib.closing(open_peft(source, under)) as adapter:
+        told = _as_peft_computes(source, under, adapter)
         _write(adapter, destination, 0, *adapter_state(adapter, base), 1, BLOCK_BYTES)
+        print(told)
 
 
 def export_peft(adapter: Path, destination: Path, base: Path | None, *, trust: bool) -> None:
@@ -211,8 +261,8 @@ def export_peft(adapter: Path, destination: Path, base: Path | None, *, trust: b
         written = EXPORTS[kind](opened, under, destination)
         with contextlib.closing(open_peft(destination, under)) as again:
             again.compare(written)
-        size = sum(tensor.nbytes for tensor in written.values())
-        print(f"{destination}: {amount(size)}, {len(written)} tensors, read back")
+        size, told = sum(tensor.nbytes for tensor in written.values()), _as_peft_computes(destination, under, opened)
+        print(f"{destination}: {amount(size)}, {len(written)} tensors, read back; {told}")
 
 
 @contextlib.contextmanager
@@ -247,16 +297,15 @@ def export_hf(source: Path, destination: Path, dtype: str, shard_bytes: int, *, 
 
 def _same_logits(written: HuggingFaceSource) -> str:
     """Compare transformers' logits with those of our model, both on what was written. Raises CheckpointError."""
-    elements = sum(math.prod(info.shape) for info in written.tensors.values())
     if importlib.util.find_spec("transformers") is None:
         return "its logits were not compared: transformers is not installed"
-    if elements > 2 << 30:
-        return f"its logits were not compared: {elements:,} parameters are too many to hold twice"
-    from transformers import AutoModelForCausalLM
+    if reason := _too_large(written):
+        return reason
+    tokens = _some_tokens(written.model, written.model.max_seq_len)
+    with torch.no_grad(), _in_silence():
+        from transformers import AutoModelForCausalLM
 
-    theirs = AutoModelForCausalLM.from_pretrained(written.path, dtype=torch.float32).eval()
-    tokens = torch.arange(min(32, written.model.max_seq_len)).unsqueeze(0) * 7919 % (written.model.vocab_size or 1)
-    with torch.no_grad():
+        theirs = AutoModelForCausalLM.from_pretrained(written.path, dtype=torch.float32).eval()
         ours, want = load_model(written)(tokens), theirs(tokens).logits[:, -1]
     gap = float((ours - want).abs().max() / want.abs().max())
     if not gap < 1e-4:

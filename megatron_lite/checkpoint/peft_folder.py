@@ -20,8 +20,10 @@ from megatron_lite.checkpoint.source import Info, Source
 from megatron_lite.checkpoint.storage import new_folder, write_file
 from megatron_lite.checkpoint.tensor_file import TensorFile
 from megatron_lite.config import PeftConfig, parse_peft
+from megatron_lite.distributed.shard import Tile
 from megatron_lite.errors import CheckpointError, ConfigError
 from megatron_lite.faults import Faults
+from megatron_lite.models.huggingface import Part, tensor_parts
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _ANY = (  # decides nothing once there are weights
@@ -69,11 +71,23 @@ class PeftSource(Source):
         return torch.promote_types(stored.dtype, torch.float32)
 
     def check_all_used(self, used: Collection[str]) -> None:
-        """Refuse tensors that are none of these."""
-        unused = sorted(name for name in self._file.tensors.keys() - set(used) if ".base_layer." not in name)
+        """Refuse tensors that are none of these, and no copies of the base's."""
+        parts = {part.name: (ours, some) for ours, some in tensor_parts(self.model).items() for part in some}
+        unused = sorted(name for name in self._file.tensors.keys() - set(used) if not self._is_of_the_base(name, parts))
         if unused:
             told = ", ".join(f"{name!a:.200}" for name in unused[:3])
             raise CheckpointError(f"{self.path / WEIGHTS}: there is no use for {told}")
+
+    def _is_of_the_base(self, name: str, parts: Mapping[str, tuple[str, Sequence[Part]]]) -> bool:
+        """Whether a tensor of theirs is a weight of the base, and equal to it: embeddings are often saved along."""
+        ours, some = parts.get(name.removeprefix("base_model.model.").replace(".base_layer.", "."), ("", ()))
+        if len(some) != 1 or self._file.tensors[name].shape != some[0].stored:
+            return False
+        theirs, own = torch.empty(some[0].stored), torch.empty(some[0].shape)
+        self.fill(name, [slice(0, size) for size in theirs.shape], theirs)
+        self.base.read(f"model.{ours}", Tile(own, (0,) * own.dim()))
+        dtype = self._file.tensors[name].dtype
+        return torch.equal((theirs.t() if some[0].transposed else theirs).to(dtype), own.to(dtype))
 
     def fill(self, theirs: str, place: Sequence[slice], into: Tensor) -> None:
         """Read a rectangle of a tensor of theirs."""

@@ -8,9 +8,12 @@ diagonal; one of theirs is read as three with the same A.
 
 from __future__ import annotations
 
+import json
 import math
 import re
-from collections.abc import Mapping
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,7 +21,7 @@ import torch
 from torch import Tensor
 
 from megatron_lite.checkpoint.merge import Update, updates
-from megatron_lite.checkpoint.peft_folder import CONFIG, PeftSource, write_folder
+from megatron_lite.checkpoint.peft_folder import CONFIG, WEIGHTS, PeftSource, write_folder
 from megatron_lite.checkpoint.source import Info, Source
 from megatron_lite.config import LoRAConfig, ModelConfig
 from megatron_lite.distributed.shard import Tile
@@ -29,6 +32,10 @@ _TOP = "base_model.model."
 _HOLDS = {"attention.qkv": ("q", "k", "v"), "attention.out": ("o",), "mlp.up": ("gate", "up"), "mlp.down": ("down",)}
 _TABLE = {"a": "lora_embedding_A", "b": "lora_embedding_B"}
 _LINEAR = {"a": "lora_A.weight", "b": "lora_B.weight", "m": "lora_magnitude_vector"}
+# How factors started that left the base as it was. Others (PiSSA, OLoRA, CorDA, LoftQ, LoRA-GA) took the start out of
+# the base, and what was trained then belongs to weights that are in no file.
+_STARTS = (None, True, False, "gaussian", "eva", "orthogonal", "mica")
+_CHOICE = ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern")
 
 
 class Module(NamedTuple):
@@ -122,15 +129,28 @@ class LoRASource(PeftSource):
 
     def _read_config(self) -> LoRAConfig:
         tree, where = self.config, f"{self.path / CONFIG}"
+        if (start := tree.get("init_lora_weights")) not in _STARTS:
+            raise CheckpointError(
+                f"{where}: init_lora_weights={start!a:.40} changed the base's weights when training began; "
+                "have the peft library convert it to plain LoRA (path_initial_model_for_weight_conversion)"
+            )
         ranks: dict[str, int] = {}
         alphas: dict[str, Any] = {}
+        odd: list[str] = []
         alpha, r = tree.get("lora_alpha", 8), tree.get("r", 8)
-        patterns = _patterns(tree.get("alpha_pattern"), f"{where}: alpha_pattern")
-        for name, module in modules(self.model).items():
-            a = (_TABLE if module.table else _LINEAR)["a"]
-            if (stored := self._file.tensors.get(f"{_TOP}{name}.{a}")) is not None and len(stored.shape) == 2:
+        patterns = {key: _patterns(tree.get(key), f"{where}: {key}") for key in ("alpha_pattern", "rank_pattern")}
+        known = modules(self.model)
+        wanted = meant(tree, list(known), where)
+        for name, module in known.items():
+            a = f"{_TOP}{name}.{(_TABLE if module.table else _LINEAR)['a']}"
+            if (stored := self._file.tensors.get(a)) is not None and len(stored.shape) == 2:
+                if name not in wanted:
+                    keys = ", ".join(key for key in _CHOICE if tree.get(key) is not None)
+                    raise CheckpointError(f"{where}: {keys}: not {name}, and {a} is there")
+                if stored.shape[0] != (own := _first(patterns["rank_pattern"], name, r)):
+                    odd.append(f"{a} has rank {stored.shape[0]}, r and rank_pattern mean {own}")
                 ranks |= dict.fromkeys(module.names, stored.shape[0])
-                alphas |= dict.fromkeys(module.names, _alpha(patterns, name, alpha))
+                alphas |= dict.fromkeys(module.names, _first(patterns["alpha_pattern"], name, alpha))
         config = self.section(
             method="lora",
             targets=list(ranks),
@@ -145,6 +165,8 @@ class LoRASource(PeftSource):
         assert isinstance(config, LoRAConfig)
         if mistakes := config.unfit(self.model):
             raise CheckpointError(f"{where}: {'; '.join(mistakes)}")
+        if odd:
+            raise CheckpointError(f"{self.path / WEIGHTS}: {odd[0]}")
         return config
 
     def read(self, name: str, tile: Tile) -> None:
@@ -163,6 +185,46 @@ class LoRASource(PeftSource):
             into /= _lengths(self.base, part.weight, part.start + rows.start, held).to(into.device)
 
 
+def meant(config: Mapping[str, Any], names: Sequence[str], where: str) -> set[str]:
+    """The modules among ``names`` that a config of theirs is about. Raises CheckpointError."""
+    targets, excluded = config.get("target_modules"), config.get("exclude_modules") or []
+    if targets is None:
+        return set(names)
+    if targets == "all-linear":
+        found = {name for name in names if name.rpartition(".")[2] not in ("lm_head", "embed_tokens", "wte")}
+    else:
+        found = _matching(targets, names, f"{where}: target_modules")
+    found -= _matching(excluded, names, f"{where}: exclude_modules")
+    layers, pattern = config.get("layers_to_transform"), config.get("layers_pattern") or r"[^.]*"
+    if layers is None or layers == [] or isinstance(targets, str):
+        return found
+    parents = "|".join(pattern) if isinstance(pattern, list) else pattern
+    own = "|".join(str(layer) for layer in (layers if isinstance(layers, list) else [layers]))
+    return found & _matching(rf"(.*?\.)?({parents})\.({own})\..*", names, f"{where}: layers_pattern")
+
+
+def _matching(wanted: Any, names: Sequence[str], where: str) -> set[str]:
+    """The names that a list means, by their ends, or a regular expression, whole. A stranger's could take for ever:
+    another process looks at it, and not for long."""
+    if isinstance(wanted, list):
+        return {name for name in names if any(f".{name}".endswith(f".{end}") for end in wanted)}
+    if not isinstance(wanted, str):
+        raise CheckpointError(f"{where}: expected a list of names, found {type(wanted).__name__}")
+    code = "import json, re, sys; p, n = json.load(sys.stdin); print(json.dumps([x for x in n if re.fullmatch(p, x)]))"
+    try:
+        done = subprocess.run(
+            [sys.executable, "-I", "-S", "-c", code],
+            input=json.dumps([wanted, list(names)]),
+            capture_output=True,
+            text=True,
+            timeout=3,
+            check=True,
+        )
+    except subprocess.SubprocessError:
+        raise CheckpointError(f"{where}: {wanted!a:.200} is not a pattern that can be matched") from None
+    return set(json.loads(done.stdout))
+
+
 def _patterns(patterns: Any, where: str) -> dict[tuple[bool, str], tuple[int, Any]]:
     """Patterns by whether they mean a whole name, and by that name, each with its place among them. The peft library
     takes regular expressions; those of a stranger could keep a processor busy for ever."""
@@ -177,7 +239,7 @@ def _patterns(patterns: Any, where: str) -> dict[tuple[bool, str], tuple[int, An
     return found
 
 
-def _alpha(patterns: Mapping[tuple[bool, str], tuple[int, Any]], module: str, default: Any) -> Any:
+def _first(patterns: Mapping[tuple[bool, str], tuple[int, Any]], module: str, default: Any) -> Any:
     """What the first pattern that means a module says: its name, or the end of it after a dot."""
     parts = module.split(".")
     names = [(True, module), *((False, ".".join(parts[i:])) for i in range(len(parts)))]

@@ -1,6 +1,8 @@
 """Adapters exchanged with the peft library, which is the reference: the same logits, whoever trained them."""
 
+import dataclasses
 import json
+import shutil
 
 import pytest
 import torch
@@ -174,3 +176,162 @@ def test_what_is_hostile_or_not_done_is_refused_by_name(tmp_path):
     (folder / "adapter_model.bin").write_bytes(b"\x80\x04.")
     with pytest.raises(CheckpointError, match=r"adapter_model\.bin is a pickle, which may run code"):
         open_peft(folder, HuggingFaceSource(base))
+
+
+TARGETS = ["q_proj", "v_proj"]
+
+
+@pytest.fixture
+def adapter(tmp_path):
+    """A small adapter of theirs with its base."""
+    base = their_base(tmp_path / "base")
+    their_adapter(tmp_path / "theirs", base, {"target_modules": TARGETS, "r": 4, "lora_alpha": 6})
+    return tmp_path
+
+
+def changed(folder, tensors=None, **keys):
+    """Change an adapter's config and tensors."""
+    path = folder / "theirs" / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | keys))
+    if tensors is not None:
+        path = folder / "theirs" / "adapter_model.safetensors"
+        save_file(tensors(load_file(path)), path)
+
+
+def read(folder):
+    """What we compute from it; the command compares that with the peft library's own reading."""
+    shutil.rmtree(folder / "ours", ignore_errors=True)
+    convert.import_peft(folder / "theirs", folder / "ours", folder / "base", trust=False)
+    return ours(folder / "base", folder / "ours")
+
+
+def theirs_reading(folder):
+    base = transformers.AutoModelForCausalLM.from_pretrained(folder / "base")
+    return last(peft.PeftModel.from_pretrained(base, folder / "theirs").eval())
+
+
+OWN = {  # a value of its own for each field that has none by its type
+    "target_modules": ["q_proj"],
+    "modules_to_save": ["lm_head"],
+    "rank_pattern": {"q_proj": 2},
+    "alpha_pattern": {"q_proj": 3},
+    "layers_to_transform": [0],
+    "exclude_modules": ["v_proj"],
+    "bias": "all",
+    "init_lora_weights": "pissa",
+    "trainable_token_indices": [1],
+    "layer_replication": [[0, 2]],
+    "target_parameters": ["q_proj.weight"],
+}
+REFUSED = {
+    *("bias", "modules_to_save", "trainable_token_indices", "layer_replication", "target_parameters", "lora_bias"),
+    *("init_lora_weights", "use_qalora", "megatron_config", "use_dora", "r", "target_modules", "exclude_modules"),
+    *("layers_to_transform", "rank_pattern", "alora_invocation_tokens", "arrow_config", "use_bdlora", "peft_type"),
+}
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_every_setting_of_theirs_is_honoured_harmless_or_refused(adapter):
+    """What is read with a setting changed is what the peft library computes then; else it is refused by name."""
+    path = adapter / "theirs" / "adapter_config.json"
+    plain, before, base = path.read_text(), read(adapter), open_source(adapter / "base")
+    unchanged = open_peft(adapter / "theirs", base).peft
+    found: dict[str, set] = {"honoured": set(), "harmless": set(), "refused": set()}
+    for field in dataclasses.fields(peft.LoraConfig):
+        own = {int: 7, float: 0.3, bool: field.default is False}.get(type(field.default), {"a": 1})
+        changed(adapter, **{field.name: OWN.get(field.name, own)})
+        try:
+            section = open_peft(adapter / "theirs", base).peft
+            found["harmless" if section == unchanged else "honoured"].add(field.name)
+        except CheckpointError as error:
+            assert {"use_dora": "magnitude"}.get(field.name, field.name) in str(error)
+            found["refused"].add(field.name)
+        path.write_text(plain)
+    assert found["refused"] >= REFUSED
+    assert found["honoured"] == {"lora_alpha", "alpha_pattern", "use_rslora", "lora_dropout"}
+    for name in ("lora_alpha", "alpha_pattern", "use_rslora"):
+        changed(adapter, **{name: OWN.get(name, 3)})
+        assert not torch.allclose(read(adapter), before)
+        assert_same(read(adapter), theirs_reading(adapter))
+        path.write_text(plain)
+
+
+@pytest.mark.parametrize("start", ["pissa", "pissa_niter_4", "olora", "corda", "loftq", "lora_ga"])
+def test_an_adapter_of_a_changed_base_is_refused(adapter, start):
+    changed(adapter, init_lora_weights=start)
+    with pytest.raises(CheckpointError, match=f"init_lora_weights='{start}' changed the base's weights"):
+        read(adapter)
+    assert not (adapter / "ours").exists()
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(
+    "keys",
+    [
+        {"target_modules": r".*self_attn\.(q|v)_proj"},
+        {"target_modules": "all-linear"},
+        {"target_modules": ["model.layers.0.self_attn.q_proj", "layers.1.self_attn.q_proj", "v_proj"]},
+        {"target_modules": ["q_proj", "v_proj", "o_proj"], "exclude_modules": r".*o_proj"},
+        {"layers_to_transform": [0, 1], "layers_pattern": "layers"},
+        {"init_lora_weights": "gaussian"},
+        {"init_lora_weights": False},
+    ],
+    ids=str,
+)
+def test_modules_are_meant_as_they_mean_them(adapter, keys):
+    changed(adapter, **keys)
+    assert_same(read(adapter), theirs_reading(adapter))
+
+
+@pytest.mark.parametrize(
+    "keys",
+    [
+        {"target_modules": ["q_proj"]},
+        {"target_modules": r".*\.q_proj"},
+        {"exclude_modules": ["v_proj"]},
+        {"layers_to_transform": [0], "layers_pattern": "layers"},
+        {"layers_to_transform": 1},
+    ],
+    ids=str,
+)
+def test_a_tensor_that_they_would_not_use_is_refused(adapter, keys):
+    changed(adapter, **keys)
+    with pytest.raises(CheckpointError, match=r"not model\.layers\.\d\.self_attn\..*, and .*lora_A.weight is there"):
+        read(adapter)
+
+
+def test_a_pattern_that_takes_for_ever_is_given_up(adapter):
+    changed(adapter, target_modules=r"(([a-z0-9._]+)+[a-z0-9._]+)+!")
+    with pytest.raises(CheckpointError, match=r"target_modules: .* is not a pattern that can be matched"):
+        read(adapter)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_embeddings_saved_along_are_those_of_the_base(adapter):
+    weight = load_file(adapter / "base" / "model.safetensors")["model.embed_tokens.weight"]
+    before = read(adapter)
+    for name in ("base_model.model.model.embed_tokens.weight", "base_model.model.model.embed_tokens.base_layer.weight"):
+        changed(adapter, lambda tensors, name=name: {**tensors, name: weight})
+        assert torch.equal(read(adapter), before)
+        changed(adapter, lambda tensors, name=name: {**tensors, name: weight + 0.001})
+        with pytest.raises(CheckpointError, match=r"there is no use for .*embed_tokens"):
+            read(adapter)
+        changed(adapter, lambda tensors, name=name: {n: t for n, t in tensors.items() if n != name})
+
+
+def test_a_rank_other_than_the_config_says_is_refused(adapter):
+    changed(adapter, r=3)
+    with pytest.raises(CheckpointError, match="has rank 4, r and rank_pattern mean 3"):
+        read(adapter)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_what_was_compared_is_said(adapter, capsys):
+    read(adapter)
+    assert "the peft library's logits are ours within" in capsys.readouterr().out
+    convert.export_peft(adapter / "ours", adapter / "again", None, trust=False)
+    assert "the peft library's logits are ours within" in capsys.readouterr().out
+    convert.import_hf(adapter / "base", adapter / "base_of_ours", 1, 128)
+    shutil.rmtree(adapter / "ours")
+    convert.import_peft(adapter / "theirs", adapter / "ours", adapter / "base_of_ours", trust=False)
+    assert "not compared with the peft library's: the base is no Hugging Face folder" in capsys.readouterr().out
