@@ -53,7 +53,7 @@ def build_adamw(
 def learning_rate(config: OptimConfig, step: int, steps: int) -> float:
     """The learning rate of ``step`` (from 0) of ``steps``: linear warm-up, then the schedule.
 
-    ``wsd`` (warm-up, stable, decay; Hu et al. 2024) falls linearly over the last ``decay_steps`` (default a tenth).
+    ``wsd`` (warm-up, stable, decay; Hu et al. 2024) falls linearly over the last ``decay_steps``.
     """
     if step < config.warmup_steps:
         return config.lr * (step + 1) / config.warmup_steps
@@ -64,8 +64,7 @@ def learning_rate(config: OptimConfig, step: int, steps: int) -> float:
     elif config.schedule == "linear":
         level = 1 - progress
     elif config.schedule == "wsd":
-        decay = config.decay_steps if config.decay_steps is not None else max(1, steps // 10)
-        level = min(1.0, (steps - step) / max(1, decay))
+        level = min(1.0, (steps - step) / max(1, config.decay(steps)))
     else:
         return config.lr
     return config.lr * (config.min_lr_ratio + (1 - config.min_lr_ratio) * level)

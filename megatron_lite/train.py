@@ -14,14 +14,14 @@ from pathlib import Path
 
 import torch
 
-from megatron_lite import __version__, allocator, checkpoint
-from megatron_lite.config import Config, ModelConfig, to_yaml
+from megatron_lite import __version__, allocator, checkpoint, resume
+from megatron_lite.config import CHANGEABLE, Config, to_yaml
 from megatron_lite.data.loader import Dataset, Loader, build_dataset
 from megatron_lite.data.tokenizer import TEMPLATE, load_tokenizer, tokenizer_files
 from megatron_lite.distributed.env import Rank
 from megatron_lite.distributed.mesh import Mesh, build_mesh, limit_waits, peer_failure, pick_device, process_group
 from megatron_lite.distributed.shard import Piece
-from megatron_lite.errors import CheckpointError, DataError, Preempted
+from megatron_lite.errors import CheckpointError, Preempted
 from megatron_lite.faults import Faults
 from megatron_lite.generate import Sampling, generate
 from megatron_lite.lifetime import StopRequest, die, die_with_parent, identity, locked
@@ -34,11 +34,6 @@ from megatron_lite.watchdog import Stragglers, Watchdog
 logger = logging.getLogger("megatron_lite")
 _COLLECT_EVERY = 50  # steps
 _GRACE_S = 0.5  # how much longer than hang_timeout a collective waits: for the watchdog to leave its record first
-# What of the model's config decides which tensors there are, and their shapes.
-_SHAPES = (
-    *("family", "vocab_size", "hidden_size", "num_layers", "num_heads", "num_kv_heads", "head_dim", "ffn_size"),
-    *("bias", "qkv_bias", "qk_norm", "tie_embeddings"),
-)
 
 
 class Run:
@@ -69,7 +64,8 @@ class Run:
         self.base_fingerprint: str | None = None
         if config.init.source is not None and (self.found is None or config.peft is not None):
             self.source = checkpoint.open_source(Path(config.init.source), mesh.world, trust=config.checkpoint.trust)
-            self._check_same_model(self.source.model, self.source.path)
+            # What the config says otherwise than its source is meant to be so: it is noted, no more.
+            _note(resume.check_model(config.model, self.source.model, self.source.path, CHANGEABLE))
         self.adapter = self._open_adapter() if self.found is None else None
         self.extras = self._extras()
         self.trainer = Trainer(config, mesh, plan, self.faults)
@@ -118,7 +114,10 @@ class Run:
         found |= self.adapter.extras() if self.adapter is not None else {}
         template = self.train_data.chat_template
         written = {} if template is None else {TEMPLATE: template.encode()}
-        return (found if own.items() <= found.items() else own) | written
+        extras = (found if own.items() <= found.items() else own) | written
+        if self.found is not None:
+            _note(resume.check_template(found, extras, self.found.path, self.config.checkpoint.allow_change))
+        return extras
 
     def _open_adapter(self) -> checkpoint.Source | None:
         """What ``peft`` adds is to start as, checked against this config."""
@@ -129,7 +128,8 @@ class Run:
         path, trust = Path(config.init.adapter), config.checkpoint.trust
         adapter = checkpoint.open_adapter(path, self.source, self.mesh.world, trust=trust)
         assert adapter.peft is not None
-        self._check_same_model(adapter.model, adapter.path)
+        allowed = [*config.checkpoint.allow_change, "model.dropout", "model.attention_dropout"]  # which are training's
+        _note(resume.check_model(config.model, adapter.model, adapter.path, allowed))
         if told := config.peft.differences(adapter.peft, config.model):
             raise CheckpointError(f"{adapter.path}: {'; '.join(told)}")
         return adapter
@@ -150,7 +150,7 @@ class Run:
         elif wanted != "none":
             found = checkpoint.open_checkpoint(checkpoint.find(Path(wanted)), world, trust=trust, lazy=lazy)
         if found is not None:
-            self._check_same_run(found)
+            self.changes = resume.check_run(self.config, found, self.train_data.fingerprint, self.tokenizer_digest)
         return found
 
     def start(self) -> None:
@@ -165,12 +165,13 @@ class Run:
             engine.loaded(self.trainer.state.updates)
             if self.lead:
                 logger.info("resumed %s: step %d", self.found.path, self.trainer.state.step)
+            _note(self.changes)
         elif self.source is not None and self.config.peft is None:
             with contextlib.closing(self.source) as source:
                 optimizer = self.config.init.optimizer
                 wanted = {n: p for n, p in engine.pieces().items() if optimizer or n.startswith("model.")}
                 checkpoint.agree(world, lambda: source.load(wanted), source.path)
-            self.trainer.state.updates = source.step if optimizer else 0
+            self.trainer.state.updates = source.num_updates if optimizer else 0
             engine.loaded(self.trainer.state.updates)
             if self.lead:
                 logger.info("%s", "\n".join([f"started from the weights of {source.path}", *source.notes]))
@@ -229,42 +230,6 @@ class Run:
             checkpoint.agree(self.mesh.world, load, adapter.path)
         if self.lead:
             logger.info("started from the adapter in %s", adapter.path)
-
-    def _check_same_model(self, theirs: ModelConfig, path: Path) -> None:
-        """Refuse weights of another shape than this run's model."""
-        ours = self.config.model
-        shapes = (*_SHAPES, "max_seq_len") if ours.family == "gpt2" else _SHAPES
-        names = [name for name in shapes if getattr(ours, name) != getattr(theirs, name)]
-        if names:
-            told = ", ".join(f"model.{n} {getattr(theirs, n)} there, {getattr(ours, n)} here" for n in names)
-            raise CheckpointError(f"{path}: {told}")
-
-    def _check_same_run(self, found: checkpoint.Checkpoint) -> None:
-        """Refuse a checkpoint of another model, vocabulary or tokenizer, and a dataset that changed under it."""
-        path, content = found.path, found.state()
-        if "train" not in content:
-            raise CheckpointError(f"{path} holds weights, no run to resume; start one with --init.from={path}")
-        vocab, digest = self.config.model.vocab_size, self.tokenizer_digest
-        theirs, size = content.get("tokenizer_sha256"), content.get("vocab_size")
-        if size != vocab or (theirs != digest and not self.config.data.force_tokenizer):
-            raise CheckpointError(
-                f"{path}: checkpoint vocab {size} (tokenizer sha {str(theirs)[:8]}) "
-                f"vs config {vocab} (tokenizer sha {str(digest)[:8]})"
-                + ("; data.force_tokenizer=true goes on with it" if size == vocab else "")
-            )
-        saved, peft = checkpoint.CheckpointSource(found), self.config.peft
-        self._check_same_model(saved.model, path)
-        if saved.peft != peft:
-            there, here = ({} if p is None else p.model_dump() for p in (saved.peft, peft))
-            keys = sorted(key for key in there.keys() | here.keys() if there.get(key) != here.get(key))
-            told = ", ".join(f"peft.{key} {there.get(key)} there, {here.get(key)} here" for key in keys)
-            raise CheckpointError(f"{path}: {told}")
-        now = self.train_data.fingerprint
-        if content.get("dataset") != now and not self.config.data.allow_change:
-            raise DataError(
-                f"the training data (files, weights, split, seq_len or seed) changed since {path}: "
-                f"fingerprint {content.get('dataset')} then, {now} now; data.allow_change=true goes on with it"
-            )
 
     # Reporting
 
@@ -430,6 +395,12 @@ class Run:
         profiler = torch.profiler.profile(schedule=schedule, on_trace_ready=lambda p: p.export_chrome_trace(trace))
         profiler.start()
         return profiler
+
+
+def _note(lines: Sequence[str]) -> None:
+    """Say what a user should know; the log is that of rank 0."""
+    for line in lines:
+        logger.info("%s", line)
 
 
 def _prepare_folder(config: Config, rank: Rank) -> None:

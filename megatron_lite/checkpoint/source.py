@@ -44,6 +44,11 @@ class Source(ABC):
     notes: Sequence[str] = ()
     peft: PeftConfig | None = None
 
+    @property
+    def num_updates(self) -> int:
+        """How many the optimizer has made: its steps, where nothing else is known."""
+        return self.step
+
     @abstractmethod
     def read(self, name: str, tile: Tile) -> None:
         """Fill a tile of a tensor, converting between float dtypes. Raises CheckpointError."""
@@ -93,14 +98,15 @@ _VOCABULARY = tuple(f"model.{name}" for name in _PADDED)
 
 
 class CheckpointSource(Source):
-    """A checkpoint of ours. ``base``: where its adapter's base was found."""
+    """A checkpoint of ours. ``config``: its whole config, of which ``model`` and ``peft`` alone are checked. ``base``:
+    where its adapter's base was found."""
 
     def __init__(self, checkpoint: Checkpoint) -> None:
         self.checkpoint, self.path = checkpoint, checkpoint.path
         self.tensors = {n: Info(DTYPES[t.dtype], tuple(t.shape)) for n, t in checkpoint.manifest.tensors.items()}
         self.step, where = checkpoint.step, f"{self.path}/config.yaml"
         try:
-            saved = parse_yaml(checkpoint.extra("config.yaml").decode("utf-8", "replace"), where)
+            self.config = saved = parse_yaml(checkpoint.extra("config.yaml").decode("utf-8", "replace"), where)
             self.model = parse_model(saved.get("model"), where)
             self.peft = parse_peft(saved.get("peft"), where)
         except ConfigError as error:
@@ -112,6 +118,13 @@ class CheckpointSource(Source):
                 f"{where}: train.precision: expected {', '.join(PRECISIONS)}, not {self.precision!a:.200}"
             )
         self._files: dict[str, TensorFile] = {}
+
+    @property
+    def num_updates(self) -> int:
+        """Fewer than steps, where batches were skipped."""
+        train = self.checkpoint.state().get("train")
+        found = train.get("updates") if isinstance(train, dict) else None
+        return found if type(found) is int and found >= 0 else self.step
 
     def read(self, name: str, tile: Tile) -> None:
         tensor = self.checkpoint.manifest.tensors[name]

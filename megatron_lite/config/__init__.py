@@ -5,7 +5,7 @@ valid one.
 """
 
 from megatron_lite.config.launch import SlurmConfig
-from megatron_lite.config.model import ModelConfig, RopeScaling
+from megatron_lite.config.model import CHANGEABLE, ModelConfig, RopeScaling
 from megatron_lite.config.peft import (
     METHODS,
     PACKED_BLOCK,
@@ -22,6 +22,7 @@ from megatron_lite.config.reading import (
     parse_config,
     parse_model,
     parse_peft,
+    parse_section,
     parse_yaml,
     read_yaml,
     to_yaml,
@@ -31,5 +32,6 @@ from megatron_lite.config.training import (
     DataConfig,
     OptimConfig,
     SourceConfig,
+    TrainConfig,
 )
 from megatron_lite.config.tree import Config

@@ -20,6 +20,16 @@ class RopeScaling(Section):
     original_max_seq_len: Positive = 8192
 
 
+# What decides which tensors there are, and their shapes; with learned positions max_seq_len, too.
+_SHAPES = (
+    *("family", "vocab_size", "hidden_size", "num_layers", "num_heads", "num_kv_heads", "head_dim", "ffn_size"),
+    *("bias", "qkv_bias", "qk_norm", "tie_embeddings"),
+)
+# What trained weights compute the same without: where they came from, padding, and how far rotation could go.
+_WITHOUT_EFFECT = ("preset", "init_std", "vocab_multiple", "max_seq_len")
+_ROTARY = ("rope_theta", "rope_scaling")
+
+
 class ModelConfig(Section):
     """The shape of a decoder. ``preset`` names a file of ``configs/models`` whose keys the others override.
 
@@ -83,8 +93,20 @@ class ModelConfig(Section):
             raise ValueError(f"head_dim={self.head_dim} must be even for rotary positions")
         return self
 
+    def differences(self, there: ModelConfig) -> tuple[list[str], list[str]]:
+        """The keys by which another model has other tensors, and those by which it computes something else with the
+        same ones: every key that is not known to change neither."""
+        learned = self.family == "gpt2"
+        shapes = (*_SHAPES, "max_seq_len") if learned else _SHAPES
+        without = (*_WITHOUT_EFFECT, *_ROTARY) if learned else _WITHOUT_EFFECT
+        unlike = [key for key in type(self).model_fields if getattr(self, key) != getattr(there, key)]
+        return [k for k in unlike if k in shapes], [k for k in unlike if k not in shapes and k not in without]
+
     @property
     def padded_vocab_size(self) -> int:
         """``vocab_size`` rounded up to a multiple of ``vocab_multiple``."""
         assert self.vocab_size is not None
         return math.ceil(self.vocab_size / self.vocab_multiple) * self.vocab_multiple
+
+
+CHANGEABLE = tuple(f"model.{key}" for key in ModelConfig.model_fields if key not in (*_SHAPES, *_WITHOUT_EFFECT))

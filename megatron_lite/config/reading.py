@@ -101,15 +101,16 @@ def parse_config(tree: dict[str, Any]) -> Config:
 
 def parse_model(tree: Any, where: str) -> ModelConfig:
     """Validate the ``model`` section that was found in ``where``. Raises ConfigError."""
-    return _parse_section(ModelConfig, "model", tree, where)
+    return parse_section(ModelConfig, "model", tree, where)
 
 
 def parse_peft(tree: Any, where: str) -> PeftConfig | None:
     """Validate the ``peft`` section that was found in ``where``, if there is one. Raises ConfigError."""
-    return None if tree is None else _parse_section(PeftConfig, "peft", tree, where)
+    return None if tree is None else parse_section(PeftConfig, "peft", tree, where)
 
 
-def _parse_section(section: Any, name: str, tree: Any, where: str) -> Any:
+def parse_section(section: Any, name: str, tree: Any, where: str) -> Any:
+    """Validate the section ``name`` that was found in ``where``. Raises ConfigError."""
     try:
         return TypeAdapter(section).validate_python(tree)
     except ValidationError as error:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal, get_args
 
-from pydantic import Field
+from pydantic import AfterValidator, Field
 
+from megatron_lite.cli import nearest
+from megatron_lite.config.model import CHANGEABLE
 from megatron_lite.config.section import (
     Count,
     Integer,
@@ -75,6 +77,30 @@ class OptimConfig(Section):
     decay_steps: Count | None = None
     min_lr_ratio: Annotated[Number, Field(ge=0, le=1)] = 0.1
 
+    def decay(self, steps: int) -> int:
+        """The steps of WSD's decay in a run of ``steps``: unless given, a tenth, or what warm-up leaves."""
+        if self.decay_steps is not None:
+            return self.decay_steps
+        return max(1, min(steps // 10, steps - self.warmup_steps))
+
+    def decaying(self, step: int, steps: int) -> bool:
+        """Whether WSD's decay has begun before ``step`` (from 0) of ``steps``."""
+        return self.schedule == "wsd" and step > steps - self.decay(steps)
+
+    def mistakes(self, steps: int) -> list[str]:
+        """What does not fit a run of ``steps``."""
+        warmup, decay, left = self.warmup_steps, self.decay_steps, steps - self.warmup_steps
+        if left < 0:
+            return [f"optim.warmup_steps={warmup} is longer than train.steps={steps}; at most {steps}"]
+        if decay is not None and self.schedule != "wsd":
+            return [f"optim.decay_steps={decay}: optim.schedule={self.schedule} has no such decay; wsd has"]
+        if decay is not None and decay > left:
+            return [
+                f"optim.decay_steps={decay} is longer than the {left} steps that optim.warmup_steps={warmup} leaves of "
+                f"train.steps={steps}; at most {left}"
+            ]
+        return []
+
 
 class ParallelConfig(Section):
     """Degrees of parallelism; data parallelism follows from the number of ranks.
@@ -115,7 +141,10 @@ PRECISIONS = get_args(Precision)
 
 
 class TrainConfig(Section):
-    """How long and how much at a time. The gradient accumulation follows: global batch ÷ (micro batch × dp)."""
+    """How long and how much at a time. The gradient accumulation follows: global batch ÷ (micro batch × dp).
+
+    ``eval_every`` so many steps, validation is over ``eval_steps`` global batches, or all there is, each window once.
+    """
 
     steps: Positive = 100
     global_batch_size: Positive = 8
@@ -146,10 +175,18 @@ class InitConfig(Section):
     adapter: str | None = None
 
 
+def _changeable(key: str) -> str:
+    known = (*CHANGEABLE, "chat_template")
+    if key not in known:
+        raise ValueError(f"expected one of {', '.join(known)}{nearest(key, known)}")
+    return key
+
+
 class CheckpointConfig(Section):
     """When to save (``every`` 0: only at the end), what to keep, and where to resume from: ``auto`` (the newest that
     verifies, if there is one), ``none``, or a path. ``trust``: what is read is not hashed first. ``async``: what is
-    saved is copied while the next step computes, and written behind it.
+    saved is copied while the next step computes, and written behind it. ``allow_change``: keys of the model (and
+    ``chat_template``) that may differ from the checkpoint's, which a resume otherwise refuses.
     """
 
     every: Count = 0
@@ -157,4 +194,5 @@ class CheckpointConfig(Section):
     keep_every: Positive | None = None
     resume: str = "auto"
     trust: bool = False
+    allow_change: list[Annotated[str, AfterValidator(_changeable)]] = []
     background: bool = Field(default=False, alias="async")

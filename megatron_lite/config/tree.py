@@ -49,6 +49,8 @@ class Config(Section):
                 f"train.global_batch_size={self.train.global_batch_size} must be a multiple of "
                 f"train.micro_batch_size={self.train.micro_batch_size}"
             )
+        if mistakes := self.optim.mistakes(self.train.steps):
+            raise ValueError("\n".join(mistakes))
         if self.peft is not None and (mistakes := self.peft.mistakes(self)):
             raise ValueError("\n".join(mistakes))
         return self
