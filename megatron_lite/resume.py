@@ -16,8 +16,7 @@ from megatron_lite.errors import CheckpointError, ConfigError, DataError
 from megatron_lite.optim import learning_rate
 
 _ALLOW = "checkpoint.allow_change"
-# Sections in which nothing changes what is computed.
-_ELSEWHERE = ("launch", "checkpoint", "init")
+_ELSEWHERE = ("launch", "checkpoint", "init", "run.name", "run.dir")  # what has no part in what is computed
 
 
 def check_model(ours: ModelConfig, theirs: ModelConfig, path: Path, allowed: Collection[str]) -> list[str]:
@@ -101,13 +100,13 @@ def check_run(config: Config, found: Checkpoint, fingerprint: str, tokenizer: st
 
 
 def _changes(saved: Mapping[str, Any], config: Config) -> Iterator[tuple[str, tuple[Any, Any]]]:
-    """What differs from a saved config, by key, of what has a part in what is computed."""
+    """By key, what a saved config has another value for."""
     for name, section in config.model_dump(mode="json").items():
         there = saved.get(name)
         if name in _ELSEWHERE or not isinstance(section, dict) or not isinstance(there, dict):
             continue
         for key, value in section.items():
-            if key in there and there[key] != value:
+            if key in there and there[key] != value and f"{name}.{key}" not in _ELSEWHERE:
                 yield f"{name}.{key}", (there[key], value)
 
 

@@ -16,7 +16,7 @@ import torch
 
 from megatron_lite import __version__, allocator, checkpoint, resume
 from megatron_lite.config import CHANGEABLE, Config, to_yaml
-from megatron_lite.data.loader import Dataset, Loader, build_dataset
+from megatron_lite.data.loader import Dataset, Loader, build_dataset, once
 from megatron_lite.data.tokenizer import TEMPLATE, load_tokenizer, tokenizer_files
 from megatron_lite.distributed.env import Rank
 from megatron_lite.distributed.mesh import Mesh, build_mesh, limit_waits, peer_failure, pick_device, process_group
@@ -79,6 +79,10 @@ class Run:
     @property
     def _evaluates(self) -> bool:
         return self.config.train.eval_every > 0
+
+    @property
+    def _validation_limit(self) -> int:
+        return self.config.train.eval_steps * self.config.train.global_batch_size
 
     # Checkpoints
 
@@ -243,8 +247,11 @@ class Run:
         if not self.lead:
             return
         logger.info("%s", self.plan.describe(self.config))
-        for note in self.train_data.notes:
-            logger.info("%s", note)
+        _note(self.train_data.notes)
+        if self.validation_data is not None:
+            there = sum(source.num_samples for source in self.validation_data.sources)
+            some = f"the first {self._validation_limit:,} of" if there > self._validation_limit else "all"
+            logger.info("validation: %s %s windows, each once", some, f"{there:,}")
         engine = self.trainer.engine
         parameters = sum(math.prod(spec.shape) for spec in engine.specs.values())
         if self.plan.tp * self.plan.dp > 1:
@@ -302,11 +309,18 @@ class Run:
         self.reporter.advance(step, summary, log=due)
 
     def evaluate(self) -> None:
-        """Validation loss and perplexity over the first ``eval_steps`` global batches, the same ones every time."""
+        """Validation loss and perplexity over the same windows every time, each of which counts once."""
         assert self.validation_data is not None
-        config, loader = self.config.train, self._loader(self.validation_data, 0)
-        with contextlib.closing(loader):
-            loss = self.trainer.evaluate([next(loader) for _ in range(config.eval_steps)])
+        loss = self.trainer.evaluate(
+            once(
+                self.validation_data,
+                self._validation_limit,
+                micro_batch_size=self.config.train.micro_batch_size,
+                dp_rank=self.mesh.dp.rank,
+                dp_size=self.mesh.dp.size,
+                device=self.mesh.device,
+            )
+        )
         if self.reporter is not None:
             values = {"validation_loss": loss, "validation_perplexity": math.exp(min(loss, 700.0))}
             self.reporter.scalars(self.trainer.state.step, values)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -145,13 +145,12 @@ class Trainer:
         state.skipped += 1
 
     @torch.no_grad()
-    def evaluate(self, steps: list[list[Any]]) -> float:
-        """Mean loss per target token over validation batches, the same on every rank."""
+    def evaluate(self, micro_batches: Iterable[Any]) -> float:
+        """Mean loss per target token over validation batches, as many on every rank; the same on every rank."""
         sums = torch.zeros(2, dtype=torch.float64, device=self.mesh.device)
-        for micro_batches in steps:
-            for batch in micro_batches:
-                sums[0] += self.loss(batch, training=False)
-                sums[1] += (batch.targets != IGNORED).sum()
+        for batch in micro_batches:
+            sums[0] += self.loss(batch, training=False)
+            sums[1] += (batch.targets != IGNORED).sum()
         total, count = comm.all_reduce(sums, self.mesh.dp).tolist()
         return total / max(count, 1)
 

@@ -12,6 +12,7 @@ import json
 import queue
 import threading
 from bisect import bisect_left
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Literal, NamedTuple
@@ -251,9 +252,24 @@ class Dataset:
                 window[of_epoch] = permute(count[of_epoch] % source.num_samples, source.num_samples, key)
         return which, window
 
-    def batch(self, index: int, which: np.ndarray, window: np.ndarray) -> Batch:
-        """The micro batch of the given windows; ``index`` is the position of its first."""
-        rows = Rows(*(np.zeros((len(window), self.seq_len), np.int64) for _ in Rows._fields))
+    def once(self, limit: int) -> tuple[np.ndarray, np.ndarray]:
+        """The first ``limit`` windows, or all where there are fewer: no window twice, each dataset's in the order of
+        the run, and of any first ones its share by weight until it has no more. As ``order`` returns them."""
+        counts = [min(source.num_samples, limit) for source in self.sources]
+        which = np.repeat(np.arange(len(counts)), counts)
+        turn = [(np.arange(n) + 0.5) / weight for n, weight in zip(counts, self.blend.weights, strict=True)]
+        window = [
+            permute(np.arange(n), source.num_samples, mix(self.seed, number, 0))
+            for number, (source, n) in enumerate(zip(self.sources, counts, strict=True))
+        ]
+        first = np.argsort(np.concatenate(turn), kind="stable")[:limit]
+        return which[first], np.concatenate(window)[first]
+
+    def batch(self, index: int, which: np.ndarray, window: np.ndarray, size: int | None = None) -> Batch:
+        """The micro batch of the given windows; ``index`` is the position of its first. ``size``: with rows without a
+        target up to so many."""
+        rows = Rows(*(np.zeros((size or len(window), self.seq_len), np.int64) for _ in Rows._fields))
+        rows.targets[len(window) :] = IGNORED
         origins = [
             (self.sources[number], sample) for number, sample in zip(which.tolist(), window.tolist(), strict=True)
         ]
@@ -293,14 +309,30 @@ def build_dataset(data: DataConfig, seed: int, split: Split, vocab_size: int | N
         else:
             sources.append(Conversations(config.path, data.seq_len, fractions, truncate=packing == "truncate"))
     for source in sources:
-        if isinstance(source, Conversations) and source.num_samples == 0:
-            raise DataError(f"nothing to train on in the {split} split (data.split={list(data.split)}): {source.note}")
-        if source.num_samples == 0:
-            raise DataError(
-                f"{source.data.prefix}: its {split} split has {source.stop - source.start} tokens in whole documents, "
-                f"fewer than one sample of data.seq_len + 1 = {data.seq_len + 1} (data.split={list(data.split)})"
-            )
+        if source.num_samples:
+            continue
+        cut = "" if own else f" (data.split={list(data.split)})"
+        without = "; train.eval_every=0 goes without" if split == "validation" else ""
+        if isinstance(source, Conversations):
+            raise DataError(f"nothing in the {split} split{cut}: {source.note}{without}")
+        raise DataError(
+            f"{source.data.prefix}: its {split} split has {source.stop - source.start} tokens in whole documents, "
+            f"fewer than one sample of data.seq_len + 1 = {data.seq_len + 1}{cut}{without}"
+        )
     return Dataset(sources, [config.weight for config in configs], seed, data.document_mask, vocab_size, packing)
+
+
+def once(
+    dataset: Dataset, limit: int, *, micro_batch_size: int, dp_rank: int, dp_size: int, device: torch.device
+) -> Iterator[Batch]:
+    """One dp rank's micro batches of the first ``limit`` windows, each once (``Dataset.once``). As many on every rank:
+    the last ones are filled up with rows that have no target."""
+    which, window = dataset.once(limit)
+    stride = micro_batch_size * dp_size
+    for start in range(0, len(which), stride):
+        first = start + dp_rank * micro_batch_size
+        own = slice(first, first + micro_batch_size)
+        yield dataset.batch(first, which[own], window[own], micro_batch_size).to(device)
 
 
 class Loader:

@@ -8,7 +8,7 @@ import torch
 
 from megatron_lite.config import DataConfig, SourceConfig
 from megatron_lite.data.indexed import IndexedWriter
-from megatron_lite.data.loader import Loader, build_dataset
+from megatron_lite.data.loader import Loader, build_dataset, once
 from megatron_lite.errors import DataError
 from megatron_lite.layers.loss import IGNORED
 
@@ -103,6 +103,22 @@ def test_blends_keep_their_proportions(tmp_path):
         assert int((next(batches)[0].tokens[:, 0] >= 1000).sum()) == 1
 
 
+@pytest.mark.parametrize(("dp", "micro"), [(1, 1), (1, 4), (2, 3), (3, 8)])
+@pytest.mark.parametrize("limit", [1, 7, 20, 62, 1000])
+def test_a_pass_has_each_window_once_and_as_many_batches_on_every_rank(tmp_path, dp, micro, limit):
+    paths = [write(tmp_path / "a", [400]), write(tmp_path / "b", [100], first=1000)]  # 49 and 12 windows
+    dataset = build_dataset(data_config(*paths, weights=[0.5, 0.5]), 0, "train")
+    ranks = [list(once(dataset, limit, micro_batch_size=micro, dp_rank=r, dp_size=dp, device=CPU)) for r in range(dp)]
+    assert {len(batches) for batches in ranks} == {-(-min(limit, 61) // (micro * dp))}
+    batches = sorted((batch for rank in ranks for batch in rank), key=lambda batch: batch.index)
+    assert all(batch.tokens.shape == (micro, 8) for batch in batches)
+    targets = torch.cat([batch.targets for batch in batches])
+    kept = targets[(targets != IGNORED).all(1)]
+    assert len(kept) == len(kept.unique(dim=0)) == min(limit, 61) and (targets[len(kept) :] == IGNORED).all()
+    first = (kept[:20, 0] < 1000).tolist()  # of the shorter one, its share until it has no more
+    assert all(abs(sum(first[:n]) - n / 2) <= 1 for n in range(len(first)))
+
+
 def test_the_splits_are_disjoint_whole_documents(tmp_path):
     lengths = [40, 30, 50, 20, 60, 45, 25, 30]
     path = write(tmp_path / "d", lengths)
@@ -155,6 +171,17 @@ def test_too_little_data_is_named(tmp_path):
     path = write(tmp_path / "d", [6])
     with pytest.raises(DataError, match=r"train split has 6 tokens .* fewer than one sample of data.seq_len \+ 1 = 9"):
         build_dataset(data_config(path), 0, "train")
+
+
+def test_validation_without_a_window_says_what_to_do(tmp_path):
+    path = write(tmp_path / "d", [100])
+    with pytest.raises(DataError, match=r"\(data\.split=\[0\.9, 0\.1, 0\.0\]\); train\.eval_every=0 goes without\Z"):
+        build_dataset(data_config(path, split=(0.9, 0.1, 0)), 0, "validation")
+    own = data_config(path, validation=[SourceConfig(path=write(tmp_path / "v", [5]))])
+    with pytest.raises(
+        DataError, match=r"v: its validation split has 5 tokens .* = 9; train\.eval_every=0 goes without"
+    ):
+        build_dataset(own, 0, "validation")
 
 
 def test_the_fingerprint_tells_what_changes_the_stream(tmp_path):

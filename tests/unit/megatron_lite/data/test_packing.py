@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from megatron_lite.config import DataConfig
 from megatron_lite.data.indexed import IndexedWriter
-from megatron_lite.data.loader import Loader, build_dataset
+from megatron_lite.data.loader import Loader, build_dataset, once
 from megatron_lite.data.packing import pack
 from megatron_lite.errors import DataError
 from megatron_lite.layers.loss import IGNORED
@@ -62,6 +62,15 @@ def best_fit(sizes: list[int], capacity: int) -> list[int]:
     return windows
 
 
+@pytest.mark.parametrize("micro", [1, 2, 5])
+def test_a_pass_has_every_trained_token_once(tmp_path, micro):
+    data = dataset(write(tmp_path / "d", [[2, 5], [3, 4, 1, 2], [6, 3], [1, 1], [2, 11]]))
+    ranks = [once(data, 99, micro_batch_size=micro, dp_rank=r, dp_size=2, device=torch.device("cpu")) for r in range(2)]
+    targets = torch.cat([batch.targets.flatten() for rank in ranks for batch in rank])
+    trained = [*range(3, 8), *range(11, 15), *range(16, 18), *range(24, 27), 28, *range(31, 42)]
+    assert sorted(targets[targets != IGNORED].tolist()) == trained
+
+
 LENGTHS = st.lists(st.lists(st.integers(1, 6), min_size=1, max_size=6), min_size=1, max_size=25)
 
 
@@ -78,7 +87,7 @@ def test_targets_positions_and_ids_are_those_of_whole_conversations(tmp_path_fac
         at += sum(lengths)
     path = write(tmp_path_factory.mktemp("pack") / "d", conversations)
     if not wanted:
-        with pytest.raises(DataError, match="nothing to train on in the train split"):
+        with pytest.raises(DataError, match="nothing in the train split"):
             dataset(path, seq_len, policy)
         return
     data = dataset(path, seq_len, policy)
