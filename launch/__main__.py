@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -234,6 +235,13 @@ def _fits(config: str, ranks: int, overrides: Mapping[str, str]) -> bool:
     return _ask(config, ranks, overrides, subprocess.DEVNULL).returncode == 0
 
 
+def _keys(names: Sequence[str]) -> dict[str, str]:
+    """What megatron_lite says of flags whose names are others' for keys of its config, or its keys without the dot."""
+    argv = [sys.executable, "-m", "megatron_lite", "config", *(f"--{name}=" for name in names)]
+    asked = subprocess.run(argv, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False)
+    return dict(re.findall(r"^error: unknown flag --(\S+)( \((?!did you mean).*\));", asked.stderr, re.MULTILINE))
+
+
 def _flags(overrides: Mapping[str, str]) -> list[str]:
     return [f"--{key}={value}" for key, value in overrides.items()]
 
@@ -348,7 +356,7 @@ def main() -> int:
             return 0
         if not sys.platform.startswith("linux"):
             raise UsageError("launch needs Linux; start the ranks yourself: torchrun -m megatron_lite train …")
-        return entry.call(**cli.parse(words, entry.flags, entry.arguments, overrides=entry.overrides))
+        return entry.call(**cli.parse(words, entry.flags, entry.arguments, overrides=entry.overrides, hints=_keys))
     except UsageError as error:
         for line in str(error).splitlines():
             say(f"error: {line}")

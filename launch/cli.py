@@ -78,10 +78,16 @@ def shown(place: tuple[str, int]) -> str:
 
 
 def parse(
-    words: Sequence[str], flags: Mapping[str, Flag], arguments: Sequence[str], *, overrides: bool = False
+    words: Sequence[str],
+    flags: Mapping[str, Flag],
+    arguments: Sequence[str],
+    *,
+    overrides: bool = False,
+    hints: Callable[[Sequence[str]], Mapping[str, str]] = lambda names: {},
 ) -> dict[str, Any]:
     """Arguments and flags by name; with ``overrides`` a flag with a dot in its name is one. An argument written as
-    ``[name]`` may be left out. UsageError lists all mistakes."""
+    ``[name]`` may be left out. ``hints``: what to say of flags that only the config could know. UsageError lists all
+    mistakes."""
     mistakes = [f"unexpected argument {word!r}" for word in words if word in ("-", "--")]  # fire has uses for these
     names = Counter(word[2:].partition("=")[0].replace("-", "_") for word in words if word[:2] == "--" != word)
     mistakes += [f"--{name} is given twice" for name, count in names.items() if count > 1]
@@ -89,15 +95,17 @@ def parse(
     found: dict[str, Any] = {name: flag.default for name, flag in flags.items()}
     if overrides:
         found["overrides"] = {name: value for name, value in given.items() if "." in name}
+    unknown = [name for name in given if name not in flags and not (overrides and "." in name)]
+    hinted = hints(unknown) if overrides and unknown else {}
     for name, value in given.items():
         if name in flags:
             try:
                 found[name] = flags[name].read(value)
             except ValueError as error:
                 mistakes.append(f"--{name}={value}: {error}")
-        elif not (overrides and "." in name):
+        elif name in unknown:
             dotted = "; config keys are written --section.key=value" if overrides else ""
-            mistakes.append(f"unknown flag --{name}{nearest(name, flags)}{dotted}")
+            mistakes.append(f"unknown flag --{name}{hinted.get(name) or nearest(name, flags)}{dotted}")
     mistakes += [f"unexpected argument {word!r}" for word in args[len(arguments) :]]
     mistakes += [f"missing {name.upper()}; see --help" for name in arguments[len(args) :] if name[0] != "["]
     if mistakes:

@@ -117,8 +117,12 @@ def bind(command: Command, args: tuple[str, ...], flags: Mapping[str, str]) -> t
         elif takes_overrides and "." in name:
             overrides[name] = text
         else:
-            dotted = "; config keys are written --section.key=value" if takes_overrides else ""
-            mistakes.append(f"unknown flag --{name}{nearest(name, parameters)}{dotted}")
+            hint, dotted = nearest(name, parameters), ""
+            if takes_overrides:
+                from megatron_lite.config.peers import meant  # a mistake may take longer
+
+                hint, dotted = meant(name) or hint, "; config keys are written --section.key=value"
+            mistakes.append(f"unknown flag --{name}{hint}{dotted}")
     for name, text in typed:
         if name in values:
             mistakes.append(f"{name} is given twice")

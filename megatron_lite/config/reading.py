@@ -13,6 +13,7 @@ from pydantic import BaseModel, TypeAdapter, ValidationError
 from megatron_lite.cli import nearest
 from megatron_lite.config import yaml_text
 from megatron_lite.config.model import ModelConfig
+from megatron_lite.config.peers import meant
 from megatron_lite.config.peft import METHODS, PeftConfig
 from megatron_lite.config.tree import Config
 from megatron_lite.errors import ConfigError
@@ -206,7 +207,8 @@ def _describe(error: Any) -> str:
             return f"{key}.method: expected {', '.join(METHODS)}, not {tag!r}{nearest(tag, METHODS)}"
         case "extra_forbidden":
             known = _keys(error["loc"][:-1])
-            return f"{key}: unknown key{nearest(location[-1], known)}; known: {', '.join(known)}"
+            hint = meant(location[-1]) or nearest(location[-1], known)
+            return f"{key}: unknown key{hint}; known: {', '.join(known)}"
         case "missing":
             return f"{key}: missing"
         case "model_type" | "dict_type":

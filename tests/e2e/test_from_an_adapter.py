@@ -140,7 +140,7 @@ def test_it_begins_where_another_of_ours_has_ended_or_says_why_not(tmp_path):
     alone(tmp_path, "base").expect(0)
     tuned = ["--peft.method=lora", f"--init.from={tmp_path}/base"]
     alone(tmp_path, "first", *tuned).expect(0)
-    second = [*tuned, f"--init.adapter={tmp_path}/first", "--optim.lr=1e-30", "--train.steps=1"]
+    second = [*tuned, f"--init.adapter={tmp_path}/first", "--optim.lr=1e-30", "--train.steps=2"]
     alone(tmp_path, "second", *second).expect(0)
     assert validation_loss(tmp_path / "second") == validation_loss(tmp_path / "first")
     assert validation_loss(tmp_path / "first") < validation_loss(tmp_path / "base")

@@ -12,6 +12,7 @@ def test_another_model_or_vocabulary(tmp_path: Path) -> None:
     for flags, said in (
         (["--model.hidden_size=64", "--model.num_layers=1"], r"model\.hidden_size 32 there, 64 here, model\.num_lay"),
         (["--model.vocab_size=65"], r"checkpoint vocab 64 \(tokenizer sha None\) vs config 65 \(tokenizer sha None\)"),
+        (["--model.rope_theta=7"], r"model\.rope_theta 10000\.0 there, 7\.0 here; checkpoint\.allow_change=\[model\.r"),
     ):
         refused = runs.run(tmp_path, "--train.steps=4", *flags)
         refused.expect(exit_code=4, stderr=rf"error: \S+step_00000003: {said}")

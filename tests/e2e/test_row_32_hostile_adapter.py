@@ -365,7 +365,7 @@ def test_the_commands_say_it_in_one_line(folder, tmp_path):
 
 @pytest.mark.timeout(200)
 def test_a_run_that_was_forged_is_not_resumed(tmp_path):
-    tiny_config(tmp_path, tiny_data(tmp_path), train__steps=1)
+    tiny_config(tmp_path, tiny_data(tmp_path), train__steps=1, optim__warmup_steps=1)
     argv = [*LITE, "train", f"{tmp_path}/tiny.yaml"]
     tuned = [*argv, "--peft.method=lora", f"--init.from={tmp_path}/base"]
     run_job([*argv, "--run.name=base"], timeout=60).expect(0)

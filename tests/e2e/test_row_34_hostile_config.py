@@ -64,6 +64,11 @@ FILES = {  # a file and what is said about it
     f"{BASE}train: [1]\n": "train: expected a section, not [1]",
     f"{BASE}trian: {{steps: 1}}\n": f"trian: unknown key (did you mean 'train'?); known: {SECTIONS}",
     f"{BASE}train: {{step: 1}}\n": f"train.step: unknown key (did you mean 'steps'?); known: {TRAIN_KEYS}",
+    f"{BASE}train: {{bf16: true, gradient-accumulation-steps: 2}}\n": (
+        f"train.bf16: unknown key (is train.precision=bfloat16 here); known: {TRAIN_KEYS}\n"
+        "train.gradient-accumulation-steps: unknown key (it follows: train.global_batch_size ÷ "
+        f"(train.micro_batch_size × dp)); known: {TRAIN_KEYS}"
+    ),
     f"{BASE}train: {{profile: {{begin: 1}}}}\n": "train.profile.begin: unknown key; known: start, steps",
     f"{BASE}1: 2\n": "1: keys should be strings, not 1",
     "model: {vocab_size: 100}\ndata: {train: [{path: x, wieght: 1}]}\n": (
@@ -119,6 +124,13 @@ FLAGS = {  # what is typed after the name of a good config, and what is said abo
     "--optim.schedule=cosin": (
         "optim.schedule: expected 'cosine', 'linear', 'wsd' or 'constant', not 'cosin' (did you mean 'cosine'?)"
     ),
+    "--optim.warmup_steps=101": "config: optim.warmup_steps=101 is longer than train.steps=100; at most 100",
+    "--optim.schedule=wsd --optim.warmup_steps=20 --optim.decay_steps=81": (
+        "config: optim.decay_steps=81 is longer than the 80 steps that optim.warmup_steps=20 leaves of "
+        "train.steps=100; at most 80"
+    ),
+    "--optim.decay_steps=5": "config: optim.decay_steps=5: optim.schedule=cosine has no such decay; wsd has",
+    "--optim.min_lr_ratio=1.1": "optim.min_lr_ratio: input should be less than or equal to 1, not '1.1'",
     "--model.hidden_size=100 --model.num_heads=7": (
         "model: num_heads=7 must divide hidden_size=100, for example 4, 5, 10; or set head_dim"
     ),
@@ -147,7 +159,17 @@ FLAGS = {  # what is typed after the name of a good config, and what is said abo
         "run.seed: input should be less than 281474976710656, not '99999999999999999999'"
     ),
     "--checkpoint.every=-1": "checkpoint.every: input should be greater than or equal to 0, not '-1'",
-    "--steps=1": "unknown flag --steps; config keys are written --section.key=value",
+    "--steps=1": (
+        "unknown flag --steps (is train.steps or train.profile.steps here); config keys are written --section.key=value"
+    ),
+    "--num-layers 2": (
+        "unknown flag --num_layers (is model.num_layers here); config keys are written --section.key=value"
+    ),
+    "--optim.learning-rate=1": (
+        "optim.learning_rate: unknown key (is optim.lr here); known: name, lr, betas, eps, momentum, weight_decay, "
+        "clip, schedule, warmup_steps, decay_steps, min_lr_ratio"
+    ),
+    "--zero_optimization.stage=2": f"zero_optimization: unknown key (is parallel.zero here); known: {SECTIONS}",
     "extra": "unexpected argument 'extra'; see --help",
     "-x": "unknown flag --x; config keys are written --section.key=value",
     "-- --x": "unexpected argument '--'; see --help",

@@ -9,7 +9,7 @@ from tests.kit.tiny import TinyRuns, tiny_config
 
 
 def by_hand(config: Path, *flags: str) -> list[str]:
-    return [PYTHON, "-m", "megatron_lite", "train", str(config), "--parallel.tp=2", "--train.steps=1", *flags]
+    return [PYTHON, "-m", "megatron_lite", "train", str(config), "--parallel.tp=2", "--train.steps=2", *flags]
 
 
 def rank(number: int, port: int, job: str = "") -> dict[str, str]:

@@ -127,6 +127,20 @@ def test_all_mistakes_are_told_together() -> None:
     assert len(str(error.value).splitlines()) == 3
 
 
+def test_a_flag_that_only_the_config_knows_is_answered_by_it(tmp_path: Path) -> None:
+    """Without a stand-in."""
+    told = launch(tmp_path, "run", "x.yaml", "--max_steps=3", "--nprocs=2", "--lr", "1", "--who=1").expect(exit_code=2)
+    assert told.stderr.splitlines() == [
+        f"error: unknown flag --{flag}; config keys are written --section.key=value"
+        for flag in (
+            "max_steps (is train.steps here)",
+            "nprocs (did you mean 'nproc'?)",
+            "lr (is optim.lr here)",
+            "who",
+        )
+    ]
+
+
 def test_values_stay_text() -> None:
     words = read(["a,b", "--x.y=1e5", "--x.z=None", "--dry-run", "--nproc", "3", "--u.v", "[1, 2]"])
     assert (words["config"], words["nproc"], words["dry_run"]) == ("a,b", 3, True)

@@ -41,6 +41,11 @@ def test_the_shapes():
     assert rates(schedule="wsd")[90] == pytest.approx(2.0)  # the last tenth, unless told otherwise
 
 
+def test_a_decay_that_nobody_gave_begins_after_the_warm_up():
+    config = OptimConfig(lr=2.0, warmup_steps=97, schedule="wsd", min_lr_ratio=0.0)
+    assert [learning_rate(config, step, STEPS) for step in (96, 97, 98, 99)] == pytest.approx([2, 2, 4 / 3, 2 / 3])
+
+
 def test_norms_biases_and_embeddings_do_not_decay():
     config = ModelConfig(family="gpt2", vocab_size=64, hidden_size=16, num_heads=2, num_layers=1, max_seq_len=8)
     model = Decoder(config, Axis("tp"), sp=False)
