@@ -12,6 +12,7 @@ from typing import Any
 from megatron_lite.checkpoint import Checkpoint, CheckpointSource
 from megatron_lite.config import Config, ModelConfig, OptimConfig, TrainConfig, parse_section
 from megatron_lite.data.template import find_template
+from megatron_lite.data.tokenizer import TOKENIZER_FILES
 from megatron_lite.errors import CheckpointError, ConfigError, DataError
 from megatron_lite.optim import learning_rate
 
@@ -38,14 +39,15 @@ def check_model(ours: ModelConfig, theirs: ModelConfig, path: Path, allowed: Col
 def check_template(
     theirs: Mapping[str, bytes], ours: Mapping[str, bytes], path: Path, allowed: Collection[str]
 ) -> list[str]:
-    """Refuse another chat template than the one among a checkpoint's small files, unless it is allowed: then a line for
-    the log. Raises CheckpointError."""
+    """Refuse another chat template than the one among a checkpoint's small files, unless it is allowed; a line for each
+    of the tokenizer's files that is not as it was, for the log. Raises CheckpointError."""
+    notes = [f"changed since the checkpoint: {n}" for n in TOKENIZER_FILES if theirs.get(n) != ours.get(n)]
     found = [_template(files) for files in (theirs, ours)]
     if found[0] == found[1]:
-        return []
+        return notes
     there, here = (f"chat template sha {hashlib.sha256(text.encode()).hexdigest()[:8]}" for text in found)
     if "chat_template" in allowed:
-        return [f"changed since the checkpoint: {there} → {here}"]
+        return [*notes, f"changed since the checkpoint: {there} → {here}"]
     raise CheckpointError(
         f"{path}: {there} there, {here} here (data.tokenizer's or data.train's); {_ALLOW}=[chat_template] goes on with "
         "what is here"
