@@ -145,12 +145,13 @@ class Trainer:
         state.skipped += 1
 
     @torch.no_grad()
-    def evaluate(self, micro_batches: Iterable[Any]) -> float:
+    def evaluate(self, steps: Iterable[list[Any]]) -> float:
         """Mean loss per target token over validation batches, as many on every rank; the same on every rank."""
         sums = torch.zeros(2, dtype=torch.float64, device=self.mesh.device)
-        for batch in micro_batches:
-            sums[0] += self.loss(batch, training=False)
-            sums[1] += (batch.targets != IGNORED).sum()
+        for micro_batches in steps:
+            for batch in micro_batches:
+                sums[0] += self.loss(batch, training=False)
+                sums[1] += (batch.targets != IGNORED).sum()
         total, count = comm.all_reduce(sums, self.mesh.dp).tolist()
         return total / max(count, 1)
 

@@ -324,15 +324,15 @@ def build_dataset(data: DataConfig, seed: int, split: Split, vocab_size: int | N
 
 def once(
     dataset: Dataset, limit: int, *, micro_batch_size: int, dp_rank: int, dp_size: int, device: torch.device
-) -> Iterator[Batch]:
-    """One dp rank's micro batches of the first ``limit`` windows, each once (``Dataset.once``). As many on every rank:
-    the last ones are filled up with rows that have no target."""
+) -> Iterator[list[Batch]]:
+    """One dp rank's part of the first ``limit`` windows, each once (``Dataset.once``), in steps of one micro batch. As
+    many on every rank: the last ones are filled up with rows that have no target."""
     which, window = dataset.once(limit)
     stride = micro_batch_size * dp_size
     for start in range(0, len(which), stride):
         first = start + dp_rank * micro_batch_size
         own = slice(first, first + micro_batch_size)
-        yield dataset.batch(first, which[own], window[own], micro_batch_size).to(device)
+        yield [dataset.batch(first, which[own], window[own], micro_batch_size).to(device)]
 
 
 class Loader:

@@ -109,8 +109,8 @@ def test_a_pass_has_each_window_once_and_as_many_batches_on_every_rank(tmp_path,
     paths = [write(tmp_path / "a", [400]), write(tmp_path / "b", [100], first=1000)]  # 49 and 12 windows
     dataset = build_dataset(data_config(*paths, weights=[0.5, 0.5]), 0, "train")
     ranks = [list(once(dataset, limit, micro_batch_size=micro, dp_rank=r, dp_size=dp, device=CPU)) for r in range(dp)]
-    assert {len(batches) for batches in ranks} == {-(-min(limit, 61) // (micro * dp))}
-    batches = sorted((batch for rank in ranks for batch in rank), key=lambda batch: batch.index)
+    assert {len(steps) for steps in ranks} == {-(-min(limit, 61) // (micro * dp))}
+    batches = sorted((batch for steps in ranks for (batch,) in steps), key=lambda batch: batch.index)
     assert all(batch.tokens.shape == (micro, 8) for batch in batches)
     targets = torch.cat([batch.targets for batch in batches])
     kept = targets[(targets != IGNORED).all(1)]

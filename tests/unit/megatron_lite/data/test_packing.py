@@ -66,7 +66,7 @@ def best_fit(sizes: list[int], capacity: int) -> list[int]:
 def test_a_pass_has_every_trained_token_once(tmp_path, micro):
     data = dataset(write(tmp_path / "d", [[2, 5], [3, 4, 1, 2], [6, 3], [1, 1], [2, 11]]))
     ranks = [once(data, 99, micro_batch_size=micro, dp_rank=r, dp_size=2, device=torch.device("cpu")) for r in range(2)]
-    targets = torch.cat([batch.targets.flatten() for rank in ranks for batch in rank])
+    targets = torch.cat([batch.targets.flatten() for steps in ranks for (batch,) in steps])
     trained = [*range(3, 8), *range(11, 15), *range(16, 18), *range(24, 27), 28, *range(31, 42)]
     assert sorted(targets[targets != IGNORED].tolist()) == trained
 
