@@ -2,13 +2,65 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+import re
+from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
-from megatron_lite.config.section import Count, Integer, Positive, Section
+from megatron_lite.config.section import Integer, Positive, Section
 
-_Line = Annotated[str, Field(pattern=r"^[^\n\r\x00]*$")]  # what becomes a line of a script, or a word of a command
+
+def _as_written(value: Any) -> Any:
+    """A whole number where a text is wanted is its digits; of what else YAML reads, the text is lost."""
+    if isinstance(value, bool | float):
+        raise ValueError("this is not a text: write it in quotes")
+    return str(value) if isinstance(value, int) else value
+
+
+def _option(word: str) -> str:
+    if not word.startswith("-"):
+        raise ValueError("expected an option, as in --name=value")
+    return word
+
+
+def _limit(text: str) -> str:
+    if seconds(text) is None and text.lower() not in ("unlimited", "infinite", "-1"):
+        raise ValueError("expected minutes, MM:SS, HH:MM:SS, D-HH, D-HH:MM, D-HH:MM:SS or UNLIMITED")
+    return text
+
+
+def _tasks(text: str) -> str:
+    part = r"\d{1,7}(-\d{1,7}(:0*[1-9]\d{0,6})?)?"
+    if not re.fullmatch(rf"{part}(,{part})*(%[1-9]\d{{0,6}})?", text, re.ASCII):
+        raise ValueError("expected tasks as sbatch takes them: 0-4, 1,3,7, 0-8:2, and 1-9%1 for parts of one run")
+    return text
+
+
+_N = r"(\d{1,6})"
+_FORMS = {  # each number's unit in seconds
+    f"{_N}": (60,),
+    f"{_N}:{_N}": (60, 1),
+    f"{_N}:{_N}:{_N}": (3600, 60, 1),
+    f"{_N}-{_N}": (86400, 3600),
+    f"{_N}-{_N}:{_N}": (86400, 3600, 60),
+    f"{_N}-{_N}:{_N}:{_N}": (86400, 3600, 60, 1),
+}
+
+
+def seconds(limit: str) -> int | None:
+    """A time limit as Slurm reads it: ``30`` is minutes, ``4:00`` minutes and seconds, ``1-12`` a day and 12 hours.
+    None for one that never comes."""
+    for form, units in _FORMS.items():
+        if found := re.fullmatch(form, limit, re.ASCII):
+            return sum(int(number) * unit for number, unit in zip(found.groups(), units, strict=True))
+    return None
+
+
+_Text = Annotated[str, BeforeValidator(_as_written)]
+_Line = Annotated[_Text, Field(pattern=r"^[^\n\r\x00]*$")]  # what becomes a line of a script, or a word of a command
+_Option = Annotated[_Line, AfterValidator(_option)]
+_Limit = Annotated[_Text, AfterValidator(_limit)]
+_Tasks = Annotated[_Text, AfterValidator(_tasks)]
 
 
 class SshConfig(Section):
@@ -25,15 +77,16 @@ class SlurmConfig(Section):
     after a lost rank or node, if there is a new checkpoint. ``chain``: this many jobs, each of which goes on where
     those before it have stopped. ``array``: as in ``sbatch --array``; with ``%1`` its tasks are parts of one run, else
     runs of their own, ``NAME-I`` with seed I. ``setup``: lines of shell before the run (modules, environments),
-    without ``${…}``. ``extra``: further options of sbatch, as in ``--mail-type=END``. ``container``: as in
-    ``srun --container-image`` (enroot with pyxis).
+    without ``${…}``; one that fails ends the job. ``extra``, ``srun_extra``: further options of sbatch, as in
+    ``--mail-type=END``, and of srun, as in ``--gpu-bind=closest``. ``container``: as in ``srun --container-image``
+    (enroot with pyxis). ``time`` and ``mem`` as sbatch takes them: ``30`` is minutes, ``64`` megabytes.
     """
 
     srun: Literal["tasks", "torchrun"] = "tasks"
     partition: _Line | None = None
     account: _Line | None = None
     qos: _Line | None = None
-    time: _Line | None = None
+    time: _Limit | None = None
     gres: _Line | None = None
     constraint: _Line | None = None
     cpus_per_task: Positive | None = None
@@ -41,12 +94,23 @@ class SlurmConfig(Section):
     exclusive: bool = False
     container: _Line | None = None
     container_mounts: _Line | None = None
-    array: _Line | None = None
+    array: _Tasks | None = None
     chain: Positive = 1
-    signal_seconds: Count = 120
+    signal_seconds: Annotated[Integer, Field(ge=0, lt=65536)] = 120
     requeue: bool = True
     setup: list[_Line] = []
-    extra: list[_Line] = []
+    extra: list[_Option] = []
+    srun_extra: list[_Option] = []
+
+    @model_validator(mode="after")
+    def _time_to_save(self) -> SlurmConfig:
+        limit = seconds(self.time or "")
+        if limit and self.signal_seconds >= limit:  # a limit of 0 is none
+            raise ValueError(
+                f"signal_seconds={self.signal_seconds} before the end of time={self.time} ({limit} s) is before the "
+                "start: give less of it, or more time"
+            )
+        return self
 
 
 class KubernetesConfig(Section):
@@ -60,7 +124,7 @@ class KubernetesConfig(Section):
     image: str | None = None
     namespace: str | None = None
     volumes: dict[str, str] = {}
-    resources: dict[str, str] = {}
+    resources: dict[str, _Text] = {}
     shm: str = "8Gi"
     secrets: list[str] = []
 
@@ -72,7 +136,7 @@ class LaunchConfig(Section):
     ``tp_across_hosts`` allows tensor-parallel groups that span hosts, whose network is slow for them.
     """
 
-    env: dict[Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")], str] = {}
+    env: dict[Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")], _Text] = {}
     forward: list[Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]*\*?$")]] = []
     tp_across_hosts: bool = False
     ssh: SshConfig = SshConfig()

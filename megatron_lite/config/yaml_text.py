@@ -1,5 +1,5 @@
 """YAML as configs are written in it: what JSON knows, ``1e-4`` as the number that it is (PyYAML takes it for a string),
-no date that a run's name may look like, and no key twice."""
+no date that a run's name may look like, no number to base 60 or 8 (``4:00:00``, ``010``), and no key twice."""
 
 from __future__ import annotations
 
@@ -13,14 +13,15 @@ _TAG = "tag:yaml.org,2002:"
 _FLOAT = re.compile(
     r"([-+]?([0-9]+\.[0-9]*|\.[0-9]+)([eE][-+]?[0-9]+)?|[-+]?[0-9]+[eE][-+]?[0-9]+|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN))$"
 )
+_INT = re.compile(r"-?(0|[1-9][0-9]*)$")
 _CONSTRUCTORS = {
     tag: how
     for tag, how in yaml.SafeLoader.yaml_constructors.items()
     if tag is None or tag.removeprefix(_TAG) in ("null", "bool", "int", "float", "str", "seq", "map")
 }
 _RESOLVERS = {  # by a plain word's first character, what it may be read as
-    first: [(tag, how) for tag, how in pairs if tag.removeprefix(_TAG) in ("null", "bool", "int")]
-    + [(_TAG + "float", _FLOAT)]
+    first: [(tag, how) for tag, how in pairs if tag.removeprefix(_TAG) in ("null", "bool")]
+    + [(_TAG + "int", _INT), (_TAG + "float", _FLOAT)]
     for first, pairs in yaml.SafeLoader.yaml_implicit_resolvers.items()
 }
 
@@ -41,7 +42,9 @@ class _Loader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):  # type: ignore[mi
 
 
 class _Dumper(getattr(yaml, "CSafeDumper", yaml.SafeDumper)):  # type: ignore[misc]
-    yaml_implicit_resolvers = _RESOLVERS  # a text that would be read as something else is quoted
+    yaml_implicit_resolvers = {  # a text that would be read as something else, here or elsewhere, is quoted
+        first: [*pairs, (_TAG + "float", _FLOAT)] for first, pairs in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
 
     def ignore_aliases(self, data: Any) -> bool:
         return True

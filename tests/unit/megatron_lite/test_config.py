@@ -22,6 +22,7 @@ from megatron_lite.config import (
 )
 from megatron_lite.distributed.mesh import Axis
 from megatron_lite.distributed.shard import spec_of
+from megatron_lite.errors import ConfigError
 from megatron_lite.models.decoder import Decoder
 from megatron_lite.parallel.plan import checkpoint_bytes
 
@@ -47,6 +48,49 @@ def test_what_is_shipped_parses_and_reads_back_as_itself(name, tmp_path):
     config = load_config(name, {"model.vocab_size": "1000", **base})
     (tmp_path / "resolved.yaml").write_text(to_yaml(config))
     assert load_config(str(tmp_path / "resolved.yaml"), {}) == config
+
+
+@pytest.mark.parametrize(
+    ("key", "written"),
+    [
+        *(("time", text) for text in ("30", "4:00", "4:00:00", "04:00:00", "1-12", "1-12:30", "1-12:30:15", "0")),
+        *(("time", text) for text in ("UNLIMITED", "infinite", "-1", "100:00:00", "90:00", "1:30:59")),
+        *(("mem", "64"), ("mem", "64G"), ("mem", "0"), ("account", "12345"), ("account", "007"), ("qos", "1_000")),
+        *(("constraint", "0x10"), ("partition", "2"), ("gres", "gpu:8"), ("array", "3"), ("array", "0-8:2,11%1")),
+    ],
+)
+def test_what_slurm_is_asked_for_is_what_was_written(key, written, tmp_path):
+    text = "model: {{vocab_size: 9}}\ndata: {{train: [{{path: x}}], seq_len: 8}}\nlaunch:\n  slurm:\n    {}\n"
+    (tmp_path / "c.yaml").write_text(text.format(f"{key}: {written}\n    signal_seconds: 0"))
+    in_yaml = load_config(str(tmp_path / "c.yaml"), {})
+    (tmp_path / "c.yaml").write_text(text.format("signal_seconds: 0"))
+    typed = load_config(str(tmp_path / "c.yaml"), {f"launch.slurm.{key}": written})
+    assert getattr(in_yaml.launch.slurm, key) == getattr(typed.launch.slurm, key) == written
+    (tmp_path / "resolved.yaml").write_text(to_yaml(in_yaml))
+    assert load_config(str(tmp_path / "resolved.yaml"), {}) == in_yaml
+
+
+@pytest.mark.parametrize(
+    ("section", "message"),
+    [
+        ({"time": "4h"}, "time: expected minutes, MM:SS, HH:MM:SS, D-HH, .* or UNLIMITED, not '4h'"),
+        ({"time": "1:2:3:4"}, "time: expected minutes"),
+        ({"time": ""}, "time: expected minutes"),
+        ({"time": 1.5}, r"time: this is not a text: write it in quotes, not 1\.5"),
+        ({"mem": True}, "mem: this is not a text: write it in quotes, not True"),
+        ({"time": "1:00"}, r"slurm: signal_seconds=120 before the end of time=1:00 \(60 s\) is before the start"),
+        ({"time": 10, "signal_seconds": 600}, "slurm: signal_seconds=600 before the end"),
+        ({"signal_seconds": 65536}, "signal_seconds: input should be less than 65536"),
+        ({"array": "0-"}, "array: expected tasks as sbatch takes them: 0-4, .*, not '0-'"),
+        ({"array": "0-4%0"}, "array: expected tasks"),
+        ({"extra": ["mail-type=END"]}, "extra.0: expected an option, as in --name=value, not 'mail-type=END'"),
+        ({"srun_extra": ["bind"]}, "srun_extra.0: expected an option"),
+    ],
+)
+def test_what_slurm_would_refuse_or_misread_is_refused(section, message):
+    data = {"train": [{"path": "x"}], "seq_len": 8}
+    with pytest.raises(ConfigError, match=rf"^launch\.(slurm\.)?{message}"):
+        parse_config({"model": {"vocab_size": 9}, "data": data, "launch": {"slurm": section}})
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
