@@ -37,6 +37,7 @@ class Slurm:
     cpus_per_task: int | None = None
     container: str | None = None
     container_mounts: str | None = None
+    srun_extra: tuple[str, ...] = ()
     port: int = 20000
 
 

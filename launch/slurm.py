@@ -21,10 +21,29 @@ from launch.hostfile import Host, UsageError, check_name
 from launch.job import Command, Job, Launch, Slurm
 
 _MAX_NODES = 65536
+_MAX_TASKS = 10000
 _SPECIAL_STEPS = 0xFFFFFFF0  # from here on, SLURM_STEP_ID is that of a batch script or of an interactive shell
 _PLAIN = re.compile(r"[\w.,:/=@%+*&|()\[\]-]*", re.ASCII)
 _TASK = "SLURM_ARRAY_TASK_ID"
 RESUME = "--checkpoint.resume=auto"
+# Options of sbatch which, said a second time, would part the script from what is run and read after it.
+_OWN = {
+    **dict.fromkeys(("-a", "--array"), "use launch.slurm.array"),
+    **dict.fromkeys(("-t", "--time"), "use launch.slurm.time"),
+    **dict.fromkeys(("-N", "--nodes"), "use --nodes=N of launch run"),
+    **dict.fromkeys(("-n", "--ntasks", "--ntasks-per-node"), "use --nproc=N of launch run"),
+    **dict.fromkeys(("-o", "--output", "-e", "--error", "--open-mode"), "logs are in the run folder"),
+    **dict.fromkeys(("-D", "--chdir"), "the job runs where it was submitted"),
+    "--signal": "use launch.slurm.signal_seconds",
+    **dict.fromkeys(("--requeue", "--no-requeue"), "use launch.slurm.requeue"),
+}
+# For all of an array, SLURM_JOB_ID of its last task means every task.
+_JOB_ID = f'"${{SLURM_ARRAY_JOB_ID:-$SLURM_JOB_ID}}${{{_TASK}:+_${_TASK}}}"'
+# A line of setup that fails, and not one within a file that it reads, ends the job.
+_FAILED = (
+    """trap 'code=$?; [ ${#BASH_SOURCE[@]} -gt 1 ] || """
+    """{ echo "error: launch.slurm.setup: exit code $code: $(sed -n ${LINENO}p "$0")" >&2; exit 2; }' ERR"""
+)
 
 
 def allocated(env: Mapping[str, str]) -> bool:
@@ -54,7 +73,29 @@ def choose_hosts(where: Mapping[str, Any], env: Mapping[str, str]) -> tuple[Host
     names = expand(env["SLURM_JOB_NODELIST"])
     if most is not None and most > len(names):
         raise UsageError(f"--nodes={most}: this allocation has {len(names)}: {env['SLURM_JOB_NODELIST']}")
-    return tuple(Host(name, where["nproc"] or int(env.get("SLURM_NTASKS_PER_NODE", "1"))) for name in names[:most])
+    if where["nproc"]:
+        return tuple(Host(name, where["nproc"]) for name in names[:most])
+    slots = zip(names, tasks(env, len(names)), strict=True)
+    return tuple(Host(name, count) for name, count in slots if count)[:most]
+
+
+def tasks(env: Mapping[str, str], nodes: int) -> list[int]:
+    """How many tasks srun would start on each node of an allocation: those that were asked for, or one. Raises
+    UsageError."""
+    if "SLURM_NTASKS" not in env:  # without it, SLURM_TASKS_PER_NODE counts what would fit there
+        return [int(env.get("SLURM_NTASKS_PER_NODE", "1"))] * nodes
+    left, places = int(env["SLURM_NTASKS"]), env.get("SLURM_TASKS_PER_NODE", "")
+    counts = []
+    for count, times in re.findall(r"(\d+)(?:\(x(\d+)\))?", places):  # 4(x2),3
+        for _ in range(int(times or 1)):
+            counts.append(min(int(count), left))
+            left -= counts[-1]
+    if left or len(counts) != nodes:
+        raise UsageError(
+            f"SLURM_NTASKS={env['SLURM_NTASKS']} tasks on {nodes} nodes are not SLURM_TASKS_PER_NODE={places}; "
+            "give --nproc=N"
+        )
+    return counts
 
 
 def expand(hostlist: str) -> list[str]:
@@ -89,7 +130,7 @@ def describe(options: Mapping[str, Any], env: Mapping[str, str]) -> Slurm:
     job = env.get("SLURM_JOB_ID", "0")
     port = 20000 + int(job) % 12000 if job.isdecimal() else 20000  # jobs that share a node seldom share it
     names = ("srun", "cpus_per_task", "container", "container_mounts")
-    return Slurm(port=port, **{name: options[name] for name in names})
+    return Slurm(port=port, srun_extra=tuple(options["srun_extra"]), **{name: options[name] for name in names})
 
 
 def command(job: Job) -> Launch:
@@ -99,9 +140,12 @@ def command(job: Job) -> Launch:
     of others: that is the supervisor's to do, when it knows who was first.
     """
     slurm = job.slurm or Slurm()
-    slots = job.hosts[0].slots
-    if any(host.slots != slots or host.devices is not None for host in job.hosts):
-        raise UsageError("--via=slurm starts as many ranks on every node as on the first one; give --nproc=N")
+    slots, files = job.hosts[0].slots, {}
+    even = all(host.slots == slots for host in job.hosts)
+    if any(host.devices is not None for host in job.hosts):
+        raise UsageError("--via=slurm: Slurm chooses the devices; see launch.slurm.srun_extra")
+    if not even and slurm.srun == "torchrun":
+        raise UsageError("launch.slurm.srun=torchrun starts as many ranks on every node as on the first; use tasks")
     python = sys.executable
     if slurm.container is not None:
         python = "python3"  # the image's own
@@ -118,24 +162,30 @@ def command(job: Job) -> Launch:
         if job.rendezvous is not None:
             meeting += [f"--master-addr={job.rendezvous[0]}", f"--master-port={job.rendezvous[1]}"]
         program = ["-m", "launch.agent", *torchrun.agent(job, slots, meeting, "--stderr-fd=1", "--lease")]
+    if even:
+        ntasks = len(job.hosts) * per_node
+        places = ["--relative=0", f"--ntasks-per-node={per_node}", "--distribution=block"]
+    else:
+        ntasks, places, listed = job.size, ["--distribution=arbitrary"], job.log_dir / "slurm.hosts"
+        files[listed] = "".join(f"{host.name}\n" * host.slots for host in job.hosts)
+        env |= {"SLURM_HOSTFILE": str(listed.absolute())}
     argv = [
         "srun",
         f"--nodes={len(job.hosts)}",
-        "--relative=0",
-        f"--ntasks={len(job.hosts) * per_node}",
-        f"--ntasks-per-node={per_node}",
+        f"--ntasks={ntasks}",
+        *places,
         *([f"--cpus-per-task={cpus}"] if cpus else []),  # since 22.05 srun does not take it from the job
-        "--distribution=block",
         "--kill-on-bad-exit=0",
         "--wait=0",
         "--mpi=none",
         "--input=none",
         "--export=ALL",
         *_container(job, slurm),
+        *slurm.srun_extra,
         python,
         *program,
     ]
-    return Launch("srun", [Command(argv, env, stop=signal.SIGTERM)])
+    return Launch("srun", [Command(argv, env, stop=signal.SIGTERM)], files)
 
 
 def _container(job: Job, slurm: Slurm) -> list[str]:
@@ -159,14 +209,14 @@ def script(job: Job, words: Sequence[str], overrides: Mapping[str, str], options
     name, array, kept = job.run_dir.name, options["array"], dict(overrides)
     if array is not None and options["chain"] > 1:
         raise UsageError("launch.slurm.array and launch.slurm.chain are two ways to get several jobs: give one of them")
-    first_start, own = '"${SLURM_RESTART_COUNT:-0}" = 0', None
-    if array is not None and array.endswith("%1"):  # one task after the other: each goes on where the last has stopped
-        first_start += f' -a "${_TASK}" = "$SLURM_ARRAY_TASK_MIN"'
-    elif array is not None:
-        own = [f'set -- "$@" --run.name={name}-"${_TASK}"']
+    first_start, own = '"${SLURM_RESTART_COUNT:-0}" = 0', []
+    if runs_of_their_own(array):
+        own.append(f'set -- "$@" --run.name={name}-"${_TASK}"')
         if "run.seed" not in kept:
             own.append(f'set -- "$@" --run.seed="${_TASK}"')
         kept.pop("run.name", None)
+    elif array is not None:  # one task after the other: each goes on where the last has stopped
+        first_start += f' -a "${_TASK}" = "$SLURM_ARRAY_TASK_MIN"'
     resume = [] if "checkpoint.resume" in kept else [f"[ {first_start} ] || set -- {RESUME}"]
     argv = [sys.executable, "-m", "launch", "run", *words, *(f"--{key}={value}" for key, value in kept.items())]
     first, rest = shlex.join(argv[:5]), [shlex.quote(word) for word in argv[5:]]
@@ -177,9 +227,9 @@ def script(job: Job, words: Sequence[str], overrides: Mapping[str, str], options
         "Written by `python -m launch run`; edit it and submit it again as you like.",
         *(f"#SBATCH {line}" for line in _directives(job, options)),
         "",
-        *([*options["setup"], ""] if options["setup"] else []),
+        *([_FAILED, *options["setup"], "trap - ERR; set +e", ""] if options["setup"] else []),
         *resume,
-        *(own or []),
+        *own,
         "# On the first node: it starts the ranks with srun, watches them, and has them save when it is told to stop.",
         " \\\n    ".join([first, *rest, '"$@" &']),
         "launcher=$! expiring= again=",
@@ -190,30 +240,51 @@ def script(job: Job, words: Sequence[str], overrides: Mapping[str, str], options
         "code=$?",
     ]
     if options["requeue"]:
-        folder = shlex.quote(str(job.run_dir)) + ("" if own is None else f'-"${_TASK}"')
+        folder = shlex.quote(str(job.run_dir)) + (f'-"${_TASK}"' if own else "")
         lines += [
-            "case $code in",
-            "    # Saved: again, unless it was cancelled.",
-            "    75) again=$expiring ;;",
+            f"job={_JOB_ID}",
+            f"further() {{ [ {folder}/checkpoints/latest -nt {folder}/logs/launcher.lock ]; }}",
+            'case "$code $(scontrol show job -o "$job")" in',
+            "    # Cancelled, by `launch cancel` or by scancel: not again.",
+            "    *Requeue=0* | *JobState=C*Reason=None*) ;;",
+            "    # Saved, or cut off by a preemption: again; at the time limit, if it came further.",
+            '    "75 "* | [15]*PreemptTime=2*) [ -z "$expiring" ] || further && again=yes ;;',
             "    # A rank or a node was lost: again, if there is a checkpoint that is younger than this start.",
-            f"    5) [ {folder}/checkpoints/latest -nt {folder}/logs/launcher.lock ] && again=yes ;;",
+            '    "5 "*) further && again=yes ;;',
             "esac",
-            'if [ "$again" ]; then scontrol requeue "$SLURM_JOB_ID"; fi',
+            '[ -z "$again" ] || scontrol requeue "$job"',
         ]
     return "\n".join([*lines, "exit $code", ""])
 
 
+def runs_of_their_own(array: str | None) -> bool:
+    """Whether the tasks of such an array are runs, not the parts of one."""
+    return array is not None and not array.endswith("%1")
+
+
+def task_numbers(array: str) -> list[int]:
+    """The tasks of ``1-3,8`` or ``0-6:2%4``. Raises UsageError for more than anybody would start."""
+    spans = []
+    for part in array.partition("%")[0].split(","):
+        first, _, rest = part.partition("-")
+        last, _, step = rest.partition(":")
+        spans.append(range(int(first), int(last or first) + 1, int(step or 1)))
+    if sum(map(len, spans)) > _MAX_TASKS:
+        raise UsageError(f"launch.slurm.array={array} is more than {_MAX_TASKS} runs")
+    return sorted(set(itertools.chain.from_iterable(spans)))
+
+
 def _directives(job: Job, options: Mapping[str, Any]) -> list[str]:
     """What stands after ``#SBATCH``."""
-    output = job.log_dir.absolute() / f"slurm-{'%j' if options['array'] is None else '%A_%a'}.out"
-    for path in (output, Path.cwd()):
+    for path in (job.log_dir.absolute(), Path.cwd()):
         if set("\\\n\r") & set(str(path)):
             raise UsageError(f"{str(path)!r}: Slurm does not take a backslash or a line break in a path")
+    output = str(job.run_dir.absolute()).replace("%", "%%") + ("-%a" if runs_of_their_own(options["array"]) else "")
     slots = job.hosts[0].slots
     asked = {
         "job-name": job.run_dir.name,
         "chdir": str(Path.cwd()),
-        "output": str(output.parent).replace("%", "%%") + f"/{output.name}",
+        "output": f"{output}/logs/slurm-{'%j' if options['array'] is None else '%A_%a'}.out",
         "open-mode": "append",
         "nodes": len(job.hosts),
         "ntasks-per-node": slots,
@@ -224,8 +295,10 @@ def _directives(job: Job, options: Mapping[str, Any]) -> list[str]:
         asked["signal"] = f"B:USR1@{options['signal_seconds']}"
     flags = ["--exclusive"] if options["exclusive"] else []
     flags.append("--requeue" if options["requeue"] else "--no-requeue")
-    if wrong := [line for line in options["extra"] if not line.startswith("-")]:
-        raise UsageError(f"launch.slurm.extra: {wrong[0]!r} is not an option of sbatch; write it as --name=value")
+    for line in options["extra"]:
+        name = re.split("[= ]", line)[0]
+        if where := _OWN.get(name):
+            raise UsageError(f"launch.slurm.extra: {name} is this program's to say; {where}")
     return [*(f"--{name}={_quote(str(value))}" for name, value in asked.items()), *flags, *options["extra"]]
 
 

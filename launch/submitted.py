@@ -17,7 +17,7 @@ from typing import Any
 from launch.hostfile import UsageError
 from launch.job import Job
 from launch.outcome import last_step
-from launch.slurm import RESUME, script
+from launch.slurm import RESUME, runs_of_their_own, script, task_numbers
 from launch.supervise import say
 
 _POLL_S = 1.0
@@ -25,6 +25,7 @@ _STORAGE = 7
 _JOBS = "slurm.jobs"  # in the log folder: the ids of the jobs that were submitted last
 # PREEMPTED and NODE_FAIL may be followed by another start; these are not.
 _ENDED = {"COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "OUT_OF_MEMORY", "DEADLINE", "BOOT_FAIL", "NODE_FAIL"}
+_BEGUN = {"RUNNING", "SUSPENDED"}
 
 
 def submit(
@@ -40,8 +41,12 @@ def submit(
         print(text, end="")
         return 0
     path = job.log_dir / "slurm.sh"
+    tasks: dict[int, Path] = {}  # of an array, and where each writes: Slurm makes no folder
+    if runs_of_their_own(options["array"]):
+        tasks = {number: Path(f"{job.run_dir}-{number}/logs") for number in task_numbers(options["array"])}
     try:
-        job.log_dir.mkdir(parents=True, exist_ok=True)
+        for folder in (job.log_dir, *tasks.values()):
+            folder.mkdir(parents=True, exist_ok=True)
         path.write_bytes(os.fsencode(text))  # a path need not be UTF-8
     except OSError as error:
         say(f"error: {error.filename}: {error.strerror}")
@@ -61,6 +66,8 @@ def submit(
             raise UsageError(f"sbatch: {_complaint(asked)}; the script: {path}")
         jobs.append(asked.stdout.strip().partition(";")[0])
     (job.log_dir / _JOBS).write_text("".join(f"{number}\n" for number in jobs))
+    for number, folder in tasks.items():
+        (folder / _JOBS).write_text(f"{jobs[0]}_{number}\n")
     print("\n".join(jobs))
     after = f", and {', '.join(jobs[1:])} after it" if len(jobs) > 1 else ""
     say(f"submitted {path} as job {jobs[0]}{after}; go on with")
@@ -73,50 +80,66 @@ def status(job: str) -> int:
     """Show where JOB (a job's id, or a run folder) stands, in the queue and in its run.
 
     Exit codes: 0, or 2 if neither Slurm nor a folder knows of it."""
-    ids, log_dir = find(job)
+    ids, log_dirs = find(job)
     known = [record for number in ids for record in records(number)]
     for record in known:
         print(_line(record))
-    if log_dir is not None:
+    for log_dir in log_dirs:
         print(_progress(log_dir))
     if not known:
         say(f"Slurm knows no job {', '.join(ids)} any more" if ids else f"no job was submitted from {job}")
-    return 0 if known or log_dir else 2
+    return 0 if known or log_dirs else 2
 
 
 def logs(job: str, *, rank: int | None, follow: bool) -> int:
     """Print what JOB (a job's id, or a run folder) has written: its launcher and rank 0, or another rank's log.
 
     Ends when it has shown what there is; with --follow, when the job has ended."""
-    ids, log_dir = find(job)
-    if log_dir is None:
+    ids, log_dirs = find(job)
+    if not log_dirs:
         raise UsageError(f"Slurm knows no job {job} any more; give its run folder")
-    if rank is not None:
-        path = log_dir / f"rank_{rank}.log"
-    elif Path(job).is_dir():
-        path = max(
-            log_dir.glob("slurm-*.out"), key=lambda output: output.stat().st_mtime, default=log_dir / "slurm-*.out"
-        )
-    else:
-        path = Path(records(job)[-1]["StdOut"])
-    shown = 0
+    if len(log_dirs) > 1:
+        run_dir = log_dirs[0].parent
+        task = f"{ids[0].partition('_')[0]}_{run_dir.name.rpartition('-')[2]}"
+        raise UsageError(f"{job} is an array of {len(log_dirs)} runs; give one of them, as in {task} or {run_dir}")
+
+    def written() -> list[Path]:
+        """The files, that which was last written to at the end: a run in several parts has several."""
+        if rank is not None:
+            found = [log_dirs[0] / f"rank_{rank}.log"]
+        elif Path(job).is_dir():
+            found = list(log_dirs[0].glob("slurm-*.out"))
+        else:
+            found = [Path(record["StdOut"]) for record in records(job)]
+        return sorted(filter(Path.is_file, found), key=lambda path: path.stat().st_mtime)
+
+    shown = dict.fromkeys(written()[:-1], -1)
     while True:
         over = not follow or not any(map(_running, ids))  # asked first: what comes after it is still shown
-        with contextlib.suppress(FileNotFoundError), path.open("rb") as file:
-            file.seek(shown)
-            while chunk := file.read(65536):
-                shown += len(chunk)
-                try:
-                    while chunk:
-                        chunk = chunk[os.write(1, chunk) :]
-                except BrokenPipeError:  # as in `| head`
-                    return 0
+        for path in written():
+            if shown.get(path) != -1 and not _show(path, shown):
+                return 0
         if over:
             break
         time.sleep(_POLL_S)
-    if not path.is_file():
-        raise UsageError(f"{path}: nothing was written yet")
+    if not any(count >= 0 for count in shown.values()):
+        raise UsageError(f"{log_dirs[0]}: nothing was written yet")
     return 0
+
+
+def _show(path: Path, shown: dict[Path, int]) -> bool:
+    """Copy to stdout what is new in a file, of which ``shown`` holds the bytes; whether anybody still reads it."""
+    shown.setdefault(path, 0)
+    with contextlib.suppress(FileNotFoundError), path.open("rb") as file:
+        file.seek(shown[path])
+        while chunk := file.read(65536):
+            shown[path] += len(chunk)
+            try:
+                while chunk:
+                    chunk = chunk[os.write(1, chunk) :]
+            except BrokenPipeError:  # as in `| head`
+                return False
+    return True
 
 
 def cancel(job: str, *, wait: int) -> int:
@@ -124,41 +147,58 @@ def cancel(job: str, *, wait: int) -> int:
 
     It gets --wait seconds to save, and is killed then; 0 kills it at once."""
     ids, _ = find(job)
-    if not (known := [record for number in ids for record in records(number) if record["JobState"] not in _ENDED]):
+    if not (known := _left(ids)):
         say(f"{job}: nothing left to cancel")
         return 0
-    numbers = [record["JobId"] for record in known]
-    if waiting := _dependents(set(numbers) | set(ids)):
+    names = list(map(_name, known))
+    if waiting := _dependents({*names, *ids}):
         _call("scancel", *waiting)
         say(f"cancelled {', '.join(waiting)}, which waited for it")
-    running = [record["JobId"] for record in known if record["JobState"] == "RUNNING"] if wait else []
-    if running:
+    for record in known:
+        if not (wait and record["JobState"] in _BEGUN):
+            which = ["--state=PENDING", record["ArrayJobId"]] if "[" in _name(record) else [_name(record)]
+            _call("scancel", *which)
+            say(f"cancelled {_name(record)}")
+    if running := [_name(record) for record in _left(ids) if wait and record["JobState"] in _BEGUN]:
+        for name in running:  # its end is no reason to put it back into the queue
+            _call("scontrol", "update", f"JobId={name}", "Requeue=0")
         _call("scancel", "--batch", "--signal=TERM", *running)
         say(f"asked {', '.join(running)} to save and to end; killed if that takes more than {wait} s")
         deadline = time.monotonic() + wait
         while any(map(_running, running)) and time.monotonic() < deadline:
             time.sleep(_POLL_S)
-    if left := [number for number in numbers if _running(number)]:
-        _call("scancel", *left)
-        say(f"cancelled {', '.join(left)}")
+        if left := [name for name in running if _running(name)]:
+            _call("scancel", *left)
+            say(f"cancelled {', '.join(left)}")
     return 0
 
 
-def find(job: str) -> tuple[list[str], Path | None]:
-    """The ids, and the log folder as far as it is known, of a job or of the last jobs of a run folder."""
+def find(job: str) -> tuple[list[str], list[Path]]:
+    """The ids, and the log folders as far as they are known, of a job or of the last jobs of a run folder: one folder,
+    or one for each run of an array."""
     if re.fullmatch(r"\d+(_\d+)?", job, re.ASCII):
-        known = records(job)
-        return [job], _log_dir(known[-1]) if known else None
+        found = dict.fromkeys(_log_dir(record) for record in records(job))
+        return [job], [log_dir for log_dir in found if log_dir.is_dir()]
     log_dir = Path(job) / "logs"
     if not log_dir.is_dir():
         raise UsageError(f"{job}: neither the number of a job nor a run folder")
-    with contextlib.suppress(FileNotFoundError):
-        return (log_dir / _JOBS).read_text().split(), log_dir
-    return [], log_dir
+    ids = _submitted(log_dir)
+    siblings = [folder / "logs" for folder in log_dir.parent.absolute().parent.iterdir()]
+    tasks = {task: folder for folder in siblings for task in _submitted(folder) if task.partition("_")[0] in ids}
+    runs = [tasks[task] for task in sorted(tasks, key=lambda task: int(task.partition("_")[2] or -1)) if "_" in task]
+    return ids, runs or [log_dir]
+
+
+def _submitted(log_dir: Path) -> list[str]:
+    try:
+        return (log_dir / _JOBS).read_text().split()
+    except OSError:
+        return []
 
 
 def records(job: str) -> list[dict[str, str]]:
-    """What ``scontrol show job`` tells, one record for each task of an array; none of a job that it has forgotten."""
+    """What ``scontrol show job`` tells, one record for each task of an array, and one for all that have not begun; none
+    of a job that it has forgotten."""
     shown = _call("scontrol", "show", "job", job, accept=lambda said: "Invalid job id" in said)
     found = []
     for text in re.split(r"\n\s*\n", shown.strip()):
@@ -166,17 +206,31 @@ def records(job: str) -> list[dict[str, str]]:
         record |= dict(re.findall(r"^\s+(StdOut|Command|WorkDir)=(.*)$", text, re.MULTILINE))  # may hold spaces
         if "StdOut" in record:
             record["StdOut"] = record["StdOut"].replace("%%", "%")  # shown as it was given
+            if "_" in job:  # one that has not begun is shown as one of many
+                record["ArrayTaskId"] = job.partition("_")[2]
             found.append(record)
     return found
 
 
+def _left(jobs: Sequence[str]) -> list[dict[str, str]]:
+    """The records of what has not ended."""
+    return [record for job in jobs for record in records(job) if record["JobState"] not in _ENDED]
+
+
+def _name(record: Mapping[str, str]) -> str:
+    """What Slurm's commands know it by: ``4``, a task of an array ``4_2``, all that have not begun ``4_[3-9]``. The
+    JobId of a task may be that of the whole array."""
+    tasks = record.get("ArrayTaskId", "")
+    return record["JobId"] if not tasks else f"{record['ArrayJobId']}_{tasks if tasks.isdecimal() else f'[{tasks}]'}"
+
+
 def _running(job: str) -> bool:
-    return any(record["JobState"] not in _ENDED for record in records(job))
+    return bool(_left([job]))
 
 
 def _dependents(jobs: set[str]) -> list[str]:
     """This user's jobs that wait for one of ``jobs``."""
-    listed = [line.partition(" ") for line in _call("squeue", "-h", "--me", "-o", "%i %E").splitlines()]
+    listed = [line.partition(" ") for line in _call("squeue", "-h", "--me", "-o", "%A %E").splitlines()]
     return [number for number, _, on in listed if number not in jobs and jobs & set(re.findall(r"\d+", on))]
 
 
@@ -205,7 +259,7 @@ def _line(record: Mapping[str, str]) -> str:
     where = record.get("NodeList", "(null)")
     return "".join(
         [
-            f"job {record['JobId']} ({record['JobName']}): {record['JobState']}",
+            f"job {_name(record)} ({record['JobName']}): {record['JobState']}",
             f" ({reason})" if reason != "None" else "",
             f" on {where}" if where not in ("", "(null)") else "",
             f", {record['RunTime']} of {record['TimeLimit']}",

@@ -13,7 +13,9 @@
 #SBATCH --requeue
 #SBATCH --mail-type=END
 
+trap 'code=$?; [ ${#BASH_SOURCE[@]} -gt 1 ] || { echo "error: launch.slurm.setup: exit code $code: $(sed -n ${LINENO}p "$0")" >&2; exit 2; }' ERR
 module load cuda
+trap - ERR; set +e
 
 [ "${SLURM_RESTART_COUNT:-0}" = 0 ] || set -- --checkpoint.resume=auto
 # On the first node: it starts the ranks with srun, watches them, and has them save when it is told to stop.
@@ -30,11 +32,15 @@ trap 'kill -TERM $launcher' TERM
 while kill -0 $launcher 2>/dev/null; do wait $launcher; done  # a signal ends a wait early
 wait $launcher
 code=$?
-case $code in
-    # Saved: again, unless it was cancelled.
-    75) again=$expiring ;;
+job="${SLURM_ARRAY_JOB_ID:-$SLURM_JOB_ID}${SLURM_ARRAY_TASK_ID:+_$SLURM_ARRAY_TASK_ID}"
+further() { [ runs/big/checkpoints/latest -nt runs/big/logs/launcher.lock ]; }
+case "$code $(scontrol show job -o "$job")" in
+    # Cancelled, by `launch cancel` or by scancel: not again.
+    *Requeue=0* | *JobState=C*Reason=None*) ;;
+    # Saved, or cut off by a preemption: again; at the time limit, if it came further.
+    "75 "* | [15]*PreemptTime=2*) [ -z "$expiring" ] || further && again=yes ;;
     # A rank or a node was lost: again, if there is a checkpoint that is younger than this start.
-    5) [ runs/big/checkpoints/latest -nt runs/big/logs/launcher.lock ] && again=yes ;;
+    "5 "*) further && again=yes ;;
 esac
-if [ "$again" ]; then scontrol requeue "$SLURM_JOB_ID"; fi
+[ -z "$again" ] || scontrol requeue "$job"
 exit $code

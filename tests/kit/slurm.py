@@ -7,6 +7,7 @@ with Cluster(3) as cluster, Slurm(cluster) as slurm:
     slurm.kill_node(2)
 
 Every node has 4 CPUs, 4 pretended GPUs and the feature ``cpu``. On loopback hosts, nodes are named by their address.
+Jobs in the partition ``high`` preempt those of ``main``, which get a minute to end.
 """
 
 from __future__ import annotations
@@ -157,6 +158,7 @@ class Slurm:
         # cred_expire: a requeued job starts no earlier than this; its default is two minutes.
         auth, socket_of_munge = ("munge", f"socket={self.folder}/munge/socket,") if with_munge else ("none", "")
         described = "CPUs=4 RealMemory=4000 Gres=gpu:4 Feature=cpu State=UNKNOWN"
+        everyone = ",".join(self.nodes)
         nodes = "\n".join(f"NodeName={node}{ports[node]} {described}" for node in self.nodes)
         return f"""
 ClusterName=lab
@@ -184,8 +186,11 @@ ReturnToService=2
 SlurmdTimeout={self.node_timeout}
 KillWait=3
 InactiveLimit=0
+PreemptType=preempt/partition_prio
+PreemptMode=REQUEUE
 {nodes}
-PartitionName=main Nodes={",".join(self.nodes)} Default=YES MaxTime=INFINITE State=UP
+PartitionName=main Nodes={everyone} Default=YES PriorityTier=1 GraceTime=60 State=UP
+PartitionName=high Nodes={everyone} PriorityTier=2 PreemptMode=OFF State=UP
 """
 
     def _start_munge(self, munged: str) -> None:

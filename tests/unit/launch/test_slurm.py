@@ -14,7 +14,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from launch import slurm
+from launch import slurm, submitted
 from launch.hostfile import Host, UsageError
 from launch.job import Job, Slurm
 from launch.launchers import LAUNCHERS
@@ -47,6 +47,15 @@ echo $$ >"$LOG.pid.tmp"; mv "$LOG.pid.tmp" "$LOG.pid"
 [ -z "$CODE" ] || exit "$CODE"
 while :; do sleep 0.05; done
 """
+ASK = "scancel --batch --signal=TERM {}"
+SCONTROL = """#!/bin/sh
+[ "$1" != show ] || exec echo "${SHOWN:-JobState=RUNNING Reason=None Requeue=1 PreemptTime=None}"
+echo "$*" >>"$LOG.scontrol"
+"""
+CANCELLED = (
+    "JobState=COMPLETING Reason=None Requeue=1",
+    "JobState=RUNNING Reason=None Requeue=0",
+)  # by scancel, by `launch cancel`
 
 
 def options(**changes: Any) -> dict[str, Any]:
@@ -60,7 +69,7 @@ def job(**changes: Any) -> Job:
 def stand_ins(folder: Path, patch: pytest.MonkeyPatch) -> None:
     """Make ``folder`` the current directory, its ``python`` the launcher, and put an scontrol on PATH."""
     patch.chdir(folder)
-    for name, text in (("python", LAUNCHER), ("scontrol", '#!/bin/sh\necho "$*" >>"$LOG.scontrol"\n')):
+    for name, text in (("python", LAUNCHER), ("scontrol", SCONTROL)):
         (folder / name).write_text(text)
         (folder / name).chmod(0o755)
     patch.setattr(sys, "executable", str(folder / "python"))
@@ -141,14 +150,23 @@ def test_later_starts_resume_and_tasks_of_an_array_are_runs_of_their_own(
 
 
 @pytest.mark.parametrize(
-    ("signum", "requeue", "again"),
-    [(signal.SIGUSR1, True, True), (signal.SIGUSR1, False, False), (signal.SIGTERM, True, False)],
+    ("signum", "requeue", "saved", "shown", "again"),
+    [
+        (signal.SIGTERM, True, False, "", True),  # somebody's, or the scheduler's
+        (signal.SIGTERM, True, True, CANCELLED[0], False),
+        (signal.SIGTERM, True, True, CANCELLED[1], False),
+        (signal.SIGUSR1, True, True, "", True),
+        (signal.SIGUSR1, True, True, "JobState=COMPLETING Reason=TimeLimit", True),  # saving took longer than that
+        (signal.SIGUSR1, True, False, "", False),  # it would come no further the next time
+        (signal.SIGUSR1, False, True, "", False),
+    ],
 )
-def test_a_script_waits_for_the_save_and_asks_for_another_start_only_at_the_time_limit(
-    signum: int, requeue: bool, again: bool, folder: Path
+def test_a_script_waits_for_the_save_and_asks_for_another_start_unless_it_was_cancelled(
+    signum: int, requeue: bool, saved: bool, shown: str, again: bool, folder: Path
 ) -> None:
+    has_saved(folder / "runs/x", saved)
     text = slurm.script(job(), ["c.yaml"], {}, options(requeue=requeue))
-    with subprocess.Popen(["bash", "-c", text], env={**os.environ, "CODE": ""}) as script:
+    with subprocess.Popen(["bash", "-c", text], env={**os.environ, "CODE": "", "SHOWN": shown}) as script:
         eventually((folder / "log.pid").exists, "the launcher runs")
         script.send_signal(signum)
         assert script.wait(timeout=20) == 75
@@ -157,20 +175,56 @@ def test_a_script_waits_for_the_save_and_asks_for_another_start_only_at_the_time
         assert (folder / "log.scontrol").read_text() == "requeue 7\n"
 
 
-@pytest.mark.parametrize("code", [0, 2, 5, 75])
-@pytest.mark.parametrize("saved", [False, True])
-def test_after_a_lost_rank_there_is_another_start_if_there_is_something_new_to_start_from(
-    code: int, saved: bool, folder: Path
-) -> None:
-    run_dir = folder / "runs/a run"
+def has_saved(run_dir: Path, saved: bool) -> None:
+    """Leave a checkpoint in ``run_dir``, younger than the start or older."""
     for path, age in ((run_dir / "logs/launcher.lock", 100), (run_dir / "checkpoints/latest", 50 if saved else 150)):
         path.parent.mkdir(parents=True)
         path.touch()
         os.utime(path, (1e9 - age, 1e9 - age))
+
+
+@pytest.mark.parametrize("code", [0, 1, 2, 5, 75, 143])
+@pytest.mark.parametrize("saved", [False, True])
+@pytest.mark.parametrize("shown", ["", "PreemptTime=2026-11-27T22:27:37"])
+def test_how_a_run_ended_tells_whether_there_is_another_start(code: int, saved: bool, shown: str, folder: Path) -> None:
+    has_saved(folder / "runs/a run", saved)
     text = slurm.script(job(run_dir=Path("runs/a run")), ["c.yaml"], {}, options())
-    ended = subprocess.run(["bash"], input=text.encode(), timeout=20, env={**os.environ, "CODE": str(code)})
+    environ = {**os.environ, "CODE": str(code), "SHOWN": shown}
+    ended = subprocess.run(["bash"], input=text.encode(), timeout=20, env=environ)
     assert ended.returncode == code
-    assert (folder / "log.scontrol").exists() == (code == 5 and saved)
+    again = code == 75 or (code == 5 and saved) or (bool(shown) and code in (1, 5, 143))
+    assert (folder / "log.scontrol").exists() == again
+
+
+@pytest.mark.parametrize("last", [False, True])
+def test_a_task_of_an_array_queues_itself_again_and_no_other(last: bool, folder: Path) -> None:
+    """The task that Slurm starts last keeps the number of the array, which means every task to scontrol."""
+    array = {"SLURM_ARRAY_JOB_ID": "7", "SLURM_ARRAY_TASK_ID": "3", "SLURM_JOB_ID": "7" if last else "9"}
+    text = slurm.script(job(), ["c.yaml"], {}, options(array="1-3", setup=["set -eu"]))
+    subprocess.run(["bash"], input=text.encode(), timeout=20, env={**os.environ, **array, "CODE": "75"})
+    assert (folder / "log.scontrol").read_text() == "requeue 7_3\n"
+
+
+@pytest.mark.parametrize(
+    ("setup", "failing"),
+    [
+        (["true", "modul load cuda", "touch canary"], "127: modul load cuda"),
+        (["module() { false; true; return 3; }", "module load x"], "3: module load x"),
+        (["source missing.sh"], "1: source missing.sh"),
+        (["for a in 1 2; do", "  [ $a = 1 ]", "done"], "1:   [ $a = 1 ]"),
+        (["[ -f missing ] && touch canary", "false || true", "if false; then", "  true", "fi"], ""),
+        (["echo 'false; true' >there.sh", ". ./there.sh"], ""),  # how a file of somebody else's comes to its end
+    ],
+)
+def test_a_line_of_setup_that_fails_ends_the_job(setup: list[str], failing: str, folder: Path) -> None:
+    text = slurm.script(job(), ["c.yaml"], {}, options(setup=setup))
+    (folder / "script").write_text(text)
+    environ = {**os.environ, "CODE": "0"}
+    ended = subprocess.run(["bash", "script"], timeout=20, env=environ, stderr=subprocess.PIPE, text=True)
+    assert ended.returncode == (2 if failing else 0)
+    assert (f"error: launch.slurm.setup: exit code {failing}\n" in ended.stderr) == bool(failing)
+    assert (folder / "log.argv").exists() != bool(failing)
+    assert not (folder / "canary").exists()
 
 
 @given(st.lists(st.tuples(st.sampled_from(["a", "n-", "x1."]), st.lists(st.integers(0, 30), max_size=3)), min_size=1))
@@ -193,7 +247,8 @@ def test_what_is_no_node_list_is_refused(hostlist: str) -> None:
 
 def test_the_hosts_are_the_allocations(monkeypatch: pytest.MonkeyPatch) -> None:
     where = {"hostfile": None, "include": "", "exclude": "", "node_rank": None, "nodes": None, "nproc": None}
-    env = {"SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "n[1-3]", "SLURM_NTASKS_PER_NODE": "4"}
+    env = {"SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "n[1-3]"}
+    env |= {"SLURM_NTASKS_PER_NODE": "4", "SLURM_NTASKS": "12", "SLURM_TASKS_PER_NODE": "4(x3)"}
     assert slurm.choose_hosts(where, env) == tuple(Host(f"n{i}", 4) for i in (1, 2, 3))
     assert slurm.choose_hosts({**where, "nodes": (2, 2), "nproc": 1}, env) == (Host("n1", 1), Host("n2", 1))
     assert len(slurm.choose_hosts({**where, "nodes": (2, 2)}, {})) == 2
@@ -206,6 +261,36 @@ def test_the_hosts_are_the_allocations(monkeypatch: pytest.MonkeyPatch) -> None:
         with pytest.raises(UsageError, match=message):
             slurm.choose_hosts({**where, **wrong}, given_env)
     assert slurm.choose_hosts(where, {**env, "SLURM_STEP_ID": str(0xFFFFFFFA)})  # an interactive shell of salloc's
+
+
+@pytest.mark.parametrize(
+    ("given", "counts"),  # as Slurm 22.05 says it
+    [
+        ({"SLURM_TASKS_PER_NODE": "4(x3)"}, [1, 1, 1]),  # --exclusive, without a word about tasks
+        ({"SLURM_NTASKS": "16", "SLURM_TASKS_PER_NODE": "8,4(x2)"}, [8, 4, 4]),
+        ({"SLURM_NTASKS": "11", "SLURM_TASKS_PER_NODE": "4(x2),3"}, [4, 4, 3]),
+        ({"SLURM_NTASKS": "5", "SLURM_NTASKS_PER_NODE": "2", "SLURM_TASKS_PER_NODE": "2(x3)"}, [2, 2, 1]),
+        ({"SLURM_NTASKS": "2", "SLURM_TASKS_PER_NODE": "1(x3)"}, [1, 1]),
+    ],
+)
+def test_tasks_are_counted_as_slurm_says(given: dict[str, str], counts: list[int]) -> None:
+    where = {"hostfile": None, "include": "", "exclude": "", "node_rank": None, "nodes": None, "nproc": None}
+    env = {"SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "n[1-3]", **given}
+    assert [host.slots for host in slurm.choose_hosts(where, env)] == counts
+    with pytest.raises(UsageError, match=r"SLURM_NTASKS=99 tasks on 3 nodes are not .*; give --nproc=N"):
+        slurm.choose_hosts(where, {**env, "SLURM_NTASKS": "99"})
+
+
+def test_uneven_tasks_are_placed_one_by_one() -> None:
+    hosts = (Host("n1", 2), Host("n2", 1))
+    launch = LAUNCHERS["slurm"](job(hosts=hosts, slurm=Slurm(srun_extra=("--gpu-bind=closest",))))
+    (command,) = launch.commands
+    assert {"--nodes=2", "--ntasks=3", "--distribution=arbitrary", "--gpu-bind=closest"} <= set(command.argv)
+    assert {str(path.absolute()): text for path, text in launch.files.items()} == {
+        command.env["SLURM_HOSTFILE"]: "n1\nn1\nn2\n"
+    }
+    with pytest.raises(UsageError, match=r"srun=torchrun starts as many ranks on every node"):
+        LAUNCHERS["slurm"](job(hosts=hosts, slurm=Slurm(srun="torchrun")))
 
 
 @pytest.mark.parametrize(("mode", "tasks", "cpus"), [("tasks", 4, 3), ("torchrun", 2, 6)])
@@ -234,14 +319,22 @@ def test_a_container_brings_its_own_python_and_sees_the_run_folder(monkeypatch: 
 @pytest.mark.parametrize(
     ("changes", "run_dir", "message"),
     [
-        ({"extra": ["mail-type=END"]}, "runs/x", "launch.slurm.extra: 'mail-type=END' is not an option of sbatch"),
         ({"array": "1-3", "chain": 2}, "runs/x", "give one of them"),
+        ({"extra": ["--array=1-3"]}, "runs/x", "extra: --array is this .* use launch.slurm.array"),
+        ({"extra": ["--mem-per-cpu=4G", "-o x"]}, "runs/x", "extra: -o is this .* logs are in the run folder"),
         ({}, "runs\\/x", "does not take a backslash"),
     ],
 )
 def test_scripts_that_slurm_would_misread_are_refused(changes: dict[str, Any], run_dir: str, message: str) -> None:
     with pytest.raises(UsageError, match=message):
         slurm.script(job(run_dir=Path(run_dir)), ["c.yaml"], {}, options(**changes))
+
+
+@pytest.mark.parametrize(("array", "numbers"), [("3", [3]), ("0-2", [0, 1, 2]), ("7,1-2,0-6:3%4", [0, 1, 2, 3, 6, 7])])
+def test_tasks_are_counted_as_sbatch_counts_them(array: str, numbers: list[int]) -> None:
+    assert slurm.task_numbers(options(array=array)["array"]) == numbers
+    with pytest.raises(UsageError, match="is more than 10000 runs"):
+        slurm.task_numbers(f"{array.partition('%')[0]},0-9999999")
 
 
 def test_a_chain_is_one_script_submitted_again_and_again(tmp_path: Path) -> None:
@@ -259,6 +352,47 @@ def test_a_chain_is_one_script_submitted_again_and_again(tmp_path: Path) -> None
         f"--parsable --dependency=afternotok:1,afternotok:2 {later}",
     ]
     assert (tmp_path / "run/logs/slurm.jobs").read_text() == "1\n2\n3\n"
+
+
+TASKS = """JobId=4 ArrayJobId=4 ArrayTaskId=2 JobName=x
+   JobState=RUNNING
+   StdOut=/x-2/logs/slurm-4_2.out
+
+JobId=6 ArrayJobId=4 ArrayTaskId=1 JobName=x
+   JobState=FAILED
+   StdOut=/x-1/logs/slurm-4_1.out
+
+JobId=4 ArrayJobId=4 ArrayTaskId=3-9%2 ArrayTaskThrottle=2 JobName=x
+   JobState=PENDING
+   StdOut=/x-4294967294/logs/slurm-4_4294967294.out
+"""
+
+
+@pytest.mark.parametrize(
+    ("job_id", "shown", "calls"),
+    [
+        ("4", TASKS, ["scancel --state=PENDING 4", "scontrol update JobId=4_2 Requeue=0", ASK.format("4_2")]),
+        ("4_2", TASKS.split("\n\n")[0], ["scontrol update JobId=4_2 Requeue=0", ASK.format("4_2")]),
+        ("4_7", TASKS.split("\n\n")[2], ["scancel 4_7"]),
+    ],
+    ids=["all", "running", "waiting"],
+)
+def test_an_array_is_cancelled_as_a_whole_or_by_its_tasks(
+    job_id: str, shown: str, calls: list[str], folder: Path
+) -> None:
+    """The last task to start has the array's number, which would mean all of them."""
+    (folder / "shown").write_text(shown)
+    for name in ("scontrol", "scancel", "squeue"):
+        text = f"""case "{name} $*" in
+            *--batch*) : >shown ;;
+            "scontrol show job "*) exec cat shown ;;
+            squeue*) exit ;;
+        esac
+        echo "{name} $*" >>calls"""
+        (folder / name).write_text(f"#!/bin/sh\n{text}\n")
+        (folder / name).chmod(0o755)
+    assert submitted.cancel(job_id, wait=9) == 0
+    assert (folder / "calls").read_text().splitlines() == calls
 
 
 def test_without_sbatch_the_script_is_there_to_take_along(tmp_path: Path) -> None:
