@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import itertools
 import json
 import os
 import platform
@@ -141,8 +142,19 @@ def _gpus(visible: str | None) -> int:
     nvidia = [path for path in Path("/dev").glob("nvidia*") if path.name.removeprefix("nvidia").isdecimal()]
     nodes = Path("/sys/class/kfd/kfd/topology/nodes").glob("*/gpu_id")
     amd = [node for node in nodes if node.read_text().strip() not in ("", "0")]
-    count = len(nvidia) or len(amd)
-    return count if visible is None else min(count, len([word for word in visible.split(",") if word.strip()]))
+    return left_visible(len(nvidia) or len(amd), visible)
+
+
+def left_visible(gpus: int, visible: str | None) -> int:
+    """How many GPUs, or parts of them (MIG), CUDA_VISIBLE_DEVICES leaves of those of a host: its list ends at the first
+    word that names none, as ``-1`` and Slurm's ``NoDevFiles``."""
+    if visible is None or not gpus:
+        return gpus
+
+    def names_one(word: str) -> bool:
+        return word.startswith(("GPU-", "MIG-")) or (word.isdecimal() and int(word) < gpus)
+
+    return len(list(itertools.takewhile(names_one, map(str.strip, visible.split(",")))))
 
 
 def _threads() -> int:

@@ -167,7 +167,14 @@ def started_by_mpi(environ: Mapping[str, str] | None = None) -> bool:
     return any(environ.get(name, "").isdigit() and int(environ[name]) > 1 for name in _MPI_SIZES)
 
 
-def export_for_deepspeed(device: str, local_rank: int) -> None:
-    """Write the variables that DeepSpeed reads, where the launcher did not; before it is imported."""
-    os.environ.setdefault("LOCAL_RANK", str(local_rank))
+def export_for_deepspeed(device: str, index: int | None) -> None:
+    """Write the variables that DeepSpeed reads, before it is imported: what it computes on, and on which GPU, for which
+    it takes LOCAL_RANK. It wants Open MPI's local rank to be the same."""
     os.environ.setdefault("DS_ACCELERATOR", device)
+    mpi = "OMPI_COMM_WORLD_LOCAL_RANK"
+    if index is None:
+        os.environ.setdefault("LOCAL_RANK", os.environ.get(mpi, "0"))
+    else:
+        os.environ["LOCAL_RANK"] = str(index)
+        if mpi in os.environ:
+            os.environ[mpi] = str(index)

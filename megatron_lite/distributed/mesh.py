@@ -110,19 +110,36 @@ def build_mesh(degrees: Mapping[str, int], device: torch.device, ranks: Sequence
 
 
 def pick_device(rank: Rank) -> torch.device:
-    """The device of this rank: its own GPU where there is one, else the CPU.
+    """The device of this rank: its own GPU where there is one, else the CPU. Raises ConfigError as ``gpu_index``."""
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    device = torch.device("cuda", gpu_index(torch.cuda.device_count(), rank))
+    torch.cuda.set_device(device)
+    return device
 
-    Raises ConfigError where a host has GPUs, but fewer than ranks.
+
+def gpu_index(visible: int, rank: Rank) -> int:
+    """Which of the GPUs that it sees a rank takes: the only one, as Slurm and others give each task its own, or that of
+    its local rank. That no other rank has the same is checked where they meet.
+
+    Raises ConfigError where it sees several, but fewer than its host has ranks.
     """
-    if torch.cuda.is_available():
-        if (gpus := torch.cuda.device_count()) < rank.local_size:
-            raise ConfigError(
-                f"{rank.local_size} ranks were started on {rank.host}, which has {gpus} GPU{'s'[: gpus != 1]}; "
-                f"start at most {gpus} there, or hide the GPUs with CUDA_VISIBLE_DEVICES="
-            )
-        torch.cuda.set_device(rank.local_rank)
-        return torch.device("cuda", rank.local_rank)
-    return torch.device("cpu")
+    if visible == 1:
+        return 0
+    if visible < rank.local_size:
+        raise ConfigError(
+            f"{rank.local_size} ranks were started on {rank.host}, where this one sees {visible} GPUs; start at most "
+            f"{visible} there, let each see its own alone, or hide the GPUs with CUDA_VISIBLE_DEVICES="
+        )
+    return rank.local_rank
+
+
+def _gpu_identity(device: torch.device) -> dict[str, str]:
+    """What tells this rank's GPU from all others; of a part of one (MIG) only its driver knows."""
+    if device.type != "cuda":
+        return {}
+    properties = torch.cuda.get_device_properties(device)
+    return {} if "MIG" in properties.name else {"device": str(getattr(properties, "uuid", ""))}
 
 
 def peer_failure(error: BaseException) -> bool:
@@ -153,7 +170,7 @@ def process_group(
     if rank.size == 1:
         yield [rank.host]
         return
-    store, hosts = meet(rank, identity or {}, timeout_seconds)
+    store, hosts = meet(rank, {**(identity or {}), **_gpu_identity(device)}, timeout_seconds)
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     # Without a device_id: with one, the mesh's groups are split off, and torch hands NCCL's options to gloo's split.
     torch_dist.init_process_group(

@@ -18,6 +18,7 @@ import torch.distributed as torch_dist
 from megatron_lite.distributed.env import Rank
 from megatron_lite.errors import ConfigError, PeerError
 
+_OWN = ("host", "device")  # what ranks need not have in common
 _LINGER_S = 5.0  # how long rank 0, whose process may hold the store, stays for the others to read a bad verdict
 
 
@@ -25,8 +26,8 @@ def meet(rank: Rank, identity: Mapping[str, str], timeout_seconds: float) -> tup
     """The job's store and, on rank 0, every rank's host (elsewhere nothing), once all ranks were found to be alike.
 
     ``identity``: what has to be the same on all ranks, by names that fit into ``runs NAME VALUE``; a name with a dot is
-    a config key. Raises ConfigError on every rank when one differs, on a rank of another job, and when the store's port
-    is taken; PeerError when a rank does not come in time.
+    a config key; and ``device``, a GPU that has to be the rank's own. Raises ConfigError on every rank when one
+    differs, on a rank of another job, and when the store's port is taken; PeerError when a rank does not come in time.
     """
     limit = timedelta(seconds=timeout_seconds)
     address, port = rank.rendezvous or agree_by_mpi(rank)
@@ -91,7 +92,7 @@ def _judge(store: torch_dist.Store, size: int, limit: timedelta) -> list[str]:
     try:
         store.wait(keys, limit)
         identities = [json.loads(store.get(key)) for key in keys]
-        if message := compare(identities):
+        if message := compare(identities) or shared_gpu(identities):
             error = ConfigError(message)
     except torch_dist.DistStoreError:
         missing = ", ".join(str(rank) for rank, key in enumerate(keys) if not store.check([key]))
@@ -110,7 +111,7 @@ def compare(identities: Sequence[Mapping[str, str]]) -> str:
 
     Most ranks are right; where as many say one thing as another, rank 0 is.
     """
-    names = list(dict.fromkeys(name for identity in identities for name in identity if name != "host"))
+    names = list(dict.fromkeys(name for identity in identities for name in identity if name not in _OWN))
     for name in names:
         values = [identity.get(name, "nothing") for identity in identities]
         if len(set(values)) == 1:
@@ -127,6 +128,21 @@ def compare(identities: Sequence[Mapping[str, str]]) -> str:
                 told.append(f"{who} {name}={value}" if "." in name else f"{who} {name} {value}")
         others = counts[usual]
         return f"{'; '.join(told)}, the other {f'{others} ranks' if others > 1 else 'rank'} {usual}"
+    return ""
+
+
+def shared_gpu(identities: Sequence[Mapping[str, str]]) -> str:
+    """The first GPU that more than one rank would use, in one line that names them; empty where each has its own."""
+    users: dict[str, list[int]] = {}
+    for rank, identity in enumerate(identities):
+        if device := identity.get("device"):
+            users.setdefault(device, []).append(rank)
+    for device, ranks in users.items():
+        if len(ranks) > 1:
+            return (
+                f"ranks {', '.join(map(str, ranks))} ({identities[ranks[0]]['host']}) were given one GPU ({device}); "
+                "start one rank for each, or hide the GPUs with CUDA_VISIBLE_DEVICES="
+            )
     return ""
 
 

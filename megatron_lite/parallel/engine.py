@@ -160,7 +160,7 @@ def local(tensor: Any) -> Tensor:
 def build_engine(model: nn.Module, config: Config, mesh: Mesh) -> Engine:
     """The engine that the config asks for; a single data-parallel rank has nothing to divide."""
     if config.parallel.engine == "deepspeed" and mesh.dp.size > 1:
-        export_for_deepspeed(mesh.device.type, mesh.device.index or 0)
+        export_for_deepspeed(mesh.device.type, mesh.device.index)
         from megatron_lite.parallel.zero import DeepSpeedZeRO
 
         return DeepSpeedZeRO(model, config, mesh)

@@ -8,7 +8,7 @@ import pytest
 from launch.case import Case, Finding, amount
 from launch.checks import CHECKS, examine
 from launch.doctor import exit_code, near, report
-from launch.facts import Facts, Peer
+from launch.facts import Facts, Peer, left_visible
 from launch.hostfile import Host
 
 GIB = 1 << 30
@@ -263,3 +263,21 @@ def test_of_many_hosts_each_asks_about_the_first_and_its_neighbours() -> None:
 )
 def test_sizes_are_for_people(size: float, text: str) -> None:
     assert amount(size) == text
+
+
+@pytest.mark.parametrize(
+    ("gpus", "visible", "left"),
+    [
+        (8, None, 8),
+        (8, "0,3", 2),
+        (8, "GPU-0a,GPU-0b", 2),
+        (1, "MIG-0a, MIG-0b,MIG-0c", 3),
+        (2, "0,1,2", 2),
+        (8, "0,-1,2", 1),
+        (8, "NoDevFiles", 0),
+        (8, "", 0),
+        (0, "GPU-0a", 0),
+    ],
+)
+def test_gpus_are_those_that_a_rank_would_see(gpus: int, visible: str | None, left: int) -> None:
+    assert left_visible(gpus, visible) == left

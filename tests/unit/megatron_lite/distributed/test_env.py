@@ -1,8 +1,10 @@
 """The rank variables of every launcher, as they come and as they go wrong."""
 
+import os
+
 import pytest
 
-from megatron_lite.distributed.env import Rank, read_rank
+from megatron_lite.distributed.env import Rank, export_for_deepspeed, read_rank
 from megatron_lite.errors import ConfigError
 
 MEET = {"MASTER_ADDR": "node0", "MASTER_PORT": "29500"}
@@ -90,3 +92,20 @@ def test_where_ranks_meet() -> None:
     assert 20000 <= port < 32000
     assert read_rank({**SRUN, "SLURM_STEP_ID": "1"}).rendezvous != (address, port)
     assert (read_rank({**SRUN, "SLURM_STEP_NODELIST": "a-1.x,b[1-2]"}).rendezvous or ("",))[0] == "a-1.x"
+
+
+@pytest.mark.parametrize(
+    ("given", "index", "local_rank"),
+    [
+        ({"LOCAL_RANK": "3"}, None, "3"),
+        ({"OMPI_COMM_WORLD_LOCAL_RANK": "3"}, None, "3"),
+        ({"LOCAL_RANK": "3"}, 0, "0"),  # it sees one GPU, its own
+        ({"OMPI_COMM_WORLD_LOCAL_RANK": "3"}, 0, "0"),
+    ],
+)
+def test_deepspeed_is_told_the_gpu(
+    given: dict[str, str], index: int | None, local_rank: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "environ", dict(given))
+    export_for_deepspeed("cuda", index)
+    assert {os.environ[name] for name in {"LOCAL_RANK", *given}} == {local_rank}

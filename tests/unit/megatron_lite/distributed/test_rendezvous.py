@@ -5,7 +5,7 @@ import socket
 
 import pytest
 
-from megatron_lite.distributed.rendezvous import compare, port_owner
+from megatron_lite.distributed.rendezvous import compare, port_owner, shared_gpu
 
 
 def ranks(**changed: dict[int, str]) -> list[dict[str, str]]:
@@ -38,6 +38,13 @@ def ranks(**changed: dict[int, str]) -> list[dict[str, str]]:
 )
 def test_the_odd_ranks_are_named(changed: dict, line: str) -> None:
     assert compare(ranks(**changed)) == line
+
+
+def test_no_two_ranks_have_one_gpu() -> None:
+    own = {rank: f"GPU-{rank}" for rank in range(8)}
+    assert compare(ranks(device=own)) == shared_gpu(ranks(device=own)) == shared_gpu(ranks()) == ""
+    shared = shared_gpu(ranks(device={**own, 6: "GPU-5"}))
+    assert shared.startswith("ranks 5, 6 (node1) were given one GPU (GPU-5); start one rank for each")
 
 
 def test_who_listens_on_a_port() -> None:
