@@ -26,8 +26,8 @@ from data_tools.sources import Span, similar
 from megatron_lite.cli import nearest
 from megatron_lite.data.indexed import IndexedWriter, token_dtype
 from megatron_lite.data.packing import CONVERSATIONS
-from megatron_lite.data.template import MAX_TEMPLATE, ChatTemplate, Loss, find_template
-from megatron_lite.data.tokenizer import Tokenizer, tokenizer_files
+from megatron_lite.data.template import MAX_TEMPLATE, PLAIN, ChatTemplate, Loss, Rendered, find_template
+from megatron_lite.data.tokenizer import Tokenizer, led, tokenizer_files
 from megatron_lite.errors import ConfigError
 
 _LOSSES = ("completions", "last", "all")
@@ -38,6 +38,7 @@ class ChatOptions:
     """What decides the output; recorded in the dataset card."""
 
     chat_template: str
+    add_bos: bool | None = None
     format: str = "auto"
     loss: Loss = "completions"
     on_error: str = "stop"
@@ -57,6 +58,7 @@ def chat(
     format: str = "auto",
     loss: str = "completions",
     template: str = "",
+    add_bos: bool | None = None,
     workers: int = 0,
     on_error: str = "stop",
     max_bad: str = "0.1%",
@@ -71,6 +73,8 @@ def chat(
     ({"prompt", "completion"}); auto tells each line by its keys. A prompt and completion that are texts are joined as
     they are, with the end-of-sequence token after them; everything else goes through the chat template: that of
     --template=FILE, or the one that comes with the tokenizer (a folder, tokenizer.json or .model), or a plain one.
+    What the tokenizer puts before a text (bos) stands before these texts and those of the plain template; others write
+    it themselves. --add_bos=true puts bos before each conversation that does not begin with it, false before none.
 
     --loss=completions trains on what the assistant wrote, end markers included; last on its last turn alone; all on
     everything. --max_document_tokens=N cuts longer conversations (--long_documents=truncate) or leaves them out (drop).
@@ -93,9 +97,11 @@ def chat(
             raise ConfigError("\n".join(mistakes))
         facts = building.describe_tokenizer(tokenizer, append_eos=False) | {"content": CONVERSATIONS}
         source = _read_template(template) if template else find_template(tokenizer_files(tokenizer), tokenizer)
-        check_template(source, named_tokenizer(tokenizer), template or "chat template")
+        model = named_tokenizer(tokenizer)
+        model.around(add_bos)
+        check_template(source, model, template or "chat template")
         limits = max_document_tokens, long_documents, max_line_bytes
-        return ChatOptions(source, format, loss, on_error, *limits), facts  # type: ignore[arg-type]
+        return ChatOptions(source, add_bos, format, loss, on_error, *limits), facts  # type: ignore[arg-type]
 
     merger = building.build(input, tokenizer, out, workers, max_bad, prepare)
     if merger is not None:
@@ -185,7 +191,7 @@ def _encoded(
                     part.empty += 1
                     continue
                 excerpt = json.dumps(found)[:80]
-                yield tokenized(conversation(found, options.format), model, template, options.loss)
+                yield tokenized(conversation(found, options.format), model, template, options.loss, options.add_bos)
             except ValueError as reason:
                 rejects.write(json.dumps([number, line, str(reason), excerpt]) + "\n")
                 if options.on_error == "stop":
@@ -193,18 +199,24 @@ def _encoded(
 
 
 def tokenized(
-    found: Conversation, model: Tokenizer, template: ChatTemplate, loss: Loss
+    found: Conversation, model: Tokenizer, template: ChatTemplate, loss: Loss, add_bos: bool | None = None
 ) -> tuple[np.ndarray, np.ndarray]:
-    """[n] tokens of a conversation, and [n] bool, which of them to train on. Raises ValueError to refuse it."""
+    """[n] tokens of a conversation, and [n] bool, which of them to train on. Raises ValueError to refuse it.
+
+    A prompt and its completion are encoded as one text: by themselves, the space between them may be lost, or be two.
+    """
     if found.plain:
         prompt, completion = (message["content"] for message in found.messages)
-        for text in (prompt, completion):
-            check_text(text)
-        context, tokens = model.encode(prompt), model.encode(completion)
-        end = [model.eos_id] if model.eos_id >= 0 else []
-        mask = np.repeat([loss == "all", True], [len(context), len(tokens) + len(end)])
-        return np.array([*context, *tokens, *end], np.int64), mask
-    rendered = template.render(found.messages, loss, **found.given)
+        rendered = Rendered(prompt + completion, [(0 if loss == "all" else len(prompt), len(prompt + completion))])
+    else:
+        rendered = template.render(found.messages, loss, **found.given)
     check_text(rendered.text)
     encoded = model.encode_spans(rendered.text)
-    return encoded.tokens, encoded.within(rendered.spans)
+    tokens = encoded.tokens.tolist()
+    written = add_bos is None and not found.plain and template.source != PLAIN
+    begin = [] if written else model.around(add_bos)[0]
+    before = len(led(begin, tokens)) - len(tokens)
+    # What ends the text is not doubled either.
+    after = int(found.plain and model.eos_id >= 0 and tokens[-1:] != [model.eos_id])
+    mask = np.concatenate((np.zeros(before, bool), encoded.within(rendered.spans), np.ones(after, bool)))
+    return np.array([*begin[:before], *tokens, *[model.eos_id] * after], np.int64), mask

@@ -27,6 +27,8 @@ class Options:
     """What decides the output; recorded in the dataset card."""
 
     append_eos: bool = True
+    add_bos: bool | None = None
+    parse_special: bool = False
     text_key: str = "text"
     on_error: str = "stop"
     max_document_tokens: int = 0
@@ -93,7 +95,7 @@ def encode(spans: list[Span], prefix: str, tokenizer: str, options: Options) -> 
         Path(f"{prefix}.rejects").open("w", encoding="utf-8") as rejects,
     ):
         for batch in _batches(part, options, rejects):
-            documents = _limited(_encode(model, batch, options.append_eos), part, options)
+            documents = _limited(_encode(model, batch, options.parse_special), around(model, options), part, options)
             if documents:
                 lengths = np.array([len(tokens) for tokens in documents], np.int32)
                 tokens = np.concatenate(documents, dtype=dtype, casting="unsafe")
@@ -125,32 +127,51 @@ def _batches(part: Part, options: Options, rejects: TextIO) -> Iterator[list[byt
         yield batch
 
 
-def _encode(model: Tokenizer, texts: list[bytes], eos: bool) -> list[np.ndarray]:
+def _encode(model: Tokenizer, texts: list[bytes], special: bool) -> list[np.ndarray]:
     """[n] int32 tokens of each text."""
     if max(map(len, texts)) <= PIECE_BYTES:
-        return model.encode_documents(texts, eos)
+        return model.encode_documents(texts, special=special)
     documents = []
-    for *head, tail in map(cut, texts):
-        documents.append(np.concatenate(model.encode_documents(head, False) + model.encode_documents([tail], eos)))
+    for head, *rest in map(cut, texts):
+        parts = model.encode_documents([head], special=special)
+        documents.append(np.concatenate(parts + [_continued(model, piece, special) for piece in rest]))
     return documents
 
 
-def _limited(documents: list[np.ndarray], part: Part, options: Options) -> list[np.ndarray]:
-    """The documents as they are stored: without those that have no tokens, and within ``max_document_tokens``."""
-    ending = 1 if options.append_eos else 0
-    stored = [tokens for tokens in documents if len(tokens) > ending]  # a normaliser may leave nothing of a text
-    part.documents += len(stored)
-    part.empty += len(documents) - len(stored)
-    if not options.max_document_tokens or max(map(len, stored), default=0) <= options.max_document_tokens:
-        return stored
+def _continued(model: Tokenizer, piece: bytes, special: bool) -> np.ndarray:
+    """[n] int32 tokens of a text that goes on after a line: without the space that begins a text in some tokenizers."""
+    tokens, starts, stops = model.encode_spans("\n" + piece.decode(), special=special)
+    if ((starts < 1) & (stops > 1)).any():  # no token ends where the line does
+        return model.encode_documents([piece], special=special)[0]
+    return tokens[starts >= 1].astype(np.int32)
+
+
+def around(model: Tokenizer, options: Options) -> tuple[list[int], list[int]]:
+    """The tokens before and after each document. Raises ConfigError for what the tokenizer has not."""
+    return model.around(options.add_bos)[0], [model.eos_id] if options.append_eos else []
+
+
+def _limited(
+    documents: list[np.ndarray], ends: tuple[list[int], list[int]], part: Part, options: Options
+) -> list[np.ndarray]:
+    """The documents as they are stored: with their ends, without those that have no tokens, and within
+    ``max_document_tokens``."""
+    before, after = (np.array(tokens, np.int32) for tokens in ends)
+    room = options.max_document_tokens - len(before) - len(after)
     limited = []
-    for tokens in stored:
-        if len(tokens) <= options.max_document_tokens:
-            limited.append(tokens)
+    for body in documents:
+        if before.size and np.array_equal(body[: len(before)], before):  # what the text spells is not doubled
+            body = body[len(before) :]
+        if after.size and np.array_equal(body[-len(after) :], after):
+            body = body[: -len(after)]
+        if len(body) == 0:  # a normaliser may leave nothing of a text
+            part.empty += 1
             continue
-        part.long += 1
-        body, eos = np.split(tokens, [len(tokens) - ending])
-        size = options.max_document_tokens - ending
-        stop = size if options.long_documents == "truncate" else len(body)
-        limited += [np.append(body[start : start + size], eos) for start in range(0, stop, size)]
+        part.documents += 1
+        pieces = [body]
+        if options.max_document_tokens and len(body) > room:
+            part.long += 1
+            stop = room if options.long_documents == "truncate" else len(body)
+            pieces = [body[start : start + room] for start in range(0, stop, room)]
+        limited += [np.concatenate((before, piece, after)) for piece in pieces]
     return limited

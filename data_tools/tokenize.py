@@ -20,7 +20,7 @@ from typing import Any, ClassVar, Protocol
 
 from data_tools import workers as processes
 from data_tools.documents import MAX_LINE_BYTES
-from data_tools.encode import Options, Part, named_tokenizer
+from data_tools.encode import Options, Part, around, named_tokenizer
 from data_tools.progress import Progress
 from data_tools.sources import Source, Span, find_sources, units
 from megatron_lite.cli import nearest
@@ -38,6 +38,8 @@ def tokenize(
     out: str,
     workers: int = 0,
     append_eos: bool = True,
+    add_bos: bool | None = None,
+    parse_special: bool = False,
     text_key: str = "text",
     on_error: str = "stop",
     max_bad: str = "0.1%",
@@ -49,7 +51,9 @@ def tokenize(
 
     INPUT is a file, a folder, a glob, or several with commas: jsonl, jsonl.gz, parquet or plain text. --workers=0
     takes one process for each CPU; under mpirun every rank is a worker, on any number of machines that share OUT.
-    Each document ends with the end-of-sequence token unless --append_eos=false. Empty documents are left out.
+    Each document ends with the end-of-sequence token unless --append_eos=false, and begins with the one that the
+    tokenizer itself puts before a text (Llama's) or, as --add_bos=true or false says, with bos or nothing. Text that
+    spells a special token stays text unless --parse_special=true. Empty documents are left out.
 
     A line that is not a document (bad UTF-8, bad JSON, no text, …) stops the work, naming file and line. With
     --on_error=skip it goes to OUT.rejects.jsonl instead, as long as no more lines are bad than --max_bad: a share, such
@@ -66,8 +70,12 @@ def tokenize(
             mistakes.append(f"--long_documents={long_documents}: expected split or truncate{hint}")
         if mistakes:
             raise ConfigError("\n".join(mistakes))
-        options = Options(append_eos, text_key, on_error, max_document_tokens, long_documents, max_line_bytes)
-        return options, describe_tokenizer(tokenizer, append_eos)
+        limits = max_document_tokens, long_documents, max_line_bytes
+        options = Options(append_eos, add_bos, parse_special, text_key, on_error, *limits)
+        facts = describe_tokenizer(tokenizer, append_eos)
+        if 0 < max_document_tokens <= (taken := sum(map(len, around(named_tokenizer(tokenizer), options)))):
+            raise ConfigError(f"--max_document_tokens={max_document_tokens}: bos and eos alone are {taken}")
+        return options, facts
 
     build(input, tokenizer, out, workers, max_bad, prepare)
 

@@ -61,6 +61,8 @@ def generate(
     requests: str | None = None,
     base: str | None = None,
     base_dtype: str | None = None,
+    add_bos: bool | None = None,
+    add_eos: bool | None = None,
 ) -> None:
     """Continue a prompt with a checkpoint's model, or (--chat) answer it through the checkpoint's chat template.
 
@@ -68,6 +70,9 @@ def generate(
     checkpoint comes with its base, which --base finds elsewhere. --adapters=NAME=RUN,NAME=RUN loads adapters onto one
     base; --adapter names the one to use, or --requests a file of {"prompt": …, "adapter": NAME} lines.
     --base_dtype=int8 or nf4 keeps the model's own linears in memory as peft.base_dtype does in training.
+
+    Around a prompt stands what the tokenizer puts there (bos, for some eos), or what --add_bos and --add_eos say, true
+    or false; the templates of --chat write it themselves.
     """
     if base_dtype is not None and base_dtype not in PACKED_BYTES:
         raise ConfigError(f"--base_dtype={base_dtype}{cli.nearest(base_dtype, PACKED_BYTES)}: expected int8 or nf4")
@@ -77,7 +82,16 @@ def generate(
     asked = read_requests(Path(requests)) if requests else [Request(prompt, adapter)]
     sampling = Sampling(max_new_tokens, temperature, top_k, top_p, seed)
     where = Path(base) if base else None
-    found = generate_text(Path(checkpoint), asked, sampling, chat=chat, adapters=named, base=where, packing=base_dtype)
+    found = generate_text(
+        Path(checkpoint),
+        asked,
+        sampling,
+        chat=chat,
+        adapters=named,
+        base=where,
+        packing=base_dtype,
+        add=(add_bos, add_eos),
+    )
     for text in found:
         print(text, flush=True)
 

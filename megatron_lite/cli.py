@@ -33,9 +33,9 @@ def nearest(name: str, known: typing.Iterable[str]) -> str:
 
 
 def convert(name: str, text: str, annotation: Any) -> Any:
-    """Read ``text`` as ``annotation``: ``str``, ``int``, ``float``, ``bool`` or one of these ``| None``."""
+    """Read ``text`` as ``annotation``: ``str``, ``int``, ``float``, ``bool`` or one of these ``| None`` (``auto``)."""
     options = typing.get_args(annotation) if isinstance(annotation, types.UnionType) else (annotation,)
-    if type(None) in options and text.lower() in ("none", "null"):
+    if type(None) in options and text.lower() in ("none", "null", "auto"):
         return None
     for option in options:
         if option is bool:

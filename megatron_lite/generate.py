@@ -16,7 +16,7 @@ from megatron_lite import checkpoint, peft
 from megatron_lite.checkpoint import CheckpointSource, Source
 from megatron_lite.cli import nearest
 from megatron_lite.config import PrefixConfig
-from megatron_lite.data.template import ChatTemplate, find_template
+from megatron_lite.data.template import PLAIN, ChatTemplate, find_template
 from megatron_lite.data.tokenizer import Tokenizer, carried_tokenizer, parse_object
 from megatron_lite.distributed import random
 from megatron_lite.distributed.env import read_rank
@@ -256,14 +256,24 @@ def trained_shapes(model: Decoder) -> dict[str, tuple[int, ...]]:
     return {f"model.{name}": spec_of(p).shape for name, p in model.named_parameters() if p.requires_grad}
 
 
-def read_prompt(prompt: str, tokenizer: Tokenizer, template: ChatTemplate | None) -> list[int]:
-    """The tokens of a prompt or, with a template, of a conversation that it begins as the user's message. Raises
+def read_prompt(
+    prompt: str,
+    tokenizer: Tokenizer,
+    template: ChatTemplate | None,
+    add: tuple[bool | None, bool | None] = (None, None),
+) -> list[int]:
+    """The tokens of a prompt or, with a template, of a conversation that it begins as the user's message. ``add``: bos
+    and eos, None what the tokenizer puts around a text, which is nothing in a model's own template. Raises
     ConfigError."""
+    add_bos, add_eos = add
+    if template is None:
+        return tokenizer.encode_prompt(prompt, add_bos, add_eos)
     try:
-        text = prompt if template is None else template.prompt([{"role": "user", "content": prompt}])
+        text = template.prompt([{"role": "user", "content": prompt}])
     except ValueError as error:
         raise ConfigError(f"--prompt: {error}") from None
-    return tokenizer.encode(text, special=template is not None) or [tokenizer.eos_id]
+    written = add_bos is None and template.source != PLAIN
+    return tokenizer.encode_prompt(text, False if written else add_bos, bool(add_eos))
 
 
 def generate_text(
@@ -276,12 +286,13 @@ def generate_text(
     adapters: Mapping[str, Path] | None = None,
     base: Path | None = None,
     packing: str | None = None,
+    add: tuple[bool | None, bool | None] = (None, None),
 ) -> Iterator[str]:
     """Load a checkpoint and adapters on it, split over as many ranks as were started, and continue each prompt; nothing
     but on rank 0.
 
     ``chat``: answer it as a user's message, through the chat template that the checkpoint has, with the answer alone.
-    ``packing``: the model's own linears in memory in 8 or 4 bits.
+    ``packing``: the model's own linears in memory in 8 or 4 bits. ``add``: as ``read_prompt`` has it.
     Raises CheckpointError for a checkpoint that does not verify or has no tokenizer, ConfigError for bad numbers.
     """
     sampling.check()
@@ -298,7 +309,7 @@ def generate_text(
             )
             for request in requests:
                 model = models[request.adapter or default]
-                tokens = read_prompt(request.prompt, tokenizer, template)
+                tokens = read_prompt(request.prompt, tokenizer, template, add)
                 if len(tokens) > (limit := longest_prompt(model)):
                     raise ConfigError(f"the prompt has {len(tokens)} tokens; this model takes {limit}")
                 produced = generate(model, tokens, sampling, stop, models.compute)

@@ -330,7 +330,7 @@ class Run:
         """Continue ``train.sample_prompt`` greedily and show the text."""
         if self.tokenizer is None:
             return
-        prompt = self.tokenizer.encode(self.config.train.sample_prompt) or [self.tokenizer.eos_id]
+        prompt = self.tokenizer.encode_prompt(self.config.train.sample_prompt)
         sampling = Sampling(max_new_tokens=64)
         tokens = generate(self.trainer.model, prompt, sampling, {self.tokenizer.eos_id}, self.trainer.compute_dtype)
         if self.reporter is not None:

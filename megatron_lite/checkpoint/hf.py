@@ -21,9 +21,10 @@ from megatron_lite.checkpoint.source import Info, Source
 from megatron_lite.checkpoint.storage import new_folder, open_regular, write_file
 from megatron_lite.checkpoint.tensor_file import TensorFile, header, row_blocks
 from megatron_lite.config import ModelConfig, parse_model
+from megatron_lite.data.hf_tokenizer import settled
 from megatron_lite.data.tokenizer import GENERATION, JSON, MODEL, TOKENIZER_FILES, carried_tokenizer
 from megatron_lite.distributed.shard import Tile
-from megatron_lite.errors import CheckpointError, ConfigError
+from megatron_lite.errors import CheckpointError, ConfigError, DataError
 from megatron_lite.faults import Faults
 from megatron_lite.models.huggingface import TOKEN_IDS, Part, config_json, model_section, tensor_parts
 
@@ -204,6 +205,10 @@ class HuggingFaceSource(PartsSource):
     def extras(self) -> dict[str, bytes]:
         found = {n: own_file(self.path, n).read_bytes() for n in TOKENIZER_FILES if (self.path / n).exists()}
         tree = read_json(self.path, CONFIG)
+        try:
+            found = settled(found, tree, str(self.path))
+        except DataError as error:
+            raise CheckpointError(str(error)) from None
         ids = {name: tree[name] for name in TOKEN_IDS if tree.get(name) is not None}
         if GENERATION not in found and ids:  # older folders have them in config.json alone
             found[GENERATION] = json.dumps(ids, indent=2).encode()

@@ -109,8 +109,7 @@ class ChatTemplate:
 
     def __init__(self, source: str, tokenizer: Tokenizer, name: str = "chat template") -> None:
         self.source, self.name = source, name
-        names = {"bos_token": tokenizer.token(tokenizer.bos_id), "eos_token": tokenizer.token(tokenizer.eos_id)}
-        self._given: Mapping[str, Any] = {**names, "pad_token": names["eos_token"]}
+        self._given: Mapping[str, Any] = tokenizer.names()
         self._ends = tuple(tokenizer.special)
         if len(source) > MAX_TEMPLATE:
             raise ConfigError(f"{name}: {len(source)} characters, more than {MAX_TEMPLATE}")

@@ -1,4 +1,4 @@
-"""Tokenizers: sentencepiece's ``.model`` and Hugging Face's ``tokenizer.json`` behind one interface.
+"""Tokenizers: sentencepiece's ``.model`` and Hugging Face's folders behind one interface.
 
 Both are loaded with care, because a user may hand us any file. No torch: the data tools start without it.
 """
@@ -9,6 +9,7 @@ import hashlib
 import json
 import re
 from abc import ABC, abstractmethod
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -20,13 +21,13 @@ from sentencepiece import SentencePieceProcessor
 from megatron_lite.errors import CheckpointError, ConfigError, DataError
 
 MODEL, JSON, SETTINGS, TEMPLATE = "tokenizer.model", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"
-GENERATION = "generation_config.json"
+SPECIAL_MAP, ADDED, GENERATION = "special_tokens_map.json", "added_tokens.json", "generation_config.json"
 TOKENIZER_FILES = (  # what belongs to a model beside its weights
-    *(MODEL, JSON, SETTINGS, "special_tokens_map.json", "added_tokens.json"),
+    *(MODEL, JSON, SETTINGS, SPECIAL_MAP, ADDED),
     *("vocab.json", "merges.txt", GENERATION, TEMPLATE, "chat_template.json"),
 )
+_CONFIG = "config.json"  # the model's, which has a say in what its tokenizer is
 _MAX_FILE_BYTES = 256 << 20
-_ENDS = ("<|endoftext|>", "</s>", "<|end_of_text|>", "<eos>")  # where nothing beside a tokenizer.json names its own
 
 
 class Encoded(NamedTuple):
@@ -55,7 +56,8 @@ class Tokenizer(ABC):
         bos_id, eos_id, pad_id: begin and end of a sequence, and what fills it up; -1 where there is none.
         special: the control tokens, text to id. Text that spells one is that token only where it is asked for
             (``special=True``), as of what a chat template has written.
-        sha256: of the file it was loaded from.
+        begin, end: what it puts before and after a text by itself, such as bos.
+        sha256: of the file it was loaded from, with the settings beside it where these change its tokens.
     """
 
     vocab_size: int
@@ -63,6 +65,8 @@ class Tokenizer(ABC):
     eos_id: int
     pad_id: int
     special: Mapping[str, int]
+    begin: tuple[int, ...] = ()
+    end: tuple[int, ...] = ()
     sha256: str
 
     @abstractmethod
@@ -70,11 +74,11 @@ class Tokenizer(ABC):
         """The tokens of a text; nothing is added to them."""
 
     @abstractmethod
-    def encode_documents(self, texts: list[bytes], eos: bool) -> list[np.ndarray]:
-        """int32 [n] tokens of each UTF-8 text, in one thread; with ``eos`` that token after each."""
+    def encode_documents(self, texts: list[bytes], *, special: bool = False) -> list[np.ndarray]:
+        """int32 [n] tokens of each UTF-8 text, in one thread; nothing is added to them."""
 
     @abstractmethod
-    def encode_spans(self, text: str) -> Encoded:
+    def encode_spans(self, text: str, *, special: bool = True) -> Encoded:
         """The tokens of a text in which control tokens count, and where each comes from."""
 
     @abstractmethod
@@ -94,9 +98,37 @@ class Tokenizer(ABC):
                 run.append(token)
         return "".join([*parts, self.decode(run)])
 
+    def names(self) -> dict[str, str]:
+        """Its control tokens as chat templates call them; without one to fill up with, that is the last of a text."""
+        ids = {"bos_token": self.bos_id, "eos_token": self.eos_id}
+        ids["pad_token"] = self.eos_id if self.pad_id < 0 else self.pad_id
+        return {name: self.token(token) for name, token in ids.items()}
+
+    def around(self, bos: bool | None = None, eos: bool | None = None) -> tuple[list[int], list[int]]:
+        """The tokens that go before and after a text: what it puts there by itself (None), or bos and eos, or nothing.
+        Raises ConfigError where it has no such token."""
+        sides = []
+        for name, wanted, own, token in (("bos", bos, self.begin, self.bos_id), ("eos", eos, self.end, self.eos_id)):
+            if wanted and token < 0:
+                raise ConfigError(f"--add_{name}=true: the tokenizer has no {name} token")
+            sides.append(list(own) if wanted is None else [token] * wanted)
+        return sides[0], sides[1]
+
+    def encode_prompt(self, text: str, bos: bool | None = None, eos: bool | None = None) -> list[int]:
+        """The tokens of a text to go on from, in which control tokens count, with what is ``around`` it, which is not
+        doubled; never none at all."""
+        before, after = self.around(bos, eos)
+        tokens = led(before, self.encode(text, special=True))
+        return (tokens if after and tokens[-len(after) :] == after else [*tokens, *after]) or [self.eos_id]
+
     def token(self, token: int) -> str:
         """The text of a control token, "" of another one or of -1."""
         return next((text for text, known in self.special.items() if known == token), "")
+
+
+def led(begin: list[int], tokens: list[int]) -> list[int]:
+    """``tokens`` with ``begin`` before them, once."""
+    return tokens if tokens[: len(begin)] == begin else [*begin, *tokens]
 
 
 class SentencePiece(Tokenizer):
@@ -124,13 +156,15 @@ class SentencePiece(Tokenizer):
     def encode(self, text: str, *, special: bool = False) -> list[int]:
         return self.encode_spans(text).tokens.tolist() if special else self._model.encode(text)
 
-    def encode_documents(self, texts: list[bytes], eos: bool) -> list[np.ndarray]:
-        return self._model.encode(texts, out_type="numpy", num_threads=1, add_eos=eos)
+    def encode_documents(self, texts: list[bytes], *, special: bool = False) -> list[np.ndarray]:
+        if special:
+            return [self.encode_spans(text.decode()).tokens.astype(np.int32) for text in texts]
+        return self._model.encode(texts, out_type="numpy", num_threads=1)
 
-    def encode_spans(self, text: str) -> Encoded:
+    def encode_spans(self, text: str, *, special: bool = True) -> Encoded:
         found: list[tuple[int, int, int]] = []
         start = 0
-        for match in self._control.finditer(text):
+        for match in self._control.finditer(text) if special else ():
             found += self._pieces(text[start : match.start()], start)
             found.append((self.special[match[0]], *match.span()))
             start = match.end()
@@ -155,70 +189,24 @@ class SentencePiece(Tokenizer):
         return self._model.decode(list(tokens))
 
 
-class TokenizerJson(Tokenizer):
-    """Hugging Face's format, read by their ``tokenizers`` library. ``files``: what lies beside it, of which the
-    settings name the ends of a sequence. Raises DataError for what is not one, ConfigError without the library."""
-
-    def __init__(self, content: bytes, name: str, files: Mapping[str, bytes]) -> None:
-        try:
-            import tokenizers
-        except ModuleNotFoundError:
-            raise ConfigError(f"{name}: reading it needs tokenizers: pip install 'megatron_lite[hf]'") from None
-        try:
-            self._model = tokenizers.Tokenizer.from_str(content.decode())
-        except Exception as error:  # the library raises Exception itself
-            raise DataError(f"{name} is not a tokenizer.json: {' '.join(str(error).split())}") from None
-        self._model.no_truncation()
-        self._model.no_padding()
-        # It adds what is not asked for here, and takes the spaces at the ends of tokens out of their offsets.
-        self._model.post_processor = None  # type: ignore[assignment]
-        ids = self._model.get_vocab(with_added_tokens=True).values()
-        self.vocab_size, self.sha256 = max(ids, default=-1) + 1, hashlib.sha256(content).hexdigest()
-        added = self._model.get_added_tokens_decoder()
-        self.special = {token.content: number for number, token in sorted(added.items()) if token.special}
-        settings = {**parse_object(files, "special_tokens_map.json"), **parse_object(files, SETTINGS)}
-        guess = [text for text in _ENDS if text in self.special]
-        self.bos_id = self._named(settings.get("bos_token"), name)
-        self.eos_id = self._named(settings.get("eos_token", guess[0] if len(guess) == 1 else None), name)
-        self.pad_id = self._named(settings.get("pad_token"), name)
-
-    def _named(self, token: Any, name: str) -> int:
-        text = token.get("content") if isinstance(token, dict) else token
-        if text is None:
-            return -1
-        found = self._model.token_to_id(text) if isinstance(text, str) else None
-        if found is None:
-            raise DataError(f"{name} has no token {text!a}, which {SETTINGS} names")
-        return found
-
-    def encode(self, text: str, *, special: bool = False) -> list[int]:
-        self._model.encode_special_tokens = not special  # the library's word for taking them as plain text
-        return self._model.encode(text, add_special_tokens=False).ids
-
-    def encode_documents(self, texts: list[bytes], eos: bool) -> list[np.ndarray]:
-        end = [self.eos_id] if eos else []
-        return [np.array([*self.encode(text.decode()), *end], np.int32) for text in texts]
-
-    def encode_spans(self, text: str) -> Encoded:
-        self._model.encode_special_tokens = False
-        found = self._model.encode(text, add_special_tokens=False)
-        starts, stops = np.array(found.offsets, np.int64).reshape(-1, 2).T
-        return Encoded(np.array(found.ids, np.int64), starts, stops)
-
-    def decode(self, tokens: Sequence[int]) -> str:
-        return self._model.decode(list(tokens), skip_special_tokens=True)
-
-
-def parse_object(files: Mapping[str, bytes], name: str) -> dict[str, Any]:
-    """The object in a small JSON file, empty where there is none. Raises DataError for anything else."""
+def parse_object(files: Mapping[str, bytes], name: str, where: str = "") -> dict[str, Any]:
+    """The object in a small JSON file, empty where there is none. Raises DataError, which begins with ``where``, for
+    anything else."""
     if name not in files:
         return {}
     try:
-        found = json.loads(files[name])
+        found = json.loads(files[name], object_pairs_hook=_unique)
     except (ValueError, RecursionError) as error:
-        raise DataError(f"{name}: {error}") from None
+        raise DataError(f"{where}{name}: {error}") from None
     if not isinstance(found, dict):
-        raise DataError(f"{name}: expected an object")
+        raise DataError(f"{where}{name}: expected an object")
+    return found
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        raise ValueError(f"{Counter(key for key, _ in pairs).most_common(1)[0][0]!a} is there twice")
     return found
 
 
@@ -232,19 +220,24 @@ def tokenizer_path(path: str | Path) -> Path:
 
 
 def tokenizer_files(path: str | Path) -> dict[str, bytes]:
-    """What makes up the tokenizer at ``path``, by the names a model folder has for it: a sentencepiece model by itself,
-    a tokenizer.json with what lies beside it, a folder whole."""
+    """What makes up the tokenizer at ``path``, by the names a model folder has for it: a sentencepiece model of another
+    name by itself, what has the name it has in such a folder with what lies beside it, a folder whole."""
     file = tokenizer_path(path)
-    names = TOKENIZER_FILES if file.suffix == ".json" or Path(path).is_dir() else ()
-    beside = [file.parent / name for name in names]
+    whole = file.suffix == ".json" or file.name == MODEL
+    beside = [file.parent / name for name in (*TOKENIZER_FILES, _CONFIG) if whole]
     for each in (file, *beside):
         if each.is_file() and each.stat().st_size > _MAX_FILE_BYTES:
             raise DataError(f"{each}: {each.stat().st_size} bytes are too many for a tokenizer")
     try:
         files = {each.name: each.read_bytes() for each in beside if each.is_file()}
-        return files | {JSON if file.suffix == ".json" else MODEL: file.read_bytes()}
+        files |= {JSON if file.suffix == ".json" else MODEL: file.read_bytes()}
     except OSError as error:
         raise DataError(f"{error.filename}: {error.strerror}") from None
+    if file.name == MODEL:
+        files.pop(JSON, None)
+    from megatron_lite.data.hf_tokenizer import settled  # which imports this module
+
+    return settled(files, parse_object({_CONFIG: files.pop(_CONFIG, b"{}")}, _CONFIG, f"{path}: "), str(path))
 
 
 def load_tokenizer(path: str | Path) -> Tokenizer:
@@ -257,11 +250,11 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
 
 def read_tokenizer(files: Mapping[str, bytes], name: str) -> Tokenizer:
     """The tokenizer in ``files``, tokenizer.json before tokenizer.model. Raises as ``load_tokenizer`` does."""
-    if JSON in files:
-        return TokenizerJson(files[JSON], name, files)
-    if MODEL in files:
-        return SentencePiece(files[MODEL], name)
-    raise ConfigError(f"{name} has no {MODEL} and no {JSON}")
+    if not files.keys() & {JSON, MODEL}:
+        raise ConfigError(f"{name} has no {MODEL} and no {JSON}")
+    from megatron_lite.data.hf_tokenizer import HuggingFace, is_hugging_face
+
+    return HuggingFace(files, name) if is_hugging_face(files, name) else SentencePiece(files[MODEL], name)
 
 
 def carried_tokenizer(files: Mapping[str, bytes], where: Path) -> Tokenizer:

@@ -29,7 +29,7 @@ for path in sorted(Path(sys.argv[1]).glob("*.model")):
         refused += 1
     else:
         text = "def main(args):\\n    return 'naïve' \U0001f600"
-        model.decode(model.encode_documents([text.encode()], eos=False)[0].tolist())
+        model.decode(model.encode_documents([text.encode()])[0].tolist())
         model.decode(model.encode_spans(text).tokens.tolist())
         model.decode(list(range(model.vocab_size)))
 print(refused)

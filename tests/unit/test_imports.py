@@ -27,7 +27,13 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     M + "peft": (M + "layers", M + "distributed"),
     M + "optim": (M + "distributed",),
     M + "parallel": (M + "cli", M + "distributed", M + "optim"),
-    M + "checkpoint": (M + "data.tokenizer", M + "distributed", M + "faults", M + "models.huggingface"),
+    M + "checkpoint": (
+        M + "data.tokenizer",
+        M + "data.hf_tokenizer",
+        M + "distributed",
+        M + "faults",
+        M + "models.huggingface",
+    ),
     M + "metrics": (M + "distributed",),
     M + "faults": (M + "distributed",),
 }

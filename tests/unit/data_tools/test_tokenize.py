@@ -130,7 +130,8 @@ def test_the_card_says_what_is_in_and_from_where(tmp_path, model):
             for path in (source, tmp_path / "y.txt")
         ],
         "options": {
-            **{"append_eos": True, "text_key": "text", "max_line_bytes": 128 << 20},
+            **{"append_eos": True, "add_bos": None, "parse_special": False, "text_key": "text"},
+            "max_line_bytes": 128 << 20,
             **flags,
         },
     }
