@@ -10,7 +10,8 @@ import hashlib
 import json
 import re
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -47,6 +48,7 @@ HARMLESS = frozenset(  # lengths and sides of batches, names, templates (read el
         *("truncation_strategy", "stride", "pad_to_multiple_of", "pad_token_type_id", "model_input_names"),
         *("name_or_path", "tokenizer_file", "vocab_file", "merges_file", "special_tokens_map_file", "is_local"),
         *("added_tokens_file", "tokenizer_config_file", "chat_template_file", "local_files_only", "backend"),
+        *("files_loaded", "trust_remote_code", "additional_special_tokens_ids"),
         *("auto_map", "processor_class", "chat_template", "response_schema", "response_template", "verbose"),
         *("chat_control_tokens", "use_default_system_prompt", "sp_model_kwargs", "spaces_between_special_tokens"),
         *("use_fast", "from_slow", "device_map", "errors", "trim_offsets", "do_lower_case", "remove_space"),
@@ -68,7 +70,7 @@ class HuggingFace(Tokenizer):
     one, or says what nobody knows; ConfigError without the libraries."""
 
     def __init__(self, files: Mapping[str, bytes], name: str) -> None:
-        self._files, self._known = files, _known(files, name)
+        self._files, self._name, self._known = files, name, _known(files, name)
         self._split = False
         self._clean: Callable[[str], str] = str
         self._names: Mapping[str, str] = {}
@@ -97,23 +99,23 @@ class HuggingFace(Tokenizer):
             raise DataError(f"{name}: token {self.vocab_size - 1} is too large a number for one")
         added = self._model.get_added_tokens_decoder()
         self.special = {token.content: number for number, token in sorted(added.items()) if token.special}
-        self.begin, self.end = self._around(name)
+        self.begin, self.end = self._around()
         self.bos_id, self.eos_id, self.pad_id = (-1 if each is None else each for each in ends)
         guess = [text for text in _ENDS if text in self.special]
         if self.eos_id < 0 and len(guess) == 1 and not any("eos_token" in tree for tree in self._known.values()):
             self.eos_id = self.special[guess[0]]
 
-    def _around(self, name: str) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    def _around(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """What the post-processor puts before and after a text. Takes it out: it adds what is not always asked for, and
         takes the spaces at the ends of tokens out of their offsets."""
-        whole = self._model.encode("a")
+        whole = self._encoded("a", special=True, whole=True)
         self._model.post_processor = None
-        bare = self._model.encode("a").ids
+        bare = self._encoded("a", special=True).ids
         ids, added = whole.ids, whole.special_tokens_mask
         start = added.index(0) if 0 in added else 0
         stop = start + len(bare)
         if ids[start:stop] != bare or 0 in added[stop:] or any(each >= self.vocab_size for each in ids):
-            raise DataError(f"{name}: its post-processor does not only put tokens before and after a text")
+            raise DataError(f"{self._name}: its post-processor does not only put tokens before and after a text")
         return tuple(ids[:start]), tuple(ids[stop:])
 
     def names(self) -> dict[str, str]:
@@ -127,16 +129,19 @@ class HuggingFace(Tokenizer):
             return hashlib.sha256(content).hexdigest()
         return hashlib.sha256(content + json.dumps(self._known, sort_keys=True).encode()).hexdigest()
 
-    def encode(self, text: str, *, special: bool = False) -> list[int]:
+    def _encoded(self, text: str, special: bool, whole: bool = False) -> Any:
         self._model.encode_special_tokens = self._split or not special  # the library's word for taking them as text
-        return self._model.encode(text, add_special_tokens=False).ids
+        with _refused(f"{self._name} cannot encode {text[:30]!a}"):
+            return self._model.encode(text, add_special_tokens=whole)
+
+    def encode(self, text: str, *, special: bool = False) -> list[int]:
+        return self._encoded(text, special).ids
 
     def encode_documents(self, texts: list[bytes], *, special: bool = False) -> list[np.ndarray]:
         return [np.array(self.encode(text.decode(), special=special), np.int32) for text in texts]
 
     def encode_spans(self, text: str, *, special: bool = True) -> Encoded:
-        self._model.encode_special_tokens = self._split or not special
-        found = self._model.encode(text, add_special_tokens=False)
+        found = self._encoded(text, special)
         starts, stops = np.array(found.offsets, np.int64).reshape(-1, 2).T
         return Encoded(np.array(found.ids, np.int64), starts, stops)
 
@@ -216,7 +221,8 @@ def _declared(files: Mapping[str, bytes], name: str) -> dict[str, int]:
     """The added tokens that the files number, by text. Raises DataError for what cannot be."""
     pairs: list[tuple[Any, Any]] = []
     if JSON in files:
-        listed = parse_object(files, JSON, f"{name}: ").get("added_tokens") or []
+        listed = parse_object(files, JSON, f"{name}: ").get("added_tokens")
+        listed = listed if isinstance(listed, list) else []  # which the library refuses
         pairs += [(each.get("content"), each.get("id")) for each in listed if isinstance(each, dict)]
     tree = parse_object(files, SETTINGS)
     if "added_tokens_decoder" in tree:
@@ -248,10 +254,8 @@ def _raw(content: bytes, name: str) -> Any:
         import tokenizers
     except ModuleNotFoundError:
         raise ConfigError(f"{name}: reading it needs tokenizers: pip install 'megatron_lite[hf]'") from None
-    try:
+    with _refused(f"{name} is not a tokenizer.json"):
         return tokenizers.Tokenizer.from_str(content.decode())
-    except Exception as error:  # the library raises Exception itself
-        raise DataError(f"{name} is not a tokenizer.json: {_one_line(error)}") from None
 
 
 def _build(files: Mapping[str, bytes], known: Mapping[str, Mapping[str, Any]], name: str) -> Any:
@@ -272,11 +276,8 @@ def _build(files: Mapping[str, bytes], known: Mapping[str, Mapping[str, Any]], n
         verbosity = transformers.logging.get_verbosity()
         transformers.logging.set_verbosity(transformers.logging.CRITICAL)
         try:
-            return kind.from_pretrained(folder, local_files_only=True)
-        except ImportError:  # it goes on to try it as a file of tiktoken
-            raise DataError(f"{name}: transformers' {kind.__name__} does not read such a sentencepiece model") from None
-        except Exception as error:
-            raise DataError(f"{name}: transformers' {kind.__name__} does not read it: {_one_line(error)}") from None
+            with _refused(f"{name}: transformers' {kind.__name__} does not read it"):
+                return kind.from_pretrained(folder, local_files_only=True)
         finally:
             transformers.logging.set_verbosity(verbosity)
 
@@ -306,6 +307,19 @@ def _essence(model: Any) -> Any:
 
 def _without_defaults(tree: dict[str, Any]) -> dict[str, Any]:
     return {k: v for k, v in tree.items() if k != "trim_offsets" and v is not None and v is not False and v != ""}
+
+
+@contextmanager
+def _refused(told: str) -> Iterator[None]:
+    """What the libraries raise, which is anything, as a DataError that begins with ``told``."""
+    try:
+        yield
+    except Exception as error:
+        raise DataError(f"{told}: {_one_line(error)}") from None
+    except BaseException as error:
+        if type(error).__name__ != "PanicException":  # Rust's own
+            raise
+        raise DataError(f"{told}: {_one_line(error)}") from None
 
 
 def _one_line(error: BaseException) -> str:

@@ -18,6 +18,7 @@ from megatron_lite.errors import ConfigError, DataError
 from tests.kit.corpora import CHATML, UNMARKED, data_tools, dataset_bytes, write_json_tokenizer, write_tokenizer
 from tests.kit.jobs import PYTHON
 from tests.kit.terminal import run_on_terminal
+from tests.kit.tokenizers import fast_folder, sentencepiece, slow_folder
 
 USER, ANSWER = {"role": "user", "content": "add 1 2"}, {"role": "assistant", "content": "3 é😀"}
 SYSTEM, TOOL = {"role": "system", "content": "Count."}, {"role": "tool", "content": "3"}
@@ -245,3 +246,62 @@ def test_the_standard_library_answers_with_its_docstrings(tmp_path, folder, monk
     assert (line["path"], line["license"]) == ("a.py:1", "PSF-2.0")
     chat(f"{tmp_path}/out", f"{folder}/t.model", f"{tmp_path}/data", workers=1)
     assert np.array_equal(IndexedDataset(tmp_path / "data").documents, [0, 3])
+
+
+SEAMS = [
+    ("the cat ", "sat on"),
+    ("the cat", " sat on"),
+    ("the cat", "sat"),
+    ("a\n", "mat"),
+    ("the  cat ", " sat"),
+]
+FAST = {"fast": fast_folder, "metaspace": lambda path: fast_folder(path, "metaspace"), "slow": slow_folder}
+
+
+@pytest.mark.parametrize("name", [*FAST, "legacy", "own", "own with a space"])
+def test_a_space_between_prompt_and_completion_is_one_space(tmp_path, folder, name):
+    where = tmp_path / "t"
+    if name in FAST:
+        FAST[name](where)
+    elif name == "legacy":
+        slow_folder(where, legacy=True)
+    else:
+        where = tmp_path / "t.model"
+        identity = (("normalization_rule_name", "identity"), ("remove_extra_whitespaces", False))
+        content = (folder / "t.model").read_bytes() if name == "own" else sentencepiece("bpe", *identity)
+        where.write_bytes(content)
+    source = write(tmp_path / "x.jsonl", *({"prompt": a, "completion": b} for a, b in SEAMS))
+    chat(str(source), str(where), f"{tmp_path}/out", workers=1)
+    model, dataset = load_tokenizer(where), IndexedDataset(tmp_path / "out")
+    for i, (prompt, completion) in enumerate(SEAMS):
+        first, last = dataset.documents[i], dataset.documents[i + 1]
+        tokens = [dataset[j].tolist() for j in range(first, last)]
+        flat = [token for some in tokens for token in some]
+        assert model.decode(flat) == prompt + completion
+        assert flat[-1] == model.eos_id and flat.count(model.eos_id) == 1
+        # What is trained on is the completion, and what of the prompt is in its first token.
+        assert prompt.startswith(model.decode(tokens[0]))
+
+
+def test_bos_begins_texts_and_is_left_to_templates(tmp_path):
+    where = slow_folder(tmp_path / "t", add_bos_token=True, chat_template="{{ bos_token }}" + CHATML)
+    source = write(
+        *(tmp_path / "x.jsonl", {"messages": [USER, ANSWER]}, {"prompt": "a", "completion": " cat"}),
+        {"prompt": "<s>a", "completion": " cat<|im_end|>"},
+    )
+    model = load_tokenizer(where)
+
+    def begins(**flags):
+        chat(str(source), str(where), f"{tmp_path}/out", workers=1, **flags)
+        dataset = IndexedDataset(tmp_path / "out")
+        documents = [
+            [token for j in range(*dataset.documents[i : i + 2]) for token in dataset[j].tolist()] for i in range(3)
+        ]
+        assert all(tokens.count(model.eos_id) == (2, 1, 1)[i] for i, tokens in enumerate(documents))
+        return [tokens[: tokens.count(model.bos_id) + 1].count(model.bos_id) for tokens in documents]
+
+    assert begins() == begins(add_bos=True) == [1, 1, 1]
+    assert begins(add_bos=False) == [1, 0, 1]
+    slow_folder(where, add_bos_token=True, chat_template=CHATML)
+    assert begins() == [0, 1, 1]  # as transformers has it
+    assert begins(add_bos=True) == [1, 1, 1]

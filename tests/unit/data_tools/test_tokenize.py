@@ -8,6 +8,7 @@ from unittest import mock
 
 import numpy as np
 import pytest
+import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from sentencepiece import SentencePieceProcessor, sentencepiece_model_pb2
@@ -16,8 +17,10 @@ from data_tools import encode, workers
 from data_tools import tokenize as module
 from data_tools.tokenize import tokenize
 from megatron_lite.data.indexed import IndexedDataset, read_card
+from megatron_lite.data.tokenizer import load_tokenizer
 from megatron_lite.errors import ConfigError, DataError, PeerError
 from tests.kit.corpora import dataset_bytes, documents, write_jsonl, write_tokenizer
+from tests.kit.tokenizers import slow_folder
 
 TEXTS = st.lists(st.text(max_size=30), max_size=12)
 
@@ -225,3 +228,54 @@ def test_workers_merge_in_order_and_raise_the_first_error(count):
 def test_a_killed_worker_is_an_error_of_a_peer():
     with pytest.raises(PeerError, match="a worker process was killed"):
         workers.run(iter([1, 9, 2, 3, 4, 5, 6, 8]), square, lambda result: None, 2)
+
+
+@pytest.fixture
+def llama(tmp_path) -> Path:
+    """A tokenizer that begins a text with bos, and with a space."""
+    return slow_folder(tmp_path / "llama", add_bos_token=True)
+
+
+def test_bos_is_what_the_tokenizer_adds_or_the_flag_says(tmp_path, llama):
+    source = write_jsonl(tmp_path / "x.jsonl", ["hello world", "<s>the cat<|im_end|>"])
+    theirs = transformers.AutoTokenizer.from_pretrained(llama)
+    text, spelled = theirs("hello world", add_special_tokens=False)["input_ids"], "<s>the cat<|im_end|>"
+    bos, eos = theirs.bos_token_id, theirs.eos_token_id
+    for flags, want in (
+        ({}, [bos, *text, eos]),
+        ({"append_eos": False}, theirs("hello world")["input_ids"]),
+        ({"add_bos": False}, [*text, eos]),
+        ({"add_bos": False, "append_eos": False}, text),
+    ):
+        tokenize(str(source), str(llama), f"{tmp_path}/out", workers=1, **flags)
+        assert IndexedDataset(tmp_path / "out")[0].tolist() == want
+    assert read_card(tmp_path / "out")["vocab_size"] == len(theirs)
+    tokenize(str(source), str(llama), f"{tmp_path}/out", workers=1, parse_special=True)
+    assert IndexedDataset(tmp_path / "out")[1].tolist() == theirs(spelled, add_special_tokens=False)["input_ids"]
+    slow_folder(llama)
+    tokenize(str(source), str(llama), f"{tmp_path}/out", workers=1, add_bos=True)
+    assert IndexedDataset(tmp_path / "out")[0].tolist() == [bos, *text, eos]
+
+
+def test_pieces_of_a_document_have_its_ends_and_no_more_spaces(tmp_path, llama):
+    source = write_jsonl(tmp_path / "x.jsonl", [text := "\n".join(["the cat sat on", "a mat"] * 9)])
+    whole = load_tokenizer(llama).encode(text)
+    with mock.patch.object(encode, "PIECE_BYTES", 40):
+        tokenize(str(source), str(llama), f"{tmp_path}/out", workers=1)
+    dataset = IndexedDataset(tmp_path / "out")
+    assert dataset[0].tolist() == [1, *whole, 330]
+    tokenize(str(source), str(llama), f"{tmp_path}/out", workers=1, max_document_tokens=12)
+    dataset = IndexedDataset(tmp_path / "out")
+    pieces = [dataset[i].tolist() for i in range(dataset.num_documents)]
+    assert {(piece[0], piece[-1]) for piece in pieces} == {(1, 330)} and max(map(len, pieces)) == 12
+    assert [token for piece in pieces for token in piece[1:-1]] == whole
+    with pytest.raises(ConfigError, match="--max_document_tokens=2: bos and eos alone are 2"):
+        tokenize(str(source), str(llama), f"{tmp_path}/out", workers=1, max_document_tokens=2)
+
+
+def test_a_tokenizer_without_bos_cannot_add_it(tmp_path, llama):
+    slow_folder(llama, bos_token=None)
+    source = write_jsonl(tmp_path / "x.jsonl", ["a"])
+    with pytest.raises(ConfigError, match="--add_bos=true: the tokenizer has no bos token"):
+        tokenize(str(source), str(llama), f"{tmp_path}/out", workers=1, add_bos=True)
+    assert not list(tmp_path.glob("out*"))

@@ -2,14 +2,19 @@
 
 import pytest
 import torch
+import transformers
 
 from megatron_lite.config import PACKED_BYTES
+from megatron_lite.data.template import PLAIN, ChatTemplate
+from megatron_lite.data.tokenizer import load_tokenizer
 from megatron_lite.distributed.mesh import build_mesh, solo_mesh
 from megatron_lite.distributed.shard import spec_of
 from megatron_lite.distributed.spawn import run_ranks
 from megatron_lite.errors import CheckpointError, ConfigError, DataError
-from megatron_lite.generate import Sampling, choose, generate, open_models, read_requests
+from megatron_lite.generate import Sampling, choose, generate, open_models, read_prompt, read_requests
 from tests.kit.adapters import FAMILIES, LENGTH, decoder, saved
+from tests.kit.corpora import UNMARKED
+from tests.kit.tokenizers import slow_folder
 
 PROMPT = [5, 17, 40, 2]
 
@@ -177,3 +182,22 @@ def test_a_bad_request_is_named(tmp_path, line, problem):
     (tmp_path / "r.jsonl").write_text('{"prompt": "a"}\n' + line)
     with pytest.raises(DataError, match=rf"r\.jsonl:2: .*{problem}"):
         read_requests(tmp_path / "r.jsonl")
+
+
+def test_a_prompt_is_read_as_transformers_reads_it(tmp_path):
+    folder = slow_folder(tmp_path / "t", add_bos_token=True, add_eos_token=True)
+    theirs, ours = transformers.AutoTokenizer.from_pretrained(folder), load_tokenizer(folder)
+    for text in ("hello world", "hello ", " the", "<|im_start|>user\nwho<|im_end|>\n"):
+        assert read_prompt(text, ours, None) == theirs(text)["input_ids"]
+        assert read_prompt(text, ours, None, (False, False)) == theirs(text, add_special_tokens=False)["input_ids"]
+    spelled = theirs("<s>hello<|im_end|>", add_special_tokens=False)["input_ids"]
+    assert read_prompt("<s>hello<|im_end|>", ours, None) == spelled  # never two
+    assert read_prompt("", ours, None, (False, False)) == [ours.eos_id]
+    chat = [{"role": "user", "content": "who"}]
+    for source in ("{{ bos_token }}" + UNMARKED, UNMARKED):
+        template = ChatTemplate(source, ours)
+        theirs.chat_template = source
+        want = theirs.apply_chat_template(chat, add_generation_prompt=True, return_dict=False)
+        assert read_prompt("who", ours, template) == want
+        assert read_prompt("who", ours, template, (True, None)) == [1, *want[want[0] == 1 :]]
+    assert read_prompt("who", ours, ChatTemplate(PLAIN, ours))[0] == ours.bos_id
