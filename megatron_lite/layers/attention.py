@@ -34,9 +34,9 @@ class KeyValueCache:
 class Context:
     """What every block of one forward pass shares.
 
-    ``angles``: rotary cosines and sines. ``mask``: [batch, 1, seq, keys], True where a query may look; None for plain
-    causal attention. ``seed``: of this micro batch's dropout masks, None in evaluation. ``prefix``: what all layers'
-    prefixes are made from, where they are (``peft/prefix.py``).
+    ``angles``: rotary cosines and sines. ``mask``: [batch, 1, seq, keys], True where a query may look; None where one
+    query sees all, or several, without keys before their own, see causally. ``seed``: of this micro batch's dropout
+    masks, None in evaluation. ``prefix``: what all layers' prefixes are made from, where they are (``peft/prefix.py``).
     """
 
     batch: int
@@ -120,6 +120,7 @@ class Attention(nn.Module):
             assert context.seed is not None
             random.seed_default(random.mix(context.seed, 3 * self.layer, self.tp.rank), q.device)
         causal = context.mask is None and q.shape[2] > 1
+        assert not causal or q.shape[2] == k.shape[2]  # is_causal lets the first query see the first key alone
         attended = F.scaled_dot_product_attention(
             q, k, v, attn_mask=context.mask, dropout_p=dropout, is_causal=causal, enable_gqa=heads != kv
         )

@@ -141,8 +141,8 @@ class Decoder(nn.Module):
     ) -> Tensor:
         """Token ids [batch, seq] → normalised hidden states [tokens (/ tp under sp), hidden]."""
         batch, length = tokens.shape
+        seen = 0 if caches is None or caches[0].keys is None else caches[0].keys.shape[2]
         if positions is None:
-            seen = 0 if caches is None or caches[0].keys is None else caches[0].keys.shape[2]
             positions = torch.arange(seen, seen + length, device=tokens.device).expand(batch, length)
         ahead = 0 if self.prefix is None else self.prefix.length
         positions = positions + ahead
@@ -156,10 +156,12 @@ class Decoder(nn.Module):
         if self.rotary is not None:
             context.angles = self.rotary(positions, dtype)
         if document_ids is not None:
-            same = document_ids.unsqueeze(1) == document_ids.unsqueeze(2)
-            context.mask = same.tril().unsqueeze(1)
-        elif ahead and length > 1:
-            context.mask = torch.ones(1, 1, length, length, dtype=torch.bool, device=tokens.device).tril()
+            assert document_ids.shape[1] == seen + length
+            same = document_ids.unsqueeze(1) == document_ids[:, seen:].unsqueeze(2)
+            context.mask = same.tril(seen).unsqueeze(1)
+        elif (ahead or seen) and length > 1:
+            whole = torch.ones(1, 1, length, seen + length, dtype=torch.bool, device=tokens.device)
+            context.mask = whole.tril(seen)
         if ahead:
             context.prefix = self.prefix(dtype)
             if context.mask is not None:
@@ -182,9 +184,10 @@ class Decoder(nn.Module):
     ) -> Tensor:
         """With ``targets`` [batch, seq]: the sum of their cross entropies. Without: logits of the last position.
 
-        tokens: [batch, seq]. counted: where the flattened targets count, int64, if known. positions, document_ids:
-        [batch, seq], both when documents are masked from each other. dtype: what is computed in. Logits come as
-        [batch, vocab_size], gathered over tp, float32 or better, and have no gradient.
+        tokens: [batch, seq], after those in ``caches``. counted: where the flattened targets count, int64, if known.
+        positions, document_ids: [batch, seq], both when documents are masked from each other; ids those in the caches,
+        too. dtype: what is computed in. Logits come as [batch, vocab_size], gathered over tp, float32 or better, and
+        have no gradient.
         """
         x = self.hidden_states(tokens, positions, document_ids, seed, caches, dtype)
         weight = self.head_weight
