@@ -27,7 +27,7 @@ _THEIRS = {
     "checkpoint.resume": "resume_from_checkpoint auto_resume_from_checkpoints resume_checkpoint_path load load_step",
     "init.from": (
         "model_name_or_path pretrained_model_name_or_path base_model base_model_name_or_path pretrained_checkpoint "
-        "initial_load_path hf_model_path"
+        "initial_load_path hf_model_path finetune"
     ),
     "init.adapter": "adapter_name_or_path lora_model_dir adapter_path",
     # The model
@@ -38,7 +38,7 @@ _THEIRS = {
     "model.hidden_size": "hidden_dim dim n_embd d_model embed_dim embedding_dim",
     "model.num_layers": "num_hidden_layers n_layers n_layer num_layer layers depth",
     "model.num_heads": "num_attention_heads n_heads n_head num_query_heads",
-    "model.num_kv_heads": "num_key_value_heads n_kv_heads num_query_groups n_kv_head",
+    "model.num_kv_heads": "num_key_value_heads n_kv_heads num_query_groups n_kv_head group_query_attention",
     "model.head_dim": "kv_channels head_size",
     "model.ffn_size": "intermediate_size ffn_hidden_size ffn_dim n_inner mlp_dim",
     "model.max_seq_len": "max_position_embeddings n_positions n_ctx max_sequence_length",
@@ -112,7 +112,7 @@ _THEIRS = {
         "tensor_model_parallel_size tensor_parallel_size tensor_parallel_degree tp_size tensor_parallel autotp_size"
     ),
     "parallel.sp": "sequence_parallel enable_sequence_parallel tp_linear_async_communication",
-    "parallel.engine": "distributed_backend zero_engine",
+    "parallel.engine": "zero_engine distributed_strategy",
     "parallel.zero": "zero_optimization zero_stage zero_optimization_stage data_parallel_sharding_strategy",
     "parallel.zero=3": "fsdp fsdp_config use_torch_fsdp2 use_megatron_fsdp fully_shard",
     "parallel.zero=2": "use_distributed_optimizer shard_grad_op",
@@ -121,9 +121,9 @@ _THEIRS = {
     "parallel.offload": "cpu_offload offload_optimizer offload_param optimizer_cpu_offload enable_cpu_offload",
     "parallel.offload_activations": "activation_offloading cpu_offloading activation_cpu_offload",
     "parallel.recompute": (
-        "recompute_granularity recompute_activations activation_checkpoint recompute_layer recompute_method "
-        "selective_ac_option"
+        "recompute_granularity activation_checkpoint recompute_layer recompute_method selective_ac_option"
     ),
+    "parallel.recompute=selective": "recompute_activations",
     "parallel.recompute=full": "gradient_checkpointing activation_checkpointing",
     "parallel.bucket_mb": "ddp_bucket_size ddp_bucket_cap_mb reduce_bucket_size bucket_cap_mb",
     # Adapters
@@ -180,6 +180,7 @@ _OTHERWISE = {
     "train_on_inputs train_on_prompt mask_history": "data_tools chat --loss says which turns are trained on",
     "report_to use_wandb wandb_project logger": "every run writes metrics.jsonl and TensorBoard's files",
     "nproc_per_node num_gpus gpus_per_node num_processes devices": "launch run --nproc=N starts N ranks on each host",
+    "distributed_backend ddp_backend backend": "it follows from the device",
     "num_nodes nnodes num_machines": "launch run --nodes=N takes N hosts",
     "optimizer": "the section is optim here, and what it is optim.name",
     "adapter": "a method is peft.method=lora, adapter or prefix; an adapter to start from is init.adapter",
