@@ -25,6 +25,7 @@ _STORAGE = 7
 _JOBS = "slurm.jobs"  # in the log folder: the ids of the jobs that were submitted last
 # PREEMPTED and NODE_FAIL may be followed by another start; these are not.
 _ENDED = {"COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "OUT_OF_MEMORY", "DEADLINE", "BOOT_FAIL", "NODE_FAIL"}
+_NO_TASK = "4294967294"  # what Slurm calls the rest of an array that was cancelled before it began
 _BEGUN = {"RUNNING", "SUSPENDED"}
 
 
@@ -63,6 +64,10 @@ def submit(
         argv += [str(path), *([RESUME] if jobs and "checkpoint.resume" not in overrides else [])]
         asked = subprocess.run(argv, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False)
         if asked.returncode:
+            for folder in tasks.values():
+                with contextlib.suppress(OSError):  # there are other things in it
+                    folder.rmdir()
+                    folder.parent.rmdir()
             raise UsageError(f"sbatch: {_complaint(asked)}; the script: {path}")
         jobs.append(asked.stdout.strip().partition(";")[0])
     (job.log_dir / _JOBS).write_text("".join(f"{number}\n" for number in jobs))
@@ -162,15 +167,25 @@ def cancel(job: str, *, wait: int) -> int:
     if running := [_name(record) for record in _left(ids) if wait and record["JobState"] in _BEGUN]:
         for name in running:  # its end is no reason to put it back into the queue
             _call("scontrol", "update", f"JobId={name}", "Requeue=0")
-        _call("scancel", "--batch", "--signal=TERM", *running)
+        asking = [_ask_to_end(name) for name in running]
         say(f"asked {', '.join(running)} to save and to end; killed if that takes more than {wait} s")
         deadline = time.monotonic() + wait
         while any(map(_running, running)) and time.monotonic() < deadline:
             time.sleep(_POLL_S)
+        for process in asking:
+            process.kill()
+            process.wait()
         if left := [name for name in running if _running(name)]:
             _call("scancel", *left)
             say(f"cancelled {', '.join(left)}")
     return 0
+
+
+def _ask_to_end(job: str) -> subprocess.Popen[bytes]:
+    """Signal a job's script. While other tasks of an array wait, scancel takes it for failed and does so for a minute
+    again and again, which the script knows to expect."""
+    argv, quiet = ["scancel", "--batch", "--signal=TERM", job], subprocess.DEVNULL
+    return subprocess.Popen(argv, stdin=quiet, stdout=quiet, stderr=quiet)
 
 
 def find(job: str) -> tuple[list[str], list[Path]]:
@@ -221,7 +236,9 @@ def _name(record: Mapping[str, str]) -> str:
     """What Slurm's commands know it by: ``4``, a task of an array ``4_2``, all that have not begun ``4_[3-9]``. The
     JobId of a task may be that of the whole array."""
     tasks = record.get("ArrayTaskId", "")
-    return record["JobId"] if not tasks else f"{record['ArrayJobId']}_{tasks if tasks.isdecimal() else f'[{tasks}]'}"
+    if tasks in ("", _NO_TASK):
+        return record["JobId"]
+    return f"{record['ArrayJobId']}_{tasks if tasks.isdecimal() else f'[{tasks}]'}"
 
 
 def _running(job: str) -> bool:

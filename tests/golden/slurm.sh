@@ -26,9 +26,11 @@ trap - ERR; set +e
     --optim.lr=1e-4 \
     '--data.note=it'"'"'s' \
     "$@" &
-launcher=$! expiring= again=
-trap 'expiring=yes; kill -USR1 $launcher' USR1  # 120 s before the time limit
-trap 'kill -TERM $launcher' TERM
+launcher=$! told= expiring= again=
+# Once, since a second signal would cut the save short: scancel repeats its own to a task of an array.
+stop() { [ "$told" ] || kill -"$1" $launcher; told=yes; }
+trap 'expiring=yes; stop USR1' USR1  # 120 s before the time limit
+trap 'stop TERM' TERM
 while kill -0 $launcher 2>/dev/null; do wait $launcher; done  # a signal ends a wait early
 wait $launcher
 code=$?

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 from typing import Any
 
@@ -42,10 +43,10 @@ HOSTILE = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\
 )
 LAUNCHER = """#!/bin/sh
 printf '%s\\0' "$@" >"$LOG.argv"
-trap 'exit 75' USR1 TERM
+trap '[ -z "$told" ] || exit 143; told=yes' USR1 TERM
 echo $$ >"$LOG.pid.tmp"; mv "$LOG.pid.tmp" "$LOG.pid"
 [ -z "$CODE" ] || exit "$CODE"
-while :; do sleep 0.05; done
+while [ -z "$told" ]; do sleep 0.05; done; sleep 0.3; exit 75
 """
 ASK = "scancel --batch --signal=TERM {}"
 SCONTROL = """#!/bin/sh
@@ -168,7 +169,9 @@ def test_a_script_waits_for_the_save_and_asks_for_another_start_unless_it_was_ca
     text = slurm.script(job(), ["c.yaml"], {}, options(requeue=requeue))
     with subprocess.Popen(["bash", "-c", text], env={**os.environ, "CODE": "", "SHOWN": shown}) as script:
         eventually((folder / "log.pid").exists, "the launcher runs")
-        script.send_signal(signum)
+        for _ in range(3):
+            script.send_signal(signum)
+            time.sleep(0.1)
         assert script.wait(timeout=20) == 75
     assert (folder / "log.scontrol").exists() == again
     if again:
@@ -354,6 +357,17 @@ def test_a_chain_is_one_script_submitted_again_and_again(tmp_path: Path) -> None
     assert (tmp_path / "run/logs/slurm.jobs").read_text() == "1\n2\n3\n"
 
 
+def test_runs_of_an_array_have_their_own_folders(tmp_path: Path) -> None:
+    """Slurm makes none for a job's output, and then fails without a word."""
+    refused = launch_with_sbatch(tmp_path, "echo 'sbatch: error: no' >&2; exit 1", "--launch.slurm.array=0-1")
+    refused.expect(exit_code=2, stderr="^error: sbatch: no; the script: ")
+    assert not (tmp_path / "run-0").exists()
+    launch_with_sbatch(tmp_path, "echo 4", "--launch.slurm.array=0-1").expect(exit_code=0)
+    assert f"#SBATCH --output={tmp_path}/run-%a/logs/slurm-%A_%a.out\n" in (tmp_path / "run/logs/slurm.sh").read_text()
+    assert submitted.find(str(tmp_path / "run")) == (["4"], [tmp_path / f"run-{task}/logs" for task in (0, 1)])
+    assert submitted.find(str(tmp_path / "run-1")) == (["4_1"], [tmp_path / "run-1/logs"])
+
+
 TASKS = """JobId=4 ArrayJobId=4 ArrayTaskId=2 JobName=x
    JobState=RUNNING
    StdOut=/x-2/logs/slurm-4_2.out
@@ -384,7 +398,7 @@ def test_an_array_is_cancelled_as_a_whole_or_by_its_tasks(
     (folder / "shown").write_text(shown)
     for name in ("scontrol", "scancel", "squeue"):
         text = f"""case "{name} $*" in
-            *--batch*) : >shown ;;
+            *--batch*) echo "{name} $*" >>calls; : >shown; exit ;;
             "scontrol show job "*) exec cat shown ;;
             squeue*) exit ;;
         esac
