@@ -96,16 +96,60 @@ def test_a_job_whose_node_dies_is_queued_again_and_goes_on(slurm: Slurm, tiny: T
         assert hosts_of_ranks(run_dir) == [slurm.nodes[0], slurm.nodes[2]]
 
 
-def test_ranks_fill_the_nodes_of_an_allocation_in_order(slurm: Slurm, tmp_path: Path) -> None:
+@pytest.mark.slow
+def test_a_preempted_run_is_queued_again_and_goes_on(slurm: Slurm, tiny: TinyRuns, tmp_path: Path) -> None:
+    (job,) = submit(slurm, tiny, tmp_path, HEALED, faults="sleep:seconds=0.2")
+    eventually(lambda: "step 1 " in output(tmp_path / "run", job), f"{job} trains", LIMIT)
+    wanted = ["--partition=high", "--nodes=3", "--exclusive", "--time=5"]
+    slurm.submit("#!/bin/sh\nsleep 1\n", *wanted)
+    queued_again(slurm, job)
+    slurm.wait(job, "COMPLETED", LIMIT)
+    assert_same_run(tmp_path / "run", tiny.reference)
+
+
+@pytest.mark.slow
+def test_a_task_of_an_array_is_queued_again_and_cancelled_by_itself(
+    slurm: Slurm, tiny: TinyRuns, tmp_path: Path
+) -> None:
+    (job,) = submit(slurm, tiny, tmp_path, "--launch.slurm.array=0-1", faults="sleep:seconds=0.5")
+
+    def states() -> list[list[str]]:
+        asked = slurm.run(["squeue", "-h", "-r", "-j", str(job), "-o", "%i %T"], timeout=20)
+        return sorted(line.split() for line in asked.stdout.splitlines())
+
+    for task in (0, 1):
+        path = tmp_path / f"run-{task}/metrics.jsonl"
+        eventually(lambda path=path: path.exists() and path.read_text(), f"{path.parent.name} trains", LIMIT)
+    # The task that has started last has the number of the array.
+    slurm.run(["scancel", "--batch", "--signal=USR1", f"{job}_1"], timeout=20).expect(exit_code=0)
+    eventually(lambda: [f"{job}_1", "PENDING"] in states(), "the task is queued again", LIMIT, every=0.2)
+    assert [f"{job}_0", "RUNNING"] in states()
+    launch(slurm, "cancel", f"{job}_0").expect(exit_code=0, stderr=f"^asked {job}_0 to save")
+    assert [state[0] for state in states()] == [f"{job}_1"]
+    shown = launch(slurm, "status", str(job)).expect(exit_code=0).stdout
+    assert re.search(rf"^job {job}_1 \(run\): .*, queued again 1 times$", shown, re.MULTILINE)
+    assert re.search(r"/run-0: step \d+; last outcome: preempted, saved$", shown, re.MULTILINE)
+    launch(slurm, "logs", f"{job}_0", "--rank=1").expect(exit_code=0, stdout="# rank 1, attempt 0")
+    launch(slurm, "logs", str(job)).expect(exit_code=2, stderr=f"{job} is an array of 2 runs; give one of them")
+    launch(slurm, "cancel", str(tmp_path / "run-1")).expect(exit_code=0)
+    assert states() == []
+
+
+@pytest.mark.parametrize(("asked", "counts"), [("--ntasks-per-node=2", (2, 2)), ("--ntasks=3", (2, 1))])
+def test_ranks_fill_the_nodes_of_an_allocation_in_order(
+    asked: str, counts: tuple[int, int], slurm: Slurm, tmp_path: Path
+) -> None:
     nodes = ",".join(slurm.nodes[1:3])
-    argv = ["salloc", f"--nodelist={nodes}", "--nodes=2", "--ntasks-per-node=2", PYTHON, "-m", "launch", "verify"]
+    argv = ["salloc", f"--nodelist={nodes}", "--nodes=2", asked, PYTHON, "-m", "launch", "verify"]
     result = slurm.run([*argv, "--via=slurm", f"--dir={tmp_path}"], timeout=60)
     if slurm.cluster.kind == "loopback":
         result.expect(exit_code=1, stderr="hosts of the hostfile are one machine")  # in everything else they are right
         return
-    result.expect(exit_code=0, stdout="slurm: 4 ranks on 2 hosts, each where the plan has it")
-    reports = [json.loads((tmp_path / f"verify/slurm/logs/rank_{n}.exit.json").read_text()) for n in range(4)]
-    assert [report["host"] for report in reports] == [node for node in slurm.nodes[1:3] for _ in range(2)]
+    size = sum(counts)
+    result.expect(exit_code=0, stdout=f"slurm: {size} ranks on 2 hosts, each where the plan has it")
+    reports = [json.loads((tmp_path / f"verify/slurm/logs/rank_{n}.exit.json").read_text()) for n in range(size)]
+    placed = [node for node, count in zip(slurm.nodes[1:3], counts, strict=True) for _ in range(count)]
+    assert [report["host"] for report in reports] == placed
 
 
 def test_what_sbatch_refuses_is_one_line(slurm: Slurm, tiny: TinyRuns, tmp_path: Path) -> None:
