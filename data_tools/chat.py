@@ -26,7 +26,7 @@ from data_tools.sources import Span, similar
 from megatron_lite.cli import nearest
 from megatron_lite.data.indexed import IndexedWriter, token_dtype
 from megatron_lite.data.packing import CONVERSATIONS
-from megatron_lite.data.template import MAX_TEMPLATE, PLAIN, ChatTemplate, Loss, Rendered, find_template
+from megatron_lite.data.template import MAX_TEMPLATE, ChatTemplate, Loss, Rendered, find_template
 from megatron_lite.data.tokenizer import Tokenizer, led, tokenizer_files
 from megatron_lite.errors import ConfigError
 
@@ -95,9 +95,9 @@ def chat(
             mistakes.append(f"--template={template}: no such file{similar(Path(template))}")
         if mistakes:
             raise ConfigError("\n".join(mistakes))
-        facts = building.describe_tokenizer(tokenizer, append_eos=False) | {"content": CONVERSATIONS}
-        source = _read_template(template) if template else find_template(tokenizer_files(tokenizer), tokenizer)
         model = named_tokenizer(tokenizer)
+        facts = building.describe_tokenizer(tokenizer, model, append_eos=False) | {"content": CONVERSATIONS}
+        source = _read_template(template) if template else find_template(tokenizer_files(tokenizer), tokenizer)
         model.around(add_bos)
         check_template(source, model, template or "chat template")
         limits = max_document_tokens, long_documents, max_line_bytes
@@ -213,7 +213,7 @@ def tokenized(
     check_text(rendered.text)
     encoded = model.encode_spans(rendered.text)
     tokens = encoded.tokens.tolist()
-    written = add_bos is None and not found.plain and template.source != PLAIN
+    written = add_bos is None and not (found.plain or template.plain)
     begin = [] if written else model.around(add_bos)[0]
     before = len(led(begin, tokens)) - len(tokens)
     # What ends the text is not doubled either.

@@ -26,6 +26,7 @@ from data_tools.sources import Source, Span, find_sources, units
 from megatron_lite.cli import nearest
 from megatron_lite.data.files import storage_errors
 from megatron_lite.data.indexed import IndexedWriter, dataset_file, token_dtype
+from megatron_lite.data.tokenizer import Tokenizer
 from megatron_lite.distributed.env import started_by_mpi
 from megatron_lite.errors import ConfigError, DataError, StorageError
 
@@ -72,8 +73,9 @@ def tokenize(
             raise ConfigError("\n".join(mistakes))
         limits = max_document_tokens, long_documents, max_line_bytes
         options = Options(append_eos, add_bos, parse_special, text_key, on_error, *limits)
-        facts = describe_tokenizer(tokenizer, append_eos)
-        if 0 < max_document_tokens <= (taken := sum(map(len, around(named_tokenizer(tokenizer), options)))):
+        model = named_tokenizer(tokenizer)
+        facts = describe_tokenizer(tokenizer, model, append_eos)
+        if 0 < max_document_tokens <= (taken := sum(map(len, around(model, options)))):
             raise ConfigError(f"--max_document_tokens={max_document_tokens}: bos and eos alone are {taken}")
         return options, facts
 
@@ -177,9 +179,8 @@ def _allowed(max_bad: str, lines: int) -> float:
     return number
 
 
-def describe_tokenizer(path: str, append_eos: bool) -> dict[str, Any]:
-    """What the dataset card says about the tokenizer. Raises for a missing or damaged model, or one without eos."""
-    model = named_tokenizer(path)
+def describe_tokenizer(path: str, model: Tokenizer, append_eos: bool) -> dict[str, Any]:
+    """What the dataset card says about the tokenizer. Raises ConfigError for one without eos."""
     if append_eos and model.eos_id < 0:
         raise ConfigError(f"{path}: has no end-of-sequence token; give --append_eos=false")
     return {

@@ -16,7 +16,7 @@ from megatron_lite import checkpoint, peft
 from megatron_lite.checkpoint import CheckpointSource, Source
 from megatron_lite.cli import nearest
 from megatron_lite.config import PrefixConfig
-from megatron_lite.data.template import PLAIN, ChatTemplate, find_template
+from megatron_lite.data.template import ChatTemplate, find_template
 from megatron_lite.data.tokenizer import Tokenizer, carried_tokenizer, parse_object
 from megatron_lite.distributed import random
 from megatron_lite.distributed.env import read_rank
@@ -272,8 +272,9 @@ def read_prompt(
         text = template.prompt([{"role": "user", "content": prompt}])
     except ValueError as error:
         raise ConfigError(f"--prompt: {error}") from None
-    written = add_bos is None and template.source != PLAIN
-    return tokenizer.encode_prompt(text, False if written else add_bos, bool(add_eos))
+    if add_bos is None and not template.plain:
+        add_bos = False
+    return tokenizer.encode_prompt(text, add_bos, bool(add_eos))
 
 
 def generate_text(

@@ -21,12 +21,12 @@ from megatron_lite.checkpoint.source import Info, Source
 from megatron_lite.checkpoint.storage import new_folder, open_regular, write_file
 from megatron_lite.checkpoint.tensor_file import TensorFile, header, row_blocks
 from megatron_lite.config import ModelConfig, parse_model
-from megatron_lite.data.hf_tokenizer import settled
+from megatron_lite.data.hf_tokenizer import named, settled
 from megatron_lite.data.tokenizer import GENERATION, JSON, MODEL, TOKENIZER_FILES, carried_tokenizer
 from megatron_lite.distributed.shard import Tile
 from megatron_lite.errors import CheckpointError, ConfigError, DataError
 from megatron_lite.faults import Faults
-from megatron_lite.models.huggingface import TOKEN_IDS, Part, config_json, model_section, tensor_parts
+from megatron_lite.models.huggingface import TOKEN_IDS, Part, config_json, model_section, model_type, tensor_parts
 
 INDEX, SINGLE, CONFIG = "model.safetensors.index.json", "model.safetensors", "config.json"
 _UNUSED = (".rotary_emb.inv_freq", ".attn.bias", ".attn.masked_bias")  # buffers that older versions saved
@@ -247,6 +247,7 @@ def export(
     stored = str(next(iter(kinds.values())).dtype).removeprefix("torch.")
     small = {name: content for name, content in source.extras().items() if name in TOKENIZER_FILES}
     ids = _token_ids(small, source.path)
+    small = named(small, model_type(source.model))
     small[CONFIG] = json.dumps(config_json(source.model, stored, ids), indent=2).encode()
 
     groups: list[list[str]] = [[]]

@@ -124,10 +124,13 @@ class HuggingFace(Tokenizer):
     @cached_property
     def sha256(self) -> str:  # type: ignore[override]
         """Of tokenizer.json where that alone says it all, else of the settings as well."""
-        content = self._files.get(JSON) or self._files[MODEL]
-        if JSON in self._files and _essence(_raw(content, JSON)) == _essence(self._model):
-            return hashlib.sha256(content).hexdigest()
-        return hashlib.sha256(content + json.dumps(self._known, sort_keys=True).encode()).hexdigest()
+        if JSON not in self._files:
+            content, alone = self._files[MODEL], False
+        else:
+            content = self._files[JSON]
+            alone = not any(self._known.values()) or _essence(_raw(content, JSON)) == _essence(self._model)
+        settings = b"" if alone else json.dumps(self._known, sort_keys=True).encode()
+        return hashlib.sha256(content + settings).hexdigest()
 
     def _encoded(self, text: str, special: bool, whole: bool = False) -> Any:
         self._model.encode_special_tokens = self._split or not special  # the library's word for taking them as text
@@ -173,15 +176,24 @@ def settled(files: dict[str, bytes], config: Mapping[str, Any], name: str) -> di
     if not files.keys() & {JSON, MODEL} or not is_hugging_face(files, name):
         return files
     tree = parse_object(files, SETTINGS, f"{name}: ")
-    named = tree.get("tokenizer_class") or config.get("tokenizer_class")
+    told = tree.get("tokenizer_class") or config.get("tokenizer_class")
     kind = config.get("model_type")
     registered = REGISTERED.get(kind) if isinstance(kind, str) else None
-    wins = named is None or registered in _GENERIC or kind in _OWN_CLASS_WINS
-    wanted = registered if registered and wins and registered != _plain(named) else named
+    wins = told is None or registered in _GENERIC or kind in _OWN_CLASS_WINS
+    wanted = registered if registered and wins and registered != _plain(told) else told
     if wanted in (None, tree.get("tokenizer_class")):
         return files
     wanted = "PreTrainedTokenizerFast" if wanted in _GENERIC else wanted  # as every version calls it
     return files | {SETTINGS: json.dumps(tree | {"tokenizer_class": wanted}, indent=2).encode()}
+
+
+def named(files: dict[str, bytes], kind: str) -> dict[str, bytes]:
+    """The files of a tokenizer as they go beside a model of the type ``kind``: where transformers would otherwise
+    build another one for that type, a tokenizer.json is said to be all there is to it."""
+    tree = parse_object(files, SETTINGS)
+    if JSON not in files or kind not in REGISTERED or tree.get("tokenizer_class"):
+        return files
+    return files | {SETTINGS: json.dumps(tree | {"tokenizer_class": "PreTrainedTokenizerFast"}, indent=2).encode()}
 
 
 def _plain(name: Any) -> str:

@@ -109,6 +109,7 @@ class ChatTemplate:
 
     def __init__(self, source: str, tokenizer: Tokenizer, name: str = "chat template") -> None:
         self.source, self.name = source, name
+        self.plain = source == PLAIN  # every other one writes itself what begins a text
         self._given: Mapping[str, Any] = tokenizer.names()
         self._ends = tuple(tokenizer.special)
         if len(source) > MAX_TEMPLATE:

@@ -274,3 +274,16 @@ def test_what_lies_beside_a_file_named_as_theirs_counts(tmp_path):
     assert tokenizer_files(slow_folder(folder, config={"model_type": "mistral"})).keys() == {
         *("tokenizer.model", "tokenizer_config.json")
     }
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2", "qwen3"])
+def test_a_tokenizer_json_by_itself_stays_what_it_is_beside_a_model(tmp_path, kind):
+    ours = load_tokenizer(write(tmp_path / "own", tokenizer_json=fast("metaspace")))
+    files = hf_tokenizer.named(tokenizer_files(tmp_path / "own"), kind)
+    exported = write(tmp_path / "out", config_json={"model_type": kind})
+    for name, content in files.items():
+        (exported / name).write_bytes(content)
+    theirs, back = transformers.AutoTokenizer.from_pretrained(exported), load_tokenizer(exported)
+    for text in PROBES:
+        assert theirs(text)["input_ids"] == ours.encode_prompt(text) == back.encode_prompt(text)
+    assert back.sha256 == ours.sha256
