@@ -109,9 +109,9 @@ class Tokenizer(ABC):
         Raises ConfigError where it has no such token."""
         sides = []
         for name, wanted, own, token in (("bos", bos, self.begin, self.bos_id), ("eos", eos, self.end, self.eos_id)):
-            if wanted and token < 0:
+            if wanted and token < 0 and not own:
                 raise ConfigError(f"--add_{name}=true: the tokenizer has no {name} token")
-            sides.append(list(own) if wanted is None else [token] * wanted)
+            sides.append(list(own) if wanted is None or (wanted and token < 0) else [token] * wanted)
         return sides[0], sides[1]
 
     def encode_prompt(self, text: str, bos: bool | None = None, eos: bool | None = None) -> list[int]:

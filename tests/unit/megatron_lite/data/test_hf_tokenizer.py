@@ -287,3 +287,16 @@ def test_a_tokenizer_json_by_itself_stays_what_it_is_beside_a_model(tmp_path, ki
     for text in PROBES:
         assert theirs(text)["input_ids"] == ours.encode_prompt(text) == back.encode_prompt(text)
     assert back.sha256 == ours.sha256
+
+
+def test_what_is_around_a_text_is_what_the_post_processor_adds_or_is_asked_for(tmp_path):
+    ours = load_tokenizer(write(tmp_path / "own", tokenizer_json=fast("bytes")))
+    bos, eos = ours.special["<s>"], ours.special["</s>"]
+    assert (ours.bos_id, ours.eos_id) == (-1, eos)  # nothing names a bos, but one is added
+    assert ours.around() == ours.around(bos=True) == ([bos], [])
+    assert ours.around(False, True) == ([], [eos])
+    assert ours.names() == {"bos_token": "", "eos_token": "</s>", "pad_token": "</s>"}
+    theirs = load_tokenizer(fast_folder(tmp_path / "f", pad_token="<|im_start|>", cls_token="<extra>"))
+    assert theirs.names() == {
+        **{"bos_token": "<s>", "eos_token": "<|im_end|>", "pad_token": "<|im_start|>", "cls_token": "<extra>"}
+    }
