@@ -22,7 +22,7 @@ from megatron_lite.checkpoint.storage import new_folder, open_regular, write_fil
 from megatron_lite.checkpoint.tensor_file import TensorFile, header, row_blocks
 from megatron_lite.config import ModelConfig, parse_model
 from megatron_lite.data.hf_tokenizer import named, settled
-from megatron_lite.data.tokenizer import GENERATION, JSON, MODEL, TOKENIZER_FILES, carried_tokenizer
+from megatron_lite.data.tokenizer import GENERATION, MAIN, TOKENIZER_FILES, carried_tokenizer
 from megatron_lite.distributed.shard import Tile
 from megatron_lite.errors import CheckpointError, ConfigError, DataError
 from megatron_lite.faults import Faults
@@ -220,7 +220,7 @@ def _token_ids(extras: Mapping[str, bytes], where: Path) -> dict[str, Any]:
     if GENERATION in extras:
         tree = parse_json(extras[GENERATION], where / GENERATION)
         return tree if isinstance(tree, dict) else {}
-    if MODEL in extras or JSON in extras:
+    if extras.keys() & {*MAIN}:
         tokenizer = carried_tokenizer(extras, where)
         ids = zip(TOKEN_IDS, (tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id), strict=True)
         return {name: number for name, number in ids if number >= 0}

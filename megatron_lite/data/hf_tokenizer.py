@@ -21,6 +21,8 @@ import numpy as np
 from megatron_lite.data.tokenizer import (
     ADDED,
     JSON,
+    MAIN,
+    MERGES,
     MODEL,
     SETTINGS,
     SPECIAL_MAP,
@@ -34,25 +36,25 @@ from megatron_lite.errors import ConfigError, DataError
 FLAGS = frozenset(
     (
         *("add_bos_token", "add_eos_token", "add_prefix_space", "legacy", "split_special_tokens"),
+        *("trim_offsets", "do_lower_case", "remove_space", "keep_accents"),  # which some classes read
         "clean_up_tokenization_spaces",
         "clean_up_tokenization_spaces_for_bpe_even_though_it_will_corrupt_output",
     )
 )
 HONOURED = FLAGS | {  # and every other key that ends in _token: a text, which is one
     *("tokenizer_class", "added_tokens_decoder", "additional_special_tokens", "extra_special_tokens"),
-    "model_specific_special_tokens",
+    *("model_specific_special_tokens", "errors"),
 }
-HARMLESS = frozenset(  # lengths and sides of batches, names, templates (read elsewhere), what only other classes read
+HARMLESS = frozenset(  # lengths and sides of batches, names, templates (read elsewhere), what no class reads
     (
         *("model_max_length", "max_len", "max_length", "padding_side", "truncation_side", "truncation", "padding"),
         *("truncation_strategy", "stride", "pad_to_multiple_of", "pad_token_type_id", "model_input_names"),
         *("name_or_path", "tokenizer_file", "vocab_file", "merges_file", "special_tokens_map_file", "is_local"),
         *("added_tokens_file", "tokenizer_config_file", "chat_template_file", "local_files_only", "backend"),
-        *("files_loaded", "trust_remote_code", "additional_special_tokens_ids"),
+        *("files_loaded", "trust_remote_code", "additional_special_tokens_ids", "use_fast", "from_slow", "device_map"),
         *("auto_map", "processor_class", "chat_template", "response_schema", "response_template", "verbose"),
         *("chat_control_tokens", "use_default_system_prompt", "sp_model_kwargs", "spaces_between_special_tokens"),
-        *("use_fast", "from_slow", "device_map", "errors", "trim_offsets", "do_lower_case", "remove_space"),
-        *("keep_accents", "return_tensors", "return_token_type_ids", "add_generation_prompt", "transformers_version"),
+        *("return_tensors", "return_token_type_ids", "add_generation_prompt", "transformers_version"),
         *("bos_token_id", "eos_token_id", "unk_token_id", "pad_token_id", "vocab_size", "model_type", "max_new_tokens"),
     )
 )
@@ -84,6 +86,8 @@ class HuggingFace(Tokenizer):
             forced = theirs.clean_up_tokenization_spaces_for_bpe_even_though_it_will_corrupt_output
             if theirs.clean_up_tokenization_spaces and (forced or type(self._model.model).__name__ != "BPE"):
                 self._clean = theirs.clean_up_tokenization
+        elif JSON not in files:
+            raise DataError(f"{name}: nothing says which tokenizer it belongs to ({SETTINGS}: tokenizer_class)")
         else:
             self._model, ends = _raw(files[JSON], name), (None, None, None)
         for text, number in declared.items():
@@ -124,11 +128,11 @@ class HuggingFace(Tokenizer):
     @cached_property
     def sha256(self) -> str:  # type: ignore[override]
         """Of tokenizer.json where that alone says it all, else of the settings as well."""
-        if JSON not in self._files:
-            content, alone = self._files[MODEL], False
-        else:
-            content = self._files[JSON]
+        content = self._files[next(name for name in MAIN if name in self._files)]
+        if alone := JSON in self._files:
             alone = not any(self._known.values()) or _essence(_raw(content, JSON)) == _essence(self._model)
+        else:
+            content += self._files.get(MERGES, b"")
         settings = b"" if alone else json.dumps(self._known, sort_keys=True).encode()
         return hashlib.sha256(content + settings).hexdigest()
 
@@ -157,7 +161,9 @@ class HuggingFace(Tokenizer):
 
 def is_hugging_face(files: Mapping[str, bytes], name: str) -> bool:
     """Whether these files are a tokenizer of theirs, and not a sentencepiece model by itself."""
-    return JSON in files or any(_telling(parse_object(files, file, f"{name}: ")) for file in _BESIDE)
+    return (
+        JSON in files or MODEL not in files or any(_telling(parse_object(files, file, f"{name}: ")) for file in _BESIDE)
+    )
 
 
 def _telling(tree: Mapping[str, Any]) -> dict[str, Any]:
@@ -173,7 +179,7 @@ def _telling(tree: Mapping[str, Any]) -> dict[str, Any]:
 def settled(files: dict[str, bytes], config: Mapping[str, Any], name: str) -> dict[str, bytes]:
     """The files of a folder with this ``config.json``, which do not need it any more: where it changes the class that
     transformers takes, tokenizer_config.json is made to name that one. Raises DataError for what is no JSON."""
-    if not files.keys() & {JSON, MODEL} or not is_hugging_face(files, name):
+    if not files.keys() & {*MAIN} or not is_hugging_face(files, name):
         return files
     tree = parse_object(files, SETTINGS, f"{name}: ")
     told = tree.get("tokenizer_class") or config.get("tokenizer_class")
@@ -272,7 +278,7 @@ def _raw(content: bytes, name: str) -> Any:
 
 def _build(files: Mapping[str, bytes], known: Mapping[str, Mapping[str, Any]], name: str) -> Any:
     """Their tokenizer, of the class that AutoTokenizer takes, which itself would load torch."""
-    if JSON not in files:
+    if JSON not in files and MODEL in files:
         SentencePiece(files[MODEL], name)
     try:
         import transformers
@@ -280,7 +286,7 @@ def _build(files: Mapping[str, bytes], known: Mapping[str, Mapping[str, Any]], n
         raise ConfigError(f"{name}: its settings need transformers: pip install 'megatron_lite[hf]'") from None
     kind = _class(files, known[SETTINGS].get("tokenizer_class"), name, transformers)
     with tempfile.TemporaryDirectory() as folder:
-        for file in files.keys() & {JSON, MODEL}:
+        for file in files.keys() & {*MAIN, MERGES}:
             Path(folder, file).write_bytes(files[file])
         for file, tree in known.items():
             if tree:
@@ -295,7 +301,9 @@ def _build(files: Mapping[str, bytes], known: Mapping[str, Mapping[str, Any]], n
 
 
 def _class(files: Mapping[str, bytes], named: Any, name: str, transformers: Any) -> Any:
-    backend = transformers.TokenizersBackend
+    backend = getattr(transformers, "TokenizersBackend", None)
+    if backend is None:
+        raise ConfigError(f"{name}: its settings need transformers 5, this is {transformers.__version__}")
     if named is None or named in _GENERIC or _plain(named) in _GENERIC:
         return backend
     if not isinstance(named, str) or not re.fullmatch(r"\w{1,64}Tokenizer(Fast)?", named, re.ASCII):
@@ -303,9 +311,13 @@ def _class(files: Mapping[str, bytes], named: Any, name: str, transformers: Any)
     if _plain(named) == "LlamaTokenizer" and b'"ByteLevel"' in files.get(JSON, b""):
         return backend  # the class is sentencepiece's, the file is not: Llama 3
     try:
-        found = getattr(transformers, _plain(named), backend)  # they take the common one for a name they do not know
+        found = getattr(transformers, _plain(named), None)
     except Exception as error:  # it needs what is not installed
         raise ConfigError(f"{name}: tokenizer_class {named}: {_one_line(error)}") from None
+    if found is None:  # they take the common one for a name they do not know
+        if parse_object(files, SETTINGS).get("auto_map"):
+            raise DataError(f"{name}: tokenizer_class {named} is code of the folder's own, which is never run")
+        return backend
     if not isinstance(found, type) or not issubclass(found, backend):
         raise DataError(f"{name}: tokenizer_class {named} is not supported: it is not of the tokenizers library")
     return found

@@ -22,9 +22,11 @@ from megatron_lite.errors import CheckpointError, ConfigError, DataError
 
 MODEL, JSON, SETTINGS, TEMPLATE = "tokenizer.model", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"
 SPECIAL_MAP, ADDED, GENERATION = "special_tokens_map.json", "added_tokens.json", "generation_config.json"
+VOCAB, MERGES = "vocab.json", "merges.txt"  # GPT-2's, before there was a tokenizer.json
+MAIN = (JSON, MODEL, VOCAB)  # one of them makes a tokenizer, the first that is there
 TOKENIZER_FILES = (  # what belongs to a model beside its weights
     *(MODEL, JSON, SETTINGS, SPECIAL_MAP, ADDED),
-    *("vocab.json", "merges.txt", GENERATION, TEMPLATE, "chat_template.json"),
+    *(VOCAB, MERGES, GENERATION, TEMPLATE, "chat_template.json"),
 )
 _CONFIG = "config.json"  # the model's, which has a say in what its tokenizer is
 _MAX_FILE_BYTES = 256 << 20
@@ -211,9 +213,9 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def tokenizer_path(path: str | Path) -> Path:
-    """The file that a name means: itself, or of a folder its tokenizer.json, else its tokenizer.model."""
+    """The file that a name means: itself, or of a folder its tokenizer.json, else its tokenizer.model or vocab.json."""
     path = Path(path)
-    found = next((path / name for name in (JSON, MODEL) if (path / name).is_file()), None) if path.is_dir() else path
+    found = next((path / name for name in MAIN if (path / name).is_file()), None) if path.is_dir() else path
     if found is None or not found.is_file():
         raise ConfigError(f"data.tokenizer: no {'tokenizer' if path.is_dir() else 'file'} {path}")
     return found
@@ -230,10 +232,10 @@ def tokenizer_files(path: str | Path) -> dict[str, bytes]:
             raise DataError(f"{each}: {each.stat().st_size} bytes are too many for a tokenizer")
     try:
         files = {each.name: each.read_bytes() for each in beside if each.is_file()}
-        files |= {JSON if file.suffix == ".json" else MODEL: file.read_bytes()}
+        files |= {VOCAB if file.name == VOCAB else JSON if file.suffix == ".json" else MODEL: file.read_bytes()}
     except OSError as error:
         raise DataError(f"{error.filename}: {error.strerror}") from None
-    if file.name == MODEL:
+    if file.name in (MODEL, VOCAB):
         files.pop(JSON, None)
     from megatron_lite.data.hf_tokenizer import settled  # which imports this module
 
@@ -250,7 +252,7 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
 
 def read_tokenizer(files: Mapping[str, bytes], name: str) -> Tokenizer:
     """The tokenizer in ``files``, tokenizer.json before tokenizer.model. Raises as ``load_tokenizer`` does."""
-    if not files.keys() & {JSON, MODEL}:
+    if not files.keys() & {*MAIN}:
         raise ConfigError(f"{name} has no {MODEL} and no {JSON}")
     from megatron_lite.data.hf_tokenizer import HuggingFace, is_hugging_face
 
@@ -259,7 +261,7 @@ def read_tokenizer(files: Mapping[str, bytes], name: str) -> Tokenizer:
 
 def carried_tokenizer(files: Mapping[str, bytes], where: Path) -> Tokenizer:
     """The tokenizer that a model at ``where`` has among its small files. Raises CheckpointError."""
-    if not files.keys() & {MODEL, JSON}:
+    if not files.keys() & {*MAIN}:
         raise CheckpointError(f"{where} has no {MODEL} and no {JSON}, to read a prompt with")
     try:
         return read_tokenizer(files, f"{where}: its tokenizer")
