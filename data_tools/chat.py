@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import lru_cache
@@ -78,7 +78,8 @@ def chat(
 
     --loss=completions trains on what the assistant wrote, end markers included; last on its last turn alone; all on
     everything. --max_document_tokens=N cuts longer conversations (--long_documents=truncate) or leaves them out (drop).
-    Conversations with nothing to train on are left out and counted. --on_error, --max_bad, --workers: as for tokenize.
+    Conversations with nothing to train on are left out and counted. The tokens that answers end with (<|im_end|>, say)
+    are kept in the card: they end what is generated. --on_error, --max_bad, --workers: as for tokenize.
     Train on the dataset with data.packing=conversations.
     """
 
@@ -114,6 +115,8 @@ def chat(
             print(f"{merger.long:,} conversations {done} {max_document_tokens:,} tokens: {lost}")
         if tally["without_target"]:
             print(f"{tally['without_target']:,} conversations left out: nothing in them to train on")
+        if not merger.ends:
+            print("no answer ends with a token of its own: a model trained on them will not know where to stop")
 
 
 def _read_template(path: str) -> str:
@@ -145,12 +148,15 @@ def encode(spans: list[Span], prefix: str, tokenizer: str, options: ChatOptions)
         cached_tokenizer(tokenizer),
         Part(prefix, spans, tally=Counter(trained_tokens=0, lost_tokens=0, without_target=0)),
     )
-    dtype = token_dtype(model.vocab_size)
+    dtype, template = token_dtype(model.vocab_size), _template(options.chat_template, tokenizer)
+    named = {token for text, token in model.special.items() if text in template.source}
+    ends = {*named, template.end(), model.eos_id}
     with (
         IndexedWriter(prefix, dtype, durable=False) as writer,
         Path(f"{prefix}.rejects").open("w", encoding="utf-8") as rejects,
     ):
-        for tokens, mask in _encoded(part, model, _template(options.chat_template, tokenizer), options, rejects):
+        for tokens, mask in _encoded(part, model, template, options, rejects):
+            part.ends.update(_ends(tokens, mask, ends, model))
             if options.max_document_tokens and len(tokens) > options.max_document_tokens:
                 kept = options.max_document_tokens if options.long_documents == "truncate" else 0
                 part.long += 1
@@ -169,6 +175,18 @@ def encode(spans: list[Span], prefix: str, tokenizer: str, options: ChatOptions)
             part.tally["trained_tokens"] += int(mask.sum())
             writer.add_document(tokens.astype(dtype), alternating(mask))
     return part
+
+
+def _ends(tokens: np.ndarray, mask: np.ndarray, known: Collection[int], model: Tokenizer) -> Iterator[int]:
+    """Which of the ``known`` tokens end what is trained on, white space after them or not."""
+    for last in np.flatnonzero(mask & ~np.append(mask[1:], False)).tolist():
+        while last >= 0 and mask[last]:
+            token = int(tokens[last])
+            if token in known:
+                yield token
+            if token in known or model.decode([token]).strip():
+                break
+            last -= 1
 
 
 def alternating(mask: np.ndarray) -> list[int]:

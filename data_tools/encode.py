@@ -51,6 +51,7 @@ class Part:
     empty: int = 0
     long: int = 0  # documents that were split or truncated
     tally: Counter[str] = field(default_factory=Counter)  # what else was counted, for the dataset card
+    ends: Counter[int] = field(default_factory=Counter)  # the tokens that answers end with
 
 
 def cut(text: bytes, size: int = PIECE_BYTES) -> list[bytes]:

@@ -199,6 +199,7 @@ class Merger:
         self.rejects = dataset_file(writer.prefix, ".rejects.jsonl")
         self.lines = self.kept = self.empty = self.long = self.rejected = 0
         self.tally: Counter[str] = Counter()
+        self.ends: Counter[int] = Counter()
         self._lines_of: Counter[str] = Counter()
         self._digests: dict[str, Any] = {}
 
@@ -220,6 +221,7 @@ class Merger:
         self.empty += part.empty
         self.long += part.long
         self.tally.update(part.tally)
+        self.ends.update(part.ends)
         self.progress.update(sum(span.size for span in part.spans), self.writer.num_tokens - before)
 
     def _hash(self, span: Span) -> None:
@@ -262,7 +264,8 @@ class Merger:
             source.check_unchanged()
         files = [{"file": s.path, "size": s.size, "sha256": self._digest(s.path)} for s in sources]
         counts = {"lines": self.lines, "empty": self.empty, "rejected": self.rejected, "long": self.long}
-        return {**counts, **self.tally, "sources": files}
+        ends = {"ends": sorted(self.ends)} if self.ends else {}
+        return {**counts, **self.tally, **ends, "sources": files}
 
     def _digest(self, path: str) -> str:
         if path in self._digests:

@@ -16,8 +16,9 @@ import torch
 
 from megatron_lite import __version__, allocator, checkpoint, resume
 from megatron_lite.config import CHANGEABLE, Config, to_yaml
+from megatron_lite.data.ends import ends, with_ends
 from megatron_lite.data.loader import Dataset, Loader, build_dataset, once
-from megatron_lite.data.tokenizer import TEMPLATE, load_tokenizer, tokenizer_files
+from megatron_lite.data.tokenizer import GENERATION, TEMPLATE, load_tokenizer, tokenizer_files
 from megatron_lite.distributed.env import Rank
 from megatron_lite.distributed.mesh import Mesh, build_mesh, limit_waits, peer_failure, pick_device, process_group
 from megatron_lite.distributed.shard import Piece
@@ -110,7 +111,7 @@ class Run:
 
     def _extras(self) -> dict[str, bytes]:
         """The tokenizer, and what came with it in the checkpoint or folder that this run goes on from, such as a chat
-        template; that of another tokenizer stays behind."""
+        template; that of another tokenizer stays behind. What the data ends answers with ends a text from now on."""
         name = self.config.data.tokenizer
         own = tokenizer_files(name) if name else {}
         source = checkpoint.CheckpointSource(self.found) if self.found is not None else self.source
@@ -118,7 +119,8 @@ class Run:
         found |= self.adapter.extras() if self.adapter is not None else {}
         template = self.train_data.chat_template
         written = {} if template is None else {TEMPLATE: template.encode()}
-        extras = (found if own.items() <= found.items() else own) | written
+        same = all(found.get(name) == content for name, content in own.items() if name != GENERATION)
+        extras = with_ends((own | found if same else own) | written, self.train_data.ends)
         if self.found is not None:
             _note(resume.check_template(found, extras, self.found.path, self.config.checkpoint.allow_change))
         return extras
@@ -331,8 +333,11 @@ class Run:
         if self.tokenizer is None:
             return
         prompt = self.tokenizer.encode_prompt(self.config.train.sample_prompt)
-        sampling = Sampling(max_new_tokens=64)
-        tokens = generate(self.trainer.model, prompt, sampling, {self.tokenizer.eos_id}, self.trainer.compute_dtype)
+        if any(not 0 <= token < (self.config.model.vocab_size or 0) for token in prompt):
+            logger.warning("no sample: train.sample_prompt has tokens that the model does not")
+            return
+        sampling, stop = Sampling(max_new_tokens=64), ends(self.tokenizer, self.extras)
+        tokens = generate(self.trainer.model, prompt, sampling, stop, self.trainer.compute_dtype)
         if self.reporter is not None:
             text = self.tokenizer.decode([*prompt, *tokens])
             self.reporter.text(self.trainer.state.step, "sample", text)

@@ -21,6 +21,7 @@ from megatron_lite.checkpoint.source import Info, Source
 from megatron_lite.checkpoint.storage import new_folder, open_regular, write_file
 from megatron_lite.checkpoint.tensor_file import TensorFile, header, row_blocks
 from megatron_lite.config import ModelConfig, parse_model
+from megatron_lite.data.ends import tokenizer_ids
 from megatron_lite.data.hf_tokenizer import named, settled
 from megatron_lite.data.tokenizer import GENERATION, MAIN, TOKENIZER_FILES, carried_tokenizer
 from megatron_lite.distributed.shard import Tile
@@ -221,9 +222,7 @@ def _token_ids(extras: Mapping[str, bytes], where: Path) -> dict[str, Any]:
         tree = parse_json(extras[GENERATION], where / GENERATION)
         return tree if isinstance(tree, dict) else {}
     if extras.keys() & {*MAIN}:
-        tokenizer = carried_tokenizer(extras, where)
-        ids = zip(TOKEN_IDS, (tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id), strict=True)
-        return {name: number for name, number in ids if number >= 0}
+        return tokenizer_ids(carried_tokenizer(extras, where))
     return {}
 
 

@@ -20,6 +20,7 @@ from megatron_lite.checkpoint.source import Info, Source
 from megatron_lite.checkpoint.storage import new_folder, write_file
 from megatron_lite.checkpoint.tensor_file import TensorFile
 from megatron_lite.config import PeftConfig, parse_peft
+from megatron_lite.data.tokenizer import GENERATION
 from megatron_lite.distributed.shard import Tile
 from megatron_lite.errors import CheckpointError, ConfigError
 from megatron_lite.faults import Faults
@@ -103,6 +104,10 @@ class PeftSource(Source):
             if not torch.equal(stored, tensor):
                 raise CheckpointError(f"{self.path} is not what was written: the disk lies")
 
+    def extras(self) -> dict[str, bytes]:
+        there = (self.path / GENERATION).exists()
+        return {GENERATION: own_file(self.path, GENERATION).read_bytes()} if there else {}
+
     def close(self) -> None:
         self._file.close()
 
@@ -112,12 +117,18 @@ def adapter_state(source: PeftSource, base: Path) -> tuple[dict[str, Any], dict[
     model, peft = source.model.model_dump(mode="json"), source.peft.model_dump(mode="json")
     tree = {"model": model, "train": {"precision": source.precision}, "peft": peft, "init": {"from": str(base)}}
     state = {"from": str(source.path), "base": fingerprint_of(source.base), "vocab_size": source.model.vocab_size}
-    return state, {"config.yaml": json.dumps(tree, indent=1).encode()}
+    return state, {**source.extras(), "config.yaml": json.dumps(tree, indent=1).encode()}
 
 
-def write_folder(folder: Path, config: Mapping[str, Any], tensors: Mapping[str, Tensor], base: Path) -> None:
-    """Write an adapter as the peft library does; ``folder`` appears whole or not at all."""
-    tree = {"task_type": "CAUSAL_LM", "base_model_name_or_path": str(base), "inference_mode": True, **config}
+def write_folder(
+    folder: Path, config: Mapping[str, Any], tensors: Mapping[str, Tensor], base: Source, adapter: Source
+) -> None:
+    """Write an adapter as the peft library does, and beside it which tokens end its texts; ``folder`` appears whole or
+    not at all."""
+    tree = {"task_type": "CAUSAL_LM", "base_model_name_or_path": str(base.path), "inference_mode": True, **config}
+    generation = adapter.extras().get(GENERATION)
     with new_folder(folder) as temporary:
         write_file(temporary / WEIGHTS, [save(dict(tensors), {"format": "pt"})], Faults.none())
         write_file(temporary / CONFIG, [json.dumps(tree, indent=2).encode()], Faults.none())
+        if generation is not None:
+            write_file(temporary / GENERATION, [generation], Faults.none())

@@ -309,5 +309,5 @@ def export_lora(adapter: Source, base: Source, folder: Path) -> dict[str, Tensor
         "rank_pattern": {f"^{re.escape(name)}$": r for name, (r, _) in found.items() if r != config.r},
         "alpha_pattern": {f"^{re.escape(name)}$": alpha for name, (_, alpha) in found.items() if alpha != config.alpha},
     }
-    write_folder(folder, tree, written, base.path)
+    write_folder(folder, tree, written, base, adapter)
     return written

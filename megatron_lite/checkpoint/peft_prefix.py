@@ -90,5 +90,5 @@ def export_prefix(adapter: Source, base: Source, folder: Path) -> dict[str, Tens
     written = {_NAME: torch.cat(made, dim=1)}
     tree = {"peft_type": "PREFIX_TUNING", "num_virtual_tokens": config.length, "prefix_projection": False}
     tree |= {**_sizes(model), "num_transformer_submodules": 1, "encoder_hidden_size": None}
-    write_folder(folder, tree, written, base.path)
+    write_folder(folder, tree, written, base, adapter)
     return written

@@ -20,6 +20,7 @@ from megatron_lite.checkpoint.reading import Checkpoint
 from megatron_lite.checkpoint.shards import copy_box
 from megatron_lite.checkpoint.tensor_file import DTYPES, TensorFile, row_blocks
 from megatron_lite.config import PRECISIONS, ModelConfig, PeftConfig, parse_model, parse_peft, parse_yaml
+from megatron_lite.data.ends import named_ends, with_ends
 from megatron_lite.distributed.shard import Piece, Tile
 from megatron_lite.errors import CheckpointError, ConfigError
 
@@ -192,4 +193,5 @@ class Average(Source):
         tile.data.copy_(total / len(self.sources))
 
     def extras(self) -> dict[str, bytes]:
-        return self.sources[0].extras()
+        first, *others = (source.extras() for source in self.sources)
+        return with_ends(first, chain.from_iterable(map(named_ends, others)))

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from megatron_lite.config import DataConfig, SourceConfig
+from megatron_lite.data.ends import check_ends
 from megatron_lite.data.indexed import IndexedDataset, read_card
 from megatron_lite.data.order import Blend, permute
 from megatron_lite.data.packing import CONVERSATIONS, pack
@@ -239,6 +240,15 @@ class Dataset:
         found = {(card.get("options") or {}).get("chat_template") for card in cards}
         return found.pop() if len(found) == 1 else None
 
+    @property
+    def ends(self) -> list[int]:
+        """The tokens that its conversations' answers end with, as their cards say."""
+        found: set[int] = set()
+        for source in self.sources:
+            card = read_card(source.data.prefix) or {}
+            found.update(check_ends(card.get("ends", []), f"{source.data.prefix}.card.json: ends"))
+        return sorted(found)
+
     def order(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """The source, and the window of that source, of each of the int64 ``positions``."""
         which, count = self.blend.deal(positions)
@@ -275,18 +285,28 @@ class Dataset:
         ]
         for row, (source, sample) in enumerate(origins):
             source.fill(sample, rows, row, mask_documents=self.document_mask)
-        largest = np.maximum(rows.tokens.max(axis=1), rows.targets.max(axis=1))
-        if self.vocab_size is not None and largest.max() >= self.vocab_size:
-            bad = int(np.argmax(largest))
-            raise DataError(
-                f"{origins[bad][0].data.prefix}: token {largest[bad]}, but the vocabulary has {self.vocab_size} "
-                "entries; it was made with another tokenizer"
-            )
+        self._check_tokens(rows, [source for source, _ in origins])
         tokens, targets, positions, ids = map(torch.from_numpy, rows)
         masked = self.document_mask or self.packing
         counts = rows.targets != IGNORED
         counted = None if counts.all() else torch.from_numpy(np.flatnonzero(counts))
         return Batch(tokens, targets, positions if masked else None, ids if masked else None, index, counted)
+
+    def _check_tokens(self, rows: Rows, sources: list[Source]) -> None:
+        """Refuse tokens that are none of the model's."""
+        if self.vocab_size is None:
+            return
+        largest = np.maximum(rows.tokens, rows.targets)  # a target that does not count is below 0
+        wrong = np.where(rows.tokens < 0, rows.tokens, largest)
+        found = np.argwhere((wrong < 0) | (wrong >= self.vocab_size))
+        if len(found):
+            row, column = found[0]
+            prefix = sources[row].data.prefix
+            card = read_card(prefix) or {}
+            told = f"{card.get('tokenizer')}, which made it, has {card.get('vocab_size')}" if card else "it has no card"
+            raise DataError(
+                f"{prefix}: token {wrong[row, column]}, but the vocabulary has {self.vocab_size} entries; {told}"
+            )
 
 
 def build_dataset(data: DataConfig, seed: int, split: Split, vocab_size: int | None = None) -> Dataset:

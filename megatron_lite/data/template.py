@@ -9,6 +9,7 @@ there is no clock (``strftime_now``): the same input always gives the same text.
 from __future__ import annotations
 
 import json
+import re
 import resource
 import signal
 import threading
@@ -108,7 +109,7 @@ class ChatTemplate:
     """
 
     def __init__(self, source: str, tokenizer: Tokenizer, name: str = "chat template") -> None:
-        self.source, self.name = source, name
+        self.source, self.name, self._tokenizer = source, name, tokenizer
         self.plain = source == PLAIN  # every other one writes itself what begins a text
         self._given: Mapping[str, Any] = tokenizer.names()
         self._ends = tuple(tokenizer.special)
@@ -135,6 +136,22 @@ class ChatTemplate:
         """What the assistant is to go on from. Raises ValueError where the template refuses the conversation."""
         _check_marks(messages)
         return self._render(messages, prompt=True).text
+
+    def end(self) -> int:
+        """The token that it writes after an answer: a control token, or one like ``<end>`` that is no more; else -1."""
+        question, answer = {"role": "user", "content": "Hello"}, {"role": "assistant", "content": "Certainly"}
+        try:
+            text = self._render([question, answer]).text.rstrip()
+        except ValueError:
+            return -1
+        _, found, after = text.rpartition(answer["content"])
+        start = len(text) - len(after.lstrip())
+        tokens, starts, _ = self._tokenizer.encode_spans(text)
+        written = tokens[starts >= start].tolist()
+        if not found or not written:
+            return -1
+        marker = len(written) == 1 and re.fullmatch(r"\W+\w.*\W", text[start:])
+        return written[0] if marker or written[0] in self._tokenizer.special.values() else -1
 
     def render(self, messages: Sequence[Message], loss: Loss = "completions", **given: Any) -> Rendered:
         """The conversation as text, and where the assistant's turns are in it, their end markers included.

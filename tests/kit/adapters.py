@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -26,9 +27,10 @@ def decoder(
     method: dict[str, Any] | None = None,
     seed: int = 1,
     hidden: int = 32,
+    vocab: int = VOCAB,
 ) -> Decoder:
     """A model in float64; with ``method`` the same one frozen, and its adapter beside it."""
-    sizes = {"vocab_size": VOCAB, "vocab_multiple": 8, "hidden_size": hidden, "num_layers": 2, "num_heads": 4}
+    sizes = {"vocab_size": vocab, "vocab_multiple": 8, "hidden_size": hidden, "num_layers": 2, "num_heads": 4}
     config = ModelConfig(**sizes, ffn_size=4 * hidden, max_seq_len=LENGTH, init_std=0.3, **FAMILIES[family])
     axis = tp or Axis("tp")
     model = Decoder(config, axis, sp=sp).double()
@@ -37,20 +39,31 @@ def decoder(
     return model
 
 
-def saved(folder: Path, model: Decoder, seed: int, method: dict[str, Any] | None = None) -> Path:
-    """A checkpoint of a base, or of an adapter on what lies in ``base`` beside it, whose numbers depend on ``seed``."""
+def saved(
+    folder: Path,
+    model: Decoder,
+    seed: int,
+    method: dict[str, Any] | None = None,
+    files: Mapping[str, bytes] | None = None,
+) -> Path:
+    """A checkpoint of a base, or of an adapter on what lies in ``base`` beside it, whose numbers depend on ``seed``;
+    with small ``files`` beside them."""
+    vocab = model.config.vocab_size
     with torch.no_grad():  # what is loaded has no padding
-        model.embedding.weight[VOCAB:] = 0.0
-        model.head_weight[VOCAB:] = 0.0
+        model.embedding.weight[vocab:] = 0.0
+        model.head_weight[vocab:] = 0.0
     pieces = pieces_of(model, Axis("tp"))
-    state = {"vocab_size": VOCAB, "tokenizer_sha256": None}
+    state = {"vocab_size": vocab, "tokenizer_sha256": None}
     if method is not None:
         frozen = {f"model.{name}": pieces[name] for name, p in model.named_parameters() if not p.requires_grad}
         state["base"] = checkpoint.fingerprint(frozen, Axis("world"))
         pieces = {name: pieces[name] for name, p in model.named_parameters() if p.requires_grad}
         initialize(pieces, dict.fromkeys(pieces, 0.3), seed)
     tree = {"model": model.config.model_dump(mode="json"), "train": {"precision": "float64"}, "peft": method}
-    extras = {"config.yaml": json.dumps({**tree, "init": {"from": str(folder.parent / "base")}}).encode()}
+    extras = {
+        **(files or {}),
+        "config.yaml": json.dumps({**tree, "init": {"from": str(folder.parent / "base")}}).encode(),
+    }
     checkpoint.prepare(folder, Axis("world"))
     named = {f"model.{name}": piece for name, piece in pieces.items()}
     return checkpoint.save(folder, 1, named, state, extras, Axis("world"), Faults.none())

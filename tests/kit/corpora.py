@@ -79,10 +79,10 @@ def _json_model() -> str:
     return model.to_str()
 
 
-def write_json_tokenizer(folder: Path, template: str = CHATML) -> Path:
+def write_json_tokenizer(folder: Path, template: str = CHATML, eos: str = "<|im_end|>") -> Path:
     """A folder with a byte-level tokenizer.json of 400 entries, its settings and a chat template."""
     folder.mkdir(exist_ok=True)
     (folder / "tokenizer.json").write_text(_json_model(), encoding="utf-8")
-    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<|im_end|>", "chat_template": template}
+    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": eos, "chat_template": template}
     (folder / "tokenizer_config.json").write_text(json.dumps(settings))
     return folder

@@ -28,6 +28,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     M + "optim": (M + "distributed",),
     M + "parallel": (M + "cli", M + "distributed", M + "optim"),
     M + "checkpoint": (
+        M + "data.ends",
         M + "data.tokenizer",
         M + "data.hf_tokenizer",
         M + "distributed",

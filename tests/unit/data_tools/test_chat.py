@@ -141,6 +141,40 @@ def test_golden_tokens_of_a_sentencepiece_model(tmp_path, folder):
     assert dataset[1].tolist()[-5:] == [*(5 + byte for byte in "😀".encode()), 3]  # the bytes of what no piece covers
 
 
+ENDS = {  # what is written after a turn, and which of it ends an answer, with every --loss
+    "<|im_end|>\n": ["<|im_end|>"],
+    "{{ '<|im_end|>' if message.content == '3' else '<|im_start|>' }}": ["<|im_end|>", "<|im_start|>"],
+    "{{ eos_token }}": ["<|endoftext|>"],
+    "\n\n### ": [],
+}
+
+
+@pytest.mark.parametrize("after", ENDS)
+def test_the_card_says_what_ends_an_answer(tmp_path, after, capsys):
+    turn = "{{ message.role + ': ' + message.content }}" + after
+    asked = "{% if add_generation_prompt %}assistant: {% endif %}"
+    template = "{% for message in messages %}" + turn + "{% endfor %}" + asked
+    write_json_tokenizer(tmp_path / "hf", template, eos="<|endoftext|>")
+    special, source = load_tokenizer(tmp_path / "hf").special, write(tmp_path / "x.jsonl", {"messages": TURNS})
+    for loss in ("completions", "last", "all"):
+        chat(str(source), f"{tmp_path}/hf", f"{tmp_path}/{loss}", workers=1, loss=loss)
+        wanted = ENDS[after] if loss == "completions" else ENDS[after][:1]
+        card = read_card(tmp_path / loss)
+        assert card.get("ends", []) == sorted(special[text] for text in wanted)
+        assert ("no answer ends with a token of its own" in capsys.readouterr().out) == (not wanted)
+
+
+def test_of_cut_and_of_plain_answers_too(tmp_path):
+    write_json_tokenizer(tmp_path / "hf", eos="<|endoftext|>")
+    special = load_tokenizer(tmp_path / "hf").special
+    source = write(tmp_path / "x.jsonl", {"messages": TURNS})
+    chat(str(source), f"{tmp_path}/hf", f"{tmp_path}/cut", workers=1, max_document_tokens=45)
+    assert read_card(tmp_path / "cut")["ends"] == [special["<|im_end|>"]]
+    write(source, {"prompt": "1+1=", "completion": "2"})
+    chat(str(source), f"{tmp_path}/hf", f"{tmp_path}/plain", workers=1)
+    assert read_card(tmp_path / "plain")["ends"] == [special["<|endoftext|>"]]
+
+
 @pytest.mark.parametrize(("loss", "wanted"), [("last", ["3<|im_end|>"]), ("all", ["<|im_start|>"])])
 def test_what_is_trained_on_is_a_flag(tmp_path, folder, loss, wanted):
     source = write(tmp_path / "x.jsonl", {"messages": TURNS})

@@ -131,7 +131,8 @@ def test_they_read_ours(tmp_path, name):
     family, method = OURS[name]
     saved(tmp_path / "base", decoder(family), 1)
     convert.export_hf(tmp_path / "base", tmp_path / "base_hf", "float32", 1 << 30, trust=False)
-    saved(tmp_path / "ours", decoder(family, method=method), 2, method)
+    ends = {"generation_config.json": b'{"eos_token_id": [5, 7]}'}
+    saved(tmp_path / "ours", decoder(family, method=method), 2, method, ends)
     convert.export_peft(tmp_path / "ours", tmp_path / "theirs", None, trust=False)
     model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "base_hf", dtype=torch.float32)
     alone = last(model)
@@ -140,6 +141,8 @@ def test_they_read_ours(tmp_path, name):
     assert (theirs - alone).abs().max() > 0.1
     convert.import_peft(tmp_path / "theirs", tmp_path / "again", tmp_path / "base", trust=False)
     assert_same(ours(tmp_path / "base", tmp_path / "again"), theirs)
+    assert transformers.GenerationConfig.from_pretrained(tmp_path / "theirs").eos_token_id == [5, 7]
+    assert open_source(tmp_path / "again").extras().items() >= ends.items()
 
 
 @pytest.mark.filterwarnings("ignore")

@@ -1,6 +1,8 @@
 """The loader: every token a target once an epoch, the same samples at every layout and after every restart."""
 
+import json
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -155,6 +157,29 @@ def test_tokens_beyond_the_vocabulary_are_refused(tmp_path):
     dataset = build_dataset(data_config(write(tmp_path / "d", [100])), 0, "train", vocab_size=90)
     with pytest.raises(DataError, match=r"token 9\d, but the vocabulary has 90 entries"):
         for _, batches in zip(range(10), loader(dataset), strict=False):
+            assert len(batches) == 1
+    (tmp_path / "d.card.json").write_text('{"tokenizer": "hf/", "vocab_size": 100}')
+    with pytest.raises(DataError, match="the vocabulary has 5 entries; hf/, which made it, has 100"):
+        next(loader(build_dataset(data_config(str(tmp_path / "d")), 0, "train", vocab_size=5)))
+
+
+def test_answers_end_as_the_cards_of_all_data_say(tmp_path):
+    paths = [write(tmp_path / name, [100]) for name in "abc"]
+    for path, ends in zip(paths[:2], ([7, 2], [2, 9]), strict=True):
+        Path(f"{path}.card.json").write_text(json.dumps({"ends": ends}))
+    assert build_dataset(data_config(*paths), 0, "train").ends == [2, 7, 9]
+    Path(f"{paths[0]}.card.json").write_text('{"ends": "</s>"}')
+    with pytest.raises(DataError, match=r"a\.card\.json: ends: expected token ids, found '</s>'"):
+        _ = build_dataset(data_config(*paths), 0, "train").ends
+
+
+def test_tokens_below_zero_are_refused(tmp_path):
+    with IndexedWriter(tmp_path / "d", np.int32) as writer:
+        writer.add_document(np.array([*range(30), -7, *range(60)]))
+    with pytest.raises(DataError, match="token -7, but the vocabulary has 90 entries; it has no card"):
+        for _, batches in zip(
+            range(10), loader(build_dataset(data_config(str(tmp_path / "d")), 0, "train", 90)), strict=False
+        ):
             assert len(batches) == 1
 
 
