@@ -9,7 +9,7 @@ import json
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from megatron_lite.data.tokenizer import GENERATION, JSON, MODEL, Tokenizer, parse_object, read_tokenizer
+from megatron_lite.data.tokenizer import GENERATION, MAIN, Tokenizer, parse_object, read_tokenizer
 from megatron_lite.errors import DataError
 
 
@@ -43,7 +43,7 @@ def with_ends(files: Mapping[str, bytes], more: Iterable[int]) -> dict[str, byte
     if GENERATION in files:
         tree, own = parse_object(files, GENERATION), named_ends(files)
     else:
-        tree = tokenizer_ids(read_tokenizer(files, "the tokenizer")) if files.keys() & {MODEL, JSON} else {}
+        tree = tokenizer_ids(read_tokenizer(files, "the tokenizer")) if files.keys() & {*MAIN} else {}
         own = [tree["eos_token_id"]] if "eos_token_id" in tree else []
     ends = list(dict.fromkeys([*own, *more]))
     if ends == own:
