@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 from megatron_lite import cli
 from megatron_lite.config import PACKED_BYTES, load_config
 from megatron_lite.distributed.env import read_rank
-from megatron_lite.errors import ConfigError
+from megatron_lite.errors import ConfigError, DataError
 from megatron_lite.parallel.plan import checkpoint_bytes, make_plan, parse_side
+from megatron_lite.requests import Request, Sampling, read_requests
 
 
 def config(config: str, ranks: int | None = None, **overrides: str) -> None:
@@ -66,21 +67,44 @@ def generate(
 ) -> None:
     """Continue a prompt with a checkpoint's model, or (--chat) answer it through the checkpoint's chat template.
 
-    Temperature 0 is greedy. Under a launcher the model is split over its ranks, with the same tokens. An adapter's
-    checkpoint comes with its base, which --base finds elsewhere. --adapters=NAME=RUN,NAME=RUN loads adapters onto one
-    base; --adapter names the one to use, or --requests a file of {"prompt": …, "adapter": NAME} lines.
-    --base_dtype=int8 or nf4 keeps the model's own linears in memory as peft.base_dtype does in training.
+    Temperature 0 is greedy. Under a launcher the model is split over its ranks, with the same tokens. A text ends at an
+    end token: the tokenizer's, those in the model's generation_config.json (where training on conversations puts what
+    their answers end with) and, in a chat, the template's; else after --max_new_tokens, or where the model's room does.
 
     Around a prompt stands what the tokenizer puts there (bos, for some eos), or what --add_bos and --add_eos say, true
-    or false; the templates of --chat write it themselves.
-    """
-    if base_dtype is not None and base_dtype not in PACKED_BYTES:
-        raise ConfigError(f"--base_dtype={base_dtype}{cli.nearest(base_dtype, PACKED_BYTES)}: expected int8 or nf4")
-    named = {name: Path(path) for name, _, path in (part.partition("=") for part in adapters.split(",") if part)}
-    from megatron_lite.generate import Request, Sampling, generate_text, read_requests
+    or false; the templates of a chat write it themselves.
 
-    asked = read_requests(Path(requests)) if requests else [Request(prompt, adapter)]
+    An adapter's checkpoint comes with its base, which --base finds elsewhere. --adapters=NAME=RUN,NAME=RUN loads
+    adapters onto one base; --adapter names the one to use. --base_dtype=int8 or nf4 keeps the model's own linears in
+    memory as peft.base_dtype does in training.
+
+    --requests=FILE has a request on every line, {"prompt": TEXT} or {"messages": [{"role": …, "content": …}, …]} (a
+    conversation, through the chat template), and with it, as wanted, adapter, max_new_tokens, temperature, top_k, top_p
+    and seed, in place of the flags, and id, which comes back. A file with a line that is no request is refused whole.
+    Each request is answered by a line of JSON, in their order: {"index", "line", "id", "adapter", "text", "num_tokens",
+    "finish_reason"}. index counts requests from 0, line the file's lines from 1, text is what was produced,
+    finish_reason "stop" (an end token) or "length". One that cannot be answered, too long, say, gets {"index", "line",
+    "id", "error"}; the others go on, and the exit code is 3. Draws depend on --seed, the request's index and the
+    position alone; with a seed of its own a request draws what --prompt does with --seed.
+    """
     sampling = Sampling(max_new_tokens, temperature, top_k, top_p, seed)
+    mistakes = [f"--{mistake}" for mistake in sampling.mistakes()]
+    if base_dtype is not None and base_dtype not in PACKED_BYTES:
+        mistakes.append(f"--base_dtype={base_dtype}{cli.nearest(base_dtype, PACKED_BYTES)}: expected int8 or nf4")
+    if requests and prompt:
+        mistakes.append("--prompt: the prompts are those of --requests")
+    parts = [part.partition("=") for part in adapters.split(",") if part]
+    named = {name: Path(path) for name, _, path in parts}
+    if len(named) < len(parts) or not all(name and path for name, _, path in parts):
+        mistakes.append(f"--adapters={adapters}: expected NAME=RUN,NAME=RUN, each name once")
+    if mistakes:
+        raise ConfigError("\n".join(mistakes))
+    asked = [Request(prompt, adapter)]
+    if requests:
+        read = read_requests(Path(requests), {*named, "default"})
+        asked = [replace(request, adapter=request.adapter or adapter) for request in read]
+    from megatron_lite.generate import generate_text
+
     where = Path(base) if base else None
     found = generate_text(
         Path(checkpoint),
@@ -92,8 +116,15 @@ def generate(
         packing=base_dtype,
         add=(add_bos, add_eos),
     )
-    for text in found:
-        print(text, flush=True)
+    lead, failed = read_rank().rank == 0, []
+    for index, (request, answer) in enumerate(zip(asked, found, strict=True)):
+        if answer.error is not None:
+            failed.append(f"line {request.line}")
+        if lead:
+            print(answer.to_json(index, request) if requests else answer.prompt + answer.text, flush=True)
+    if failed:
+        told = ", ".join(failed[:20]) + (" …" if len(failed) > 20 else "")
+        raise DataError(f"{requests}: {len(failed)} of {len(asked)} requests could not be answered: {told}")
 
 
 def prove(

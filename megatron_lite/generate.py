@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import contextlib
-import json
-import math
+import logging
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import replace
+from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,53 +17,36 @@ from megatron_lite import checkpoint, peft
 from megatron_lite.checkpoint import CheckpointSource, Source
 from megatron_lite.cli import nearest
 from megatron_lite.config import PrefixConfig
-from megatron_lite.data.template import ChatTemplate, find_template
-from megatron_lite.data.tokenizer import Tokenizer, carried_tokenizer, parse_object
+from megatron_lite.data.ends import ends
+from megatron_lite.data.template import ChatTemplate, Message, find_template
+from megatron_lite.data.tokenizer import JSON, MODEL, carried_tokenizer
 from megatron_lite.distributed import random
 from megatron_lite.distributed.env import read_rank
 from megatron_lite.distributed.mesh import Mesh, build_mesh, pick_device, process_group
 from megatron_lite.distributed.shard import materialize, pieces_of, spec_of
-from megatron_lite.errors import CheckpointError, ConfigError, DataError
+from megatron_lite.errors import CheckpointError, ConfigError, DataError, MegatronLiteError, NonFiniteError
 from megatron_lite.layers.attention import KeyValueCache
 from megatron_lite.models.decoder import Decoder
 from megatron_lite.parallel.plan import check_tp, packing_mistakes
 from megatron_lite.peft.prefix import fold
+from megatron_lite.requests import Answer, Request, Sampling
 from megatron_lite.trainer import DTYPES
 
-
-@dataclass(frozen=True)
-class Sampling:
-    """``temperature`` 0 is greedy. ``top_k`` 0 and ``top_p`` 1 leave the distribution whole."""
-
-    max_new_tokens: int = 128
-    temperature: float = 0.0
-    top_k: int = 0
-    top_p: float = 1.0
-    seed: int = 0
-
-    def check(self) -> None:
-        """Raises ConfigError with every number that makes no sense."""
-        mistakes = []
-        if self.max_new_tokens < 1:
-            mistakes.append(f"--max_new_tokens={self.max_new_tokens}: must be at least 1")
-        if not 0 <= self.temperature < math.inf:
-            mistakes.append(f"--temperature={self.temperature}: must be 0 (greedy) or more")
-        if self.top_k < 0:
-            mistakes.append(f"--top_k={self.top_k}: must be 0 (off) or more")
-        if not 0 < self.top_p <= 1:
-            mistakes.append(f"--top_p={self.top_p}: must be above 0 and at most 1 (off)")
-        if mistakes:
-            raise ConfigError("\n".join(mistakes))
+logger = logging.getLogger("megatron_lite")
 
 
 def choose(logits: Tensor, sampling: Sampling, position: int) -> Tensor:
     """The next token of each row of ``logits`` [batch, vocab]. The draw depends on (seed, position) alone.
 
     Nucleus sampling is Holtzman et al. 2020: the smallest set of tokens whose probability reaches ``top_p``.
+    Raises NonFiniteError.
     """
+    if not logits.isfinite().all():
+        raise NonFiniteError("the model's logits are not finite")
     if sampling.temperature == 0:
         return logits.argmax(dim=-1)
-    scaled = logits.double().cpu() / sampling.temperature
+    scaled = logits.double().cpu()
+    scaled = (scaled - scaled.amax(dim=-1, keepdim=True)) / sampling.temperature  # never above 0, however small that is
     if 0 < sampling.top_k < scaled.shape[-1]:
         limit = scaled.topk(sampling.top_k, dim=-1).values[:, -1:]
         scaled = scaled.masked_fill(scaled < limit, float("-inf"))
@@ -75,40 +59,42 @@ def choose(logits: Tensor, sampling: Sampling, position: int) -> Tensor:
     return torch.multinomial(probabilities, 1, generator=generator).squeeze(1).to(logits.device)
 
 
+def of_request(sampling: Sampling, index: int, own: Mapping[str, Any]) -> Sampling:
+    """That of request number ``index``, which draws unlike the others, the first of them as one alone. What it has of
+    its ``own`` counts; with a seed of its own it draws as one alone."""
+    seed = random.mix(sampling.seed, index) if index else sampling.seed
+    return replace(sampling, **{"seed": seed, **own})
+
+
 @torch.no_grad()
 def generate(
-    model: Decoder, prompt: list[int], sampling: Sampling, stop: Collection[int], dtype: torch.dtype
+    model: Decoder,
+    prompt: list[int],
+    sampling: Sampling,
+    stop: Collection[int],
+    dtype: torch.dtype,
+    *,
+    known: int | None = None,
 ) -> list[int]:
     """The tokens that follow ``prompt``, up to ``max_new_tokens``, the model's length, or one of the tokens ``stop``.
 
-    Under tensor parallelism every rank calls this and gets the same tokens: logits are gathered, and all draw alike.
+    ``known``: only tokens below it are produced. Under tensor parallelism every rank calls this and gets the same
+    tokens: logits are gathered, and all draw alike.
     """
-    with model.whole_tokens():
-        return _generate(model, prompt, sampling, stop, dtype)
-
-
-def _generate(
-    model: Decoder, prompt: list[int], sampling: Sampling, stop: Collection[int], dtype: torch.dtype
-) -> list[int]:
+    assert all(0 <= token < (model.config.vocab_size or 0) for token in prompt)  # beyond are rows that only pad
     device = model.embedding.weight.device
     caches = [KeyValueCache() for _ in model.blocks]
     tokens = torch.tensor([prompt], device=device)
     produced: list[int] = []
-    room = longest_prompt(model) + 1 - len(prompt)
-    for _ in range(min(sampling.max_new_tokens, room)):
-        logits = model(tokens, caches=caches, dtype=dtype)
-        token = int(choose(logits, sampling, len(prompt) + len(produced)))
-        if token in stop:
-            break
-        produced.append(token)
-        tokens = torch.tensor([[token]], device=device)
+    with model.whole_tokens():
+        for _ in range(most_tokens(model, prompt, sampling)):
+            logits = model(tokens, caches=caches, dtype=dtype)[:, :known]
+            token = int(choose(logits, sampling, len(prompt) + len(produced)))
+            if token in stop:
+                break
+            produced.append(token)
+            tokens = torch.tensor([[token]], device=device)
     return produced
-
-
-def ends(tokenizer: Tokenizer, extras: Mapping[str, bytes]) -> set[int]:
-    """The tokens that end a text: the tokenizer's own, and those that the model's ``generation_config.json`` names."""
-    named = parse_object(extras, "generation_config.json").get("eos_token_id", [])
-    return {tokenizer.eos_id, *(named if isinstance(named, list) else [named])}
 
 
 def longest_prompt(model: Decoder) -> int:
@@ -116,33 +102,9 @@ def longest_prompt(model: Decoder) -> int:
     return model.config.max_seq_len - (0 if model.prefix is None else model.prefix.length) - 1
 
 
-@dataclass(frozen=True)
-class Request:
-    """A text to be continued, by the model as it is or with one of its adapters."""
-
-    prompt: str
-    adapter: str | None = None
-
-
-def read_requests(path: Path) -> list[Request]:
-    """One JSON object a line: ``prompt`` and, perhaps, ``adapter``. Raises DataError naming the line."""
-    found = []
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"cannot read {path}: {error}") from None
-    for number, line in enumerate(lines, 1):
-        try:
-            tree = json.loads(line)
-            if not isinstance(tree, dict) or not tree.keys() <= {"prompt", "adapter"}:
-                raise ValueError("expected an object with prompt and, perhaps, adapter")
-            prompt, adapter = tree.get("prompt"), tree.get("adapter")
-            if not isinstance(prompt, str) or not isinstance(adapter, str | None):
-                raise ValueError("prompt and adapter are texts")
-        except (ValueError, RecursionError) as error:
-            raise DataError(f"{path}:{number}: {error}") from None
-        found.append(Request(prompt, adapter))
-    return found
+def most_tokens(model: Decoder, prompt: Sequence[int], sampling: Sampling) -> int:
+    """How many tokens may follow a prompt."""
+    return min(sampling.max_new_tokens, longest_prompt(model) + 1 - len(prompt))
 
 
 class Models:
@@ -218,8 +180,8 @@ def open_models(
     adapters: Mapping[str, Path],
     base: Path | None,
     packing: str | None = None,
-) -> Iterator[tuple[Models, dict[str, bytes], str | None]]:
-    """The models of a checkpoint, its small files, and the adapter that is meant where none is named.
+) -> Iterator[tuple[Models, dict[str | None, dict[str, bytes]], str | None]]:
+    """The models of a checkpoint, the small files of each, and the adapter that is meant where none is named.
 
     ``path`` may be an adapter's: then its base is loaded, from where it was at training or from ``base``, and itself as
     the adapter ``default``. Raises CheckpointError, also for adapters of another base.
@@ -234,6 +196,8 @@ def open_models(
         source = first
         if first.peft is not None:
             assert isinstance(first, CheckpointSource)
+            if "default" in found:
+                raise ConfigError(f"--adapters: default is the name of {path} itself")
             default, found = "default", {**found, "default": first}
             where = base or (Path(first.base) if first.base else None)
             if where is None or not where.exists():
@@ -248,7 +212,11 @@ def open_models(
             sources[name] = adapter
         precision = next((adapter.precision for adapter in sources.values()), source.precision)
         models = Models(source, mesh, dtype or DTYPES[precision], sources, packing)
-        yield models, {**source.extras(), **first.extras()}, default
+        files: dict[str | None, dict[str, bytes]] = {None: source.extras()}
+        for name, adapter in sources.items():
+            own = adapter.extras()
+            files[name] = own if own.keys() & {JSON, MODEL} else files[None] | own
+        yield models, files, default
 
 
 def trained_shapes(model: Decoder) -> dict[str, tuple[int, ...]]:
@@ -256,25 +224,71 @@ def trained_shapes(model: Decoder) -> dict[str, tuple[int, ...]]:
     return {f"model.{name}": spec_of(p).shape for name, p in model.named_parameters() if p.requires_grad}
 
 
-def read_prompt(
-    prompt: str,
-    tokenizer: Tokenizer,
-    template: ChatTemplate | None,
-    add: tuple[bool | None, bool | None] = (None, None),
-) -> list[int]:
-    """The tokens of a prompt or, with a template, of a conversation that it begins as the user's message. ``add``: bos
-    and eos, None what the tokenizer puts around a text, which is nothing in a model's own template. Raises
-    ConfigError."""
-    add_bos, add_eos = add
-    if template is None:
-        return tokenizer.encode_prompt(prompt, add_bos, add_eos)
-    try:
-        text = template.prompt([{"role": "user", "content": prompt}])
-    except ValueError as error:
-        raise ConfigError(f"--prompt: {error}") from None
-    if add_bos is None and not template.plain:
-        add_bos = False
-    return tokenizer.encode_prompt(text, add_bos, bool(add_eos))
+class Codec:
+    """Text to a model's tokens and back: its tokenizer, its chat template and what ends a text, from its small files.
+
+    ``vocab_size``: of the model. ``add``: bos and eos around a prompt, None what the tokenizer puts there, which is
+    nothing around what a model's own template writes. ``ends``: the tokens that end a text. Raises CheckpointError.
+    """
+
+    def __init__(
+        self,
+        files: Mapping[str, bytes],
+        where: Path,
+        vocab_size: int,
+        add: tuple[bool | None, bool | None] = (None, None),
+    ) -> None:
+        self.files, self.where, self.vocab_size, self.add = files, where, vocab_size, add
+        self.tokenizer = carried_tokenizer(files, where)
+        try:
+            self.ends = ends(self.tokenizer, files)
+        except DataError as error:
+            raise CheckpointError(f"{where}: {error}") from None
+        if beyond := sorted(token for token in self.ends if token >= vocab_size):
+            named = ", ".join(f"{token} {self.tokenizer.token(token)!a}" for token in beyond)
+            logger.warning("%s: no text will end with token %s: the model has %d", where, named, vocab_size)
+
+    @cached_property
+    def template(self) -> ChatTemplate:
+        """The chat template, with ``PLAIN`` for none. Raises ConfigError, DataError."""
+        return ChatTemplate(find_template(self.files, str(self.where)), self.tokenizer, f"{self.where}'s chat template")
+
+    @cached_property
+    def answer_ends(self) -> set[int]:
+        """The tokens that end an answer: those that end any text, and what the template writes after one."""
+        return {*self.ends, self.template.end()} - {-1}
+
+    def read(self, prompt: str | Sequence[Message], *, chat: bool) -> list[int]:
+        """The tokens of a prompt or, in a ``chat``, of a conversation, perhaps one that the prompt begins as the user's
+        message. Raises ConfigError, and CheckpointError for tokens that the model does not have."""
+        try:
+            messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+            text = self.template.prompt(messages) if chat else str(prompt)
+            text.encode()
+        except UnicodeEncodeError:
+            raise ConfigError("the prompt is no text that UTF-8 can carry") from None
+        except ValueError as error:
+            raise ConfigError(f"the prompt: {error}") from None
+        bos, eos = self.add
+        if chat:
+            bos, eos = False if bos is None and not self.template.plain else bos, bool(eos)
+        tokens = self.tokenizer.encode_prompt(text, bos, eos)
+        if min(tokens) < 0:
+            raise ConfigError("the prompt is empty, and the tokenizer has no end-of-sequence token to begin with")
+        if (last := max(tokens)) >= self.vocab_size:
+            raise CheckpointError(
+                f"{self.where}: the prompt has token {last} {self.tokenizer.show([last])!a:.100}, but the model's "
+                f"vocabulary has {self.vocab_size} entries; its tokenizer has {self.tokenizer.vocab_size}"
+            )
+        return tokens
+
+    def write(self, prompt: list[int], produced: list[int], *, chat: bool) -> tuple[str, str]:
+        """The text of a prompt and the text that follows it, which join into one; in a ``chat`` the latter alone."""
+        if chat:
+            return "", self.tokenizer.decode(produced)
+        before, whole = self.tokenizer.decode(prompt), self.tokenizer.decode([*prompt, *produced])
+        after = whole.removeprefix(before) if whole.startswith(before) else self.tokenizer.decode(produced)
+        return before, after
 
 
 def generate_text(
@@ -288,13 +302,14 @@ def generate_text(
     base: Path | None = None,
     packing: str | None = None,
     add: tuple[bool | None, bool | None] = (None, None),
-) -> Iterator[str]:
-    """Load a checkpoint and adapters on it, split over as many ranks as were started, and continue each prompt; nothing
-    but on rank 0.
+) -> Iterator[Answer]:
+    """Load a checkpoint and adapters on it, split over as many ranks as were started, and answer each request, on every
+    rank. A request in a file that cannot be answered is answered with its error.
 
-    ``chat``: answer it as a user's message, through the chat template that the checkpoint has, with the answer alone.
-    ``packing``: the model's own linears in memory in 8 or 4 bits. ``add``: as ``read_prompt`` has it.
-    Raises CheckpointError for a checkpoint that does not verify or has no tokenizer, ConfigError for bad numbers.
+    ``chat``: take a prompt for a user's message, through the chat template that the checkpoint has.
+    ``packing``: the model's own linears in memory in 8 or 4 bits. ``add``: as ``Codec`` has it.
+    Raises CheckpointError for a checkpoint that does not verify or has no tokenizer, ConfigError for bad numbers, an
+    adapter that there is not, or a prompt that is too long.
     """
     sampling.check()
     rank = read_rank()
@@ -302,17 +317,26 @@ def generate_text(
     with process_group(rank, device, timeout_seconds=600.0):
         mesh = build_mesh({"tp": rank.size}, device)
         assert mesh is not None
-        with open_models(path, mesh, dtype, adapters or {}, base, packing) as (models, extras, default):
-            tokenizer = carried_tokenizer(extras, path)
-            stop = ends(tokenizer, extras)
-            template = (
-                ChatTemplate(find_template(extras, str(path)), tokenizer, f"{path}'s chat template") if chat else None
-            )
-            for request in requests:
-                model = models[request.adapter or default]
-                tokens = read_prompt(request.prompt, tokenizer, template, add)
-                if len(tokens) > (limit := longest_prompt(model)):
-                    raise ConfigError(f"the prompt has {len(tokens)} tokens; this model takes {limit}")
-                produced = generate(model, tokens, sampling, stop, models.compute)
-                if rank.rank == 0:
-                    yield tokenizer.decode(produced if chat else [*tokens, *produced])
+        with open_models(path, mesh, dtype, adapters or {}, base, packing) as (models, files, default):
+            found = {name: models[name] for name in [request.adapter or default for request in requests]}
+            size = models[None].config.vocab_size
+            assert size
+            spoken = {name: Codec(files[name], path, size, add) for name in found}
+            for index, request in enumerate(requests):
+                name = request.adapter or default
+                model, codec, asked = found[name], spoken[name], chat or not isinstance(request.prompt, str)
+                try:
+                    prompt = codec.read(request.prompt, chat=asked)
+                    if len(prompt) > (limit := longest_prompt(model)):
+                        raise ConfigError(f"the prompt has {len(prompt)} tokens; this model takes {limit}")
+                except MegatronLiteError as error:
+                    if request.line is None:
+                        raise
+                    yield Answer(error=str(error))
+                    continue
+                own, stop = of_request(sampling, index, request.own), codec.answer_ends if asked else codec.ends
+                known = max(codec.tokenizer.vocab_size, max(stop, default=0) + 1)
+                produced = generate(model, prompt, own, stop, models.compute, known=known)
+                ended = len(produced) < most_tokens(model, prompt, own)
+                read, text = codec.write(prompt, produced, chat=asked)
+                yield Answer(name, read, text, len(produced), "stop" if ended else "length")

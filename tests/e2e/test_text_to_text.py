@@ -89,12 +89,15 @@ def test_what_an_adapter_says_while_it_is_trained(folder: Path) -> None:
 
 
 def test_the_same_text_on_one_rank_and_on_two(folder: Path) -> None:
-    flags = ["generate", str(folder / "run"), "--prompt=import os", "--max_new_tokens=24"]
-    for sampling in ([], ["--temperature=0.9", "--top_k=50", "--top_p=0.95", "--seed=3"]):
-        one = run_job([PYTHON, *LITE, *flags, *sampling], timeout=60).expect(0)
-        assert one.stdout.startswith("import os")
-        two = run_job([*TORCHRUN, *LITE, *flags, *sampling], timeout=60).expect(0)
+    flags, lines = ["generate", str(folder / "run"), "--max_new_tokens=24"], 3 * ['{"prompt": "import os"}\n']
+    (folder / "asked.jsonl").write_text("".join(lines))
+    sampled = [f"--requests={folder}/asked.jsonl", "--temperature=0.9", "--top_k=50", "--top_p=0.95", "--seed=3"]
+    for asked in (["--prompt=import os"], sampled):
+        one = run_job([PYTHON, *LITE, *flags, *asked], timeout=60).expect(0)
+        two = run_job([*TORCHRUN, *LITE, *flags, *asked], timeout=60).expect(0)
         assert two.stdout == one.stdout
+        assert one.stdout.startswith("import os" if asked is not sampled else '{"index": 0, "line": 1, ')
+    assert len({json.loads(line)["text"] for line in one.stdout.splitlines()}) == 3
 
 
 @pytest.mark.parametrize(

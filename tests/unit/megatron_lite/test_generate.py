@@ -1,19 +1,24 @@
 """Text generation: the cache changes nothing, sampling draws from the set it should, and so on every rank."""
 
+import json
+import re
+from dataclasses import replace
+
 import pytest
 import torch
 import transformers
 
 from megatron_lite.config import PACKED_BYTES
-from megatron_lite.data.template import PLAIN, ChatTemplate
-from megatron_lite.data.tokenizer import load_tokenizer
+from megatron_lite.data.template import PLAIN
+from megatron_lite.data.tokenizer import load_tokenizer, tokenizer_files
 from megatron_lite.distributed.mesh import build_mesh, solo_mesh
 from megatron_lite.distributed.shard import spec_of
 from megatron_lite.distributed.spawn import run_ranks
-from megatron_lite.errors import CheckpointError, ConfigError, DataError
-from megatron_lite.generate import Sampling, choose, generate, open_models, read_prompt, read_requests
-from tests.kit.adapters import FAMILIES, LENGTH, decoder, saved
-from tests.kit.corpora import UNMARKED
+from megatron_lite.errors import CheckpointError, ConfigError, NonFiniteError
+from megatron_lite.generate import Codec, choose, generate, generate_text, of_request, open_models
+from megatron_lite.requests import Request, Sampling
+from tests.kit.adapters import FAMILIES, LENGTH, VOCAB, decoder, saved
+from tests.kit.corpora import UNMARKED, write_json_tokenizer
 from tests.kit.tokenizers import slow_folder
 
 PROMPT = [5, 17, 40, 2]
@@ -85,13 +90,41 @@ def test_draws_follow_the_distribution():
     assert abs(hot / 4000 - 2 / 3) < 0.03
 
 
-def test_numbers_that_make_no_sense_are_all_named():
-    with pytest.raises(ConfigError) as caught:
-        Sampling(max_new_tokens=0, temperature=float("nan"), top_k=-1, top_p=0).check()
-    told = str(caught.value)
-    assert told.count("\n") == 3
-    for flag in ("--max_new_tokens=0", "--temperature=nan", "--top_k=-1", "--top_p=0"):
-        assert flag in told
+@pytest.mark.parametrize("temperature", [5e-324, 1e-320, 1e-300])
+def test_the_smallest_temperature_is_greedy_and_the_largest_even(temperature):
+    probabilities = torch.tensor([0.05, 0.5, 0.05, 0.3, 0.1])
+    assert drawn(Sampling(temperature=temperature, top_k=3, top_p=0.9), probabilities) == {1}
+    assert drawn(Sampling(temperature=1e308), probabilities) == {0, 1, 2, 3, 4}
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_logits_that_are_no_numbers_are_refused(temperature):
+    with pytest.raises(NonFiniteError, match="the model's logits are not finite"):
+        choose(torch.tensor([[0.0, float("nan"), 1.0]]), Sampling(temperature=temperature), 0)
+
+
+def test_rows_that_only_pad_the_vocabulary_are_never_drawn():
+    model = decoder("gpt2")  # 61 tokens, 64 rows, which are those of the embedding, too
+    with torch.no_grad():
+        model.head_weight[VOCAB:] = 50 * model.head_weight[:3]
+    hot = produce(model, temperature=100.0, max_new_tokens=28)
+    assert max(hot) < VOCAB and len(set(hot)) > 10
+    some = generate(model, PROMPT, Sampling(temperature=100.0), (), torch.float64, known=50)
+    assert max(some) < 50 < max(hot)
+
+
+def test_requests_draw_unlike_each_other_and_alike_again():
+    sampling, model = Sampling(temperature=1.0, seed=5, max_new_tokens=16), decoder("llama")
+
+    def draw(index, **own):
+        return generate(model, PROMPT, of_request(sampling, index, own), (), torch.float64)
+
+    texts = [draw(index) for index in range(4)]
+    assert len({tuple(text) for text in texts}) == 4
+    assert texts == [draw(index) for index in range(4)]
+    assert texts[0] == produce(model, temperature=1.0, seed=5, max_new_tokens=16)
+    assert draw(3, seed=5) == texts[0]
+    assert draw(3, temperature=0.0, max_new_tokens=3) == produce(model, max_new_tokens=3)
 
 
 ADAPTERS = {
@@ -175,29 +208,113 @@ def test_a_base_whose_rows_are_no_blocks_is_not_packed(tmp_path):
         pass
 
 
-@pytest.mark.parametrize(
-    ("line", "problem"), [("{", "Expecting"), ('{"prompt": 3}', "are texts"), ('{"text": "x"}', "expected an object")]
-)
-def test_a_bad_request_is_named(tmp_path, line, problem):
-    (tmp_path / "r.jsonl").write_text('{"prompt": "a"}\n' + line)
-    with pytest.raises(DataError, match=rf"r\.jsonl:2: .*{problem}"):
-        read_requests(tmp_path / "r.jsonl")
-
-
 def test_a_prompt_is_read_as_transformers_reads_it(tmp_path):
     folder = slow_folder(tmp_path / "t", add_bos_token=True, add_eos_token=True)
-    theirs, ours = transformers.AutoTokenizer.from_pretrained(folder), load_tokenizer(folder)
+    theirs, files = transformers.AutoTokenizer.from_pretrained(folder), tokenizer_files(folder)
+
+    def read(text, add=(None, None), template=None):
+        more = {} if template is None else {"chat_template.jinja": template.encode()}
+        return Codec({**files, **more}, folder, 10**6, add).read(text, chat=template is not None)
+
     for text in ("hello world", "hello ", " the", "<|im_start|>user\nwho<|im_end|>\n"):
-        assert read_prompt(text, ours, None) == theirs(text)["input_ids"]
-        assert read_prompt(text, ours, None, (False, False)) == theirs(text, add_special_tokens=False)["input_ids"]
+        assert read(text) == theirs(text)["input_ids"]
+        assert read(text, (False, False)) == theirs(text, add_special_tokens=False)["input_ids"]
     spelled = theirs("<s>hello<|im_end|>", add_special_tokens=False)["input_ids"]
-    assert read_prompt("<s>hello<|im_end|>", ours, None) == spelled  # never two
-    assert read_prompt("", ours, None, (False, False)) == [ours.eos_id]
+    assert read("<s>hello<|im_end|>") == spelled  # never two
+    assert read("", (False, False)) == [load_tokenizer(folder).eos_id]
     chat = [{"role": "user", "content": "who"}]
     for source in ("{{ bos_token }}" + UNMARKED, UNMARKED):
-        template = ChatTemplate(source, ours)
         theirs.chat_template = source
         want = theirs.apply_chat_template(chat, add_generation_prompt=True, return_dict=False)
-        assert read_prompt("who", ours, template) == want
-        assert read_prompt("who", ours, template, (True, None)) == [1, *want[want[0] == 1 :]]
-    assert read_prompt("who", ours, ChatTemplate(PLAIN, ours))[0] == ours.bos_id
+        assert read("who", template=source) == want
+        assert read("who", (True, None), source) == [1, *want[want[0] == 1 :]]
+    assert read("who", template=PLAIN)[0] == load_tokenizer(folder).bos_id
+
+
+CHAT = [{"role": "user", "content": "import os"}]
+
+
+def speaking(folder, vocab=400, **tokenizer):
+    """A base that has a tokenizer, and its small files."""
+    files = tokenizer_files(write_json_tokenizer(folder / "hf", **tokenizer))
+    saved(folder / "base", decoder("gpt2", vocab=vocab), 1, files=files)
+    return folder / "base", files
+
+
+def said(path, *requests, **options):
+    """What each is answered, greedily."""
+    numbered = [replace(request, line=line) for line, request in enumerate(requests, 1)]
+    return list(generate_text(path, numbered, Sampling(max_new_tokens=8), torch.float64, **options))
+
+
+def ending_with(files, token):
+    return {**files, "generation_config.json": json.dumps({"eos_token_id": [399, token]}).encode()}
+
+
+def test_what_cannot_be_answered_says_so_and_the_others_are(tmp_path):
+    path, _ = speaking(tmp_path, vocab=380)
+    far = "".join(map(chr, range(0x4E00, 0x4E0B)))  # a token for each byte
+    good, long, surrogate, again = said(path, *map(Request, ("import os", 9 * far, "\ud800", "import os")))
+    assert good == again
+    assert (good.prompt, good.num_tokens, good.finish_reason) == ("import os", 8, "length")
+    assert (long.text, long.error) == ("", "the prompt has 297 tokens; this model takes 31")
+    assert surrogate.error == "the prompt is no text that UTF-8 can carry"
+    with pytest.raises(ConfigError, match="the prompt has 297 tokens; this model takes 31"):
+        list(generate_text(path, [Request(9 * far)], Sampling()))
+
+
+def test_a_token_beyond_the_models_rows_is_refused_by_name(tmp_path, caplog):
+    path, _ = speaking(tmp_path, vocab=2)
+    (answer,) = said(path, Request("\n", own={"max_new_tokens": 1}), chat=False)
+    assert re.search(r"the prompt has token \d+ '\\n', but the model's vocabulary has 2 entries; .* 400", answer.error)
+    (answer,) = said(path, Request(CHAT))
+    assert re.search(r"the prompt has token \d+ '.*', but the model's vocabulary has 2 entries", answer.error)
+    assert "no text will end with token 2 '<|im_end|>': the model has 2" in caplog.text
+    with pytest.raises(CheckpointError, match="the prompt has token"):
+        list(generate_text(path, [Request("\n")], Sampling()))
+
+
+def test_a_text_ends_with_what_the_files_say_and_an_answer_with_what_the_template_writes(tmp_path):
+    _, files = speaking(tmp_path, eos="<|endoftext|>")
+    model = decoder("gpt2", vocab=400)
+    tokenizer = load_tokenizer(tmp_path / "hf")
+    produced = generate(model, tokenizer.encode("import os"), Sampling(max_new_tokens=8), (), torch.float64)
+    stop = produced[4]
+    saved(tmp_path / "told", model, 1, files=ending_with(files, stop))
+    (answer,) = said(tmp_path / "told", Request("import os"))
+    first = produced.index(stop)
+    assert (answer.num_tokens, answer.finish_reason) == (first, "stop")
+    assert answer.text == tokenizer.decode(produced[:first])
+    template = (
+        "{{ messages[0].content }}{% if messages[1] %}{{ messages[1].content + '" + "<|im_end|>" + "' }}{% endif %}"
+    )
+    with torch.no_grad():  # in a chat <|im_end|>, which no file names, is what it says at once
+        model.head_weight[tokenizer.special["<|im_end|>"]] = model.head_weight[produced[0]]
+        model.head_weight[produced[0]] = 0.0
+    saved(tmp_path / "chat", model, 1, files={**files, "chat_template.jinja": template.encode()})
+    plain, chat = said(tmp_path / "chat", Request("import os"), Request(CHAT))
+    assert (plain.num_tokens, plain.finish_reason) == (8, "length")
+    assert (chat.num_tokens, chat.finish_reason, chat.text) == (0, "stop", "")
+
+
+def test_each_adapter_has_its_own_template_and_ends(tmp_path):
+    path, files = speaking(tmp_path)
+    method = ADAPTERS["lora"]
+    model = decoder("gpt2", vocab=400, method=method)
+    saved(tmp_path / "a", model, 2, method, files)
+    whole, base = said(path, Request(CHAT, "a"), Request(CHAT), adapters={"a": tmp_path / "a"})
+    assert (whole.adapter, base.adapter, whole.num_tokens) == ("a", None, 8)
+    assert whole.text != base.text
+    other = {**files, "chat_template.jinja": b"{{ messages[0].content }}"}
+    saved(tmp_path / "b", decoder("gpt2", vocab=400, method=method), 2, method, other)
+    answers = said(
+        path,
+        Request(CHAT, "a"),
+        Request(CHAT, "b"),
+        Request("import os", "a"),
+        adapters={"a": tmp_path / "a", "b": tmp_path / "b"},
+    )
+    assert answers[0] == whole
+    assert answers[1].text == answers[2].text != whole.text
+    with pytest.raises(ConfigError, match="--adapters: default is the name of"):
+        said(tmp_path / "a", Request("x"), adapters={"default": tmp_path / "b"})
