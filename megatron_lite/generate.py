@@ -318,15 +318,16 @@ def generate_text(
         mesh = build_mesh({"tp": rank.size}, device)
         assert mesh is not None
         with open_models(path, mesh, dtype, adapters or {}, base, packing) as (models, files, default):
-            found = {name: models[name] for name in [request.adapter or default for request in requests]}
+            asked = [(request.adapter or default, chat or not isinstance(request.prompt, str)) for request in requests]
+            found = {name: models[name] for name, _ in asked}
             size = models[None].config.vocab_size
             assert size
-            spoken = {name: Codec(files[name], path, size, add) for name in found}
-            for index, request in enumerate(requests):
-                name = request.adapter or default
-                model, codec, asked = found[name], spoken[name], chat or not isinstance(request.prompt, str)
+            codecs = {name: Codec(files[name], path, size, add) for name in found}
+            stops = {(name, talk): codecs[name].answer_ends if talk else codecs[name].ends for name, talk in asked}
+            for index, (request, (name, talk)) in enumerate(zip(requests, asked, strict=True)):
+                model, codec, stop = found[name], codecs[name], stops[name, talk]
                 try:
-                    prompt = codec.read(request.prompt, chat=asked)
+                    prompt = codec.read(request.prompt, chat=talk)
                     if len(prompt) > (limit := longest_prompt(model)):
                         raise ConfigError(f"the prompt has {len(prompt)} tokens; this model takes {limit}")
                 except MegatronLiteError as error:
@@ -334,9 +335,9 @@ def generate_text(
                         raise
                     yield Answer(error=str(error))
                     continue
-                own, stop = of_request(sampling, index, request.own), codec.answer_ends if asked else codec.ends
-                known = max(codec.tokenizer.vocab_size, max(stop, default=0) + 1)
+                own = of_request(sampling, index, request.own)
+                known = max([codec.tokenizer.vocab_size, *(token + 1 for token in stop)])
                 produced = generate(model, prompt, own, stop, models.compute, known=known)
                 ended = len(produced) < most_tokens(model, prompt, own)
-                read, text = codec.write(prompt, produced, chat=asked)
+                read, text = codec.write(prompt, produced, chat=talk)
                 yield Answer(name, read, text, len(produced), "stop" if ended else "length")

@@ -297,6 +297,14 @@ def test_a_text_ends_with_what_the_files_say_and_an_answer_with_what_the_templat
     assert (chat.num_tokens, chat.finish_reason, chat.text) == (0, "stop", "")
 
 
+def test_a_template_that_does_not_compile_is_refused_before_anything_is_computed(tmp_path):
+    _, files = speaking(tmp_path)
+    saved(tmp_path / "odd", decoder("gpt2", vocab=400), 1, files={**files, "chat_template.jinja": b"{% if %}"})
+    answers = generate_text(tmp_path / "odd", [Request("import os", line=1), Request(CHAT, line=2)], Sampling())
+    with pytest.raises(ConfigError, match="odd's chat template, line 1: "):
+        next(answers)
+
+
 def test_each_adapter_has_its_own_template_and_ends(tmp_path):
     path, files = speaking(tmp_path)
     method = ADAPTERS["lora"]
