@@ -40,12 +40,15 @@ def tokenizer_ids(tokenizer: Tokenizer) -> dict[str, Any]:
 
 def with_ends(files: Mapping[str, bytes], more: Iterable[int]) -> dict[str, bytes]:
     """A model's small files, in which the tokens ``more`` end a text beside those that do already. Raises DataError."""
+    added = list(more)
+    if not added:
+        return dict(files)
     if GENERATION in files:
         tree, own = parse_object(files, GENERATION), named_ends(files)
     else:
         tree = tokenizer_ids(read_tokenizer(files, "the tokenizer")) if files.keys() & {*MAIN} else {}
         own = [tree["eos_token_id"]] if "eos_token_id" in tree else []
-    ends = list(dict.fromkeys([*own, *more]))
+    ends = list(dict.fromkeys([*own, *added]))
     if ends == own:
         return dict(files)
     return {**files, GENERATION: json.dumps({**tree, "eos_token_id": ends}, indent=2).encode()}

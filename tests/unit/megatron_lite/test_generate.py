@@ -3,6 +3,7 @@
 import json
 import re
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ from megatron_lite.distributed.spawn import run_ranks
 from megatron_lite.errors import CheckpointError, ConfigError, NonFiniteError
 from megatron_lite.generate import Codec, choose, generate, generate_text, of_request, open_models
 from megatron_lite.requests import Request, Sampling
+from megatron_lite.train import Run
 from tests.kit.adapters import FAMILIES, LENGTH, VOCAB, decoder, saved
 from tests.kit.corpora import UNMARKED, write_json_tokenizer
 from tests.kit.tokenizers import slow_folder
@@ -295,6 +297,14 @@ def test_a_text_ends_with_what_the_files_say_and_an_answer_with_what_the_templat
     plain, chat = said(tmp_path / "chat", Request("import os"), Request(CHAT))
     assert (plain.num_tokens, plain.finish_reason) == (8, "length")
     assert (chat.num_tokens, chat.finish_reason, chat.text) == (0, "stop", "")
+
+
+@pytest.mark.parametrize(("tokens", "eos"), [([], -1), ([5, 90], 2)])
+def test_training_shows_no_sample_of_a_prompt_that_the_model_has_no_rows_for(tokens, eos, caplog):
+    tokenizer = SimpleNamespace(encode=lambda text: tokens, eos_id=eos)
+    config = SimpleNamespace(train=SimpleNamespace(sample_prompt="x"), model=SimpleNamespace(vocab_size=90))
+    Run.sample(SimpleNamespace(tokenizer=tokenizer, config=config))
+    assert "no sample: train.sample_prompt has tokens that the model does not" in caplog.text
 
 
 def test_a_template_that_does_not_compile_is_refused_before_anything_is_computed(tmp_path):

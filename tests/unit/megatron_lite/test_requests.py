@@ -1,9 +1,11 @@
 """Files of requests: what a line may be, and every line that is none named at once."""
 
 import json
+import math
 
 import pytest
 
+from megatron_lite.__main__ import generate as command
 from megatron_lite.errors import ConfigError, DataError
 from megatron_lite.requests import Answer, Request, Sampling, read_requests
 
@@ -91,3 +93,18 @@ def test_numbers_that_make_no_sense_are_all_named():
     assert told.count("\n") == 4
     for flag in ("--max_new_tokens=0", "--temperature=nan", "--top_k=-1", "--top_p=0", "--seed=18446744073709551616"):
         assert flag in told
+
+
+def test_mistaken_flags_are_all_named_before_anything_is_read():
+    with pytest.raises(ConfigError) as caught:
+        command(
+            "none", prompt="x", requests="none", temperature=math.inf, top_k=-1, adapters="a=x,a=y", base_dtype="nf5"
+        )
+    told = str(caught.value).splitlines()
+    assert [line.partition(":")[0] for line in told] == [
+        "--temperature=inf",
+        "--top_k=-1",
+        "--base_dtype=nf5 (did you mean 'nf4'?)",
+        "--prompt",
+        "--adapters=a=x,a=y",
+    ]
