@@ -85,7 +85,7 @@ def generate(
     "finish_reason"}. index counts requests from 0, line the file's lines from 1, text is what was produced,
     finish_reason "stop" (an end token) or "length". One that cannot be answered, too long, say, gets {"index", "line",
     "id", "error"}; the others go on, and the exit code is 3. Draws depend on --seed, the request's index and the
-    position alone; with a seed of its own a request draws what --prompt does with --seed.
+    position alone; with a seed of its own a request draws what --prompt does with that --seed.
     """
     sampling = Sampling(max_new_tokens, temperature, top_k, top_p, seed)
     mistakes = [f"--{mistake}" for mistake in sampling.mistakes()]

@@ -303,10 +303,9 @@ class Dataset:
             row, column = found[0]
             prefix = sources[row].data.prefix
             card = read_card(prefix) or {}
-            told = f"{card.get('tokenizer')}, which made it, has {card.get('vocab_size')}" if card else "it has no card"
-            raise DataError(
-                f"{prefix}: token {wrong[row, column]}, but the vocabulary has {self.vocab_size} entries; {told}"
-            )
+            made = f"the data's tokenizer, {card.get('tokenizer')}, has {card.get('vocab_size')}"
+            told = f"token {wrong[row, column]}, but the vocabulary has {self.vocab_size} entries"
+            raise DataError(f"{prefix}: {told}; {made if card else 'the data has no card'}")
 
 
 def build_dataset(data: DataConfig, seed: int, split: Split, vocab_size: int | None = None) -> Dataset:

@@ -159,7 +159,7 @@ def test_tokens_beyond_the_vocabulary_are_refused(tmp_path):
         for _, batches in zip(range(10), loader(dataset), strict=False):
             assert len(batches) == 1
     (tmp_path / "d.card.json").write_text('{"tokenizer": "hf/", "vocab_size": 100}')
-    with pytest.raises(DataError, match="the vocabulary has 5 entries; hf/, which made it, has 100"):
+    with pytest.raises(DataError, match="the vocabulary has 5 entries; the data's tokenizer, hf/, has 100"):
         next(loader(build_dataset(data_config(str(tmp_path / "d")), 0, "train", vocab_size=5)))
 
 
@@ -176,7 +176,7 @@ def test_answers_end_as_the_cards_of_all_data_say(tmp_path):
 def test_tokens_below_zero_are_refused(tmp_path):
     with IndexedWriter(tmp_path / "d", np.int32) as writer:
         writer.add_document(np.array([*range(30), -7, *range(60)]))
-    with pytest.raises(DataError, match="token -7, but the vocabulary has 90 entries; it has no card"):
+    with pytest.raises(DataError, match="token -7, but the vocabulary has 90 entries; the data has no card"):
         for _, batches in zip(
             range(10), loader(build_dataset(data_config(str(tmp_path / "d")), 0, "train", 90)), strict=False
         ):
