@@ -185,14 +185,16 @@ def reshard(source: str, destination: str, files: int = 1, max_ram: str = "256M"
     convert.reshard(Path(source), Path(destination), files, cap, trust=trust)
 
 
-def import_hf(source: str, destination: str, files: int = 1, vocab_multiple: int = 128) -> None:
+def import_hf(source: str, destination: str, files: int = 1, vocab_multiple: int = 128, strict: bool = False) -> None:
     """Turn a Hugging Face folder into a checkpoint of ours, DESTINATION/step_00000000, with its tokenizer.
 
-    To train from a folder no import is needed: --init.from=FOLDER. Llama, Mistral, Qwen2, Qwen3 and GPT-2.
+    To train from a folder no import is needed: --init.from=FOLDER. Llama, Mistral, Qwen2, Qwen3 and GPT-2. What cannot
+    be honoured is refused by name. Keys of config.json that nobody reads are a note; with --strict, an error. Where
+    transformers is installed and the model is small enough for it, its logits are compared before anything is written.
     """
     from megatron_lite import convert
 
-    convert.import_hf(Path(source), Path(destination), files, vocab_multiple)
+    convert.import_hf(Path(source), Path(destination), files, vocab_multiple, strict=strict)
 
 
 def import_megatron(source: str, destination: str, files: int = 1, vocab_size: int | None = None) -> None:

@@ -5,10 +5,8 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import importlib.util
-import io
 import math
 import sys
-import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -31,11 +29,12 @@ from megatron_lite.checkpoint.rewrite import Advance, rewrite
 from megatron_lite.checkpoint.rewrite import diff as compare
 from megatron_lite.checkpoint.source import Average, CheckpointSource, Source
 from megatron_lite.checkpoint.storage import amount
-from megatron_lite.config import ModelConfig, PeftConfig, PrefixConfig, model_section, parse_model, yaml_text
+from megatron_lite.config import PeftConfig, PrefixConfig, model_section, parse_model, yaml_text
 from megatron_lite.distributed.mesh import Axis
 from megatron_lite.distributed.shard import materialize, pieces_of
 from megatron_lite.errors import CheckpointError, ConfigError, MegatronLiteError
 from megatron_lite.generate import trained_shapes
+from megatron_lite.logits import in_silence, load_model, same_as_transformers, some_tokens, too_large
 from megatron_lite.models.decoder import Decoder
 
 BLOCK_BYTES = 32 << 20
@@ -105,11 +104,13 @@ def reshard(source: Path, destination: Path, files: int, max_ram: int, *, trust:
         _write(opened, destination, opened.step, opened.checkpoint.state(), opened.extras(), files, max_ram // 8)
 
 
-def import_hf(source: Path, destination: Path, files: int, vocab_multiple: int) -> None:
-    """A checkpoint of ours from a Hugging Face folder."""
+def import_hf(source: Path, destination: Path, files: int, vocab_multiple: int, *, strict: bool = False) -> None:
+    """A checkpoint of ours from a Hugging Face folder, read as its owner reads it."""
     _positive(files)
-    with contextlib.closing(HuggingFaceSource(source, vocab_multiple)) as opened:
+    with contextlib.closing(HuggingFaceSource(source, vocab_multiple, strict=strict)) as opened:
+        checked = same_as_transformers(opened, source)
         _write(opened, destination, 0, *weights_only(opened), files, BLOCK_BYTES)
+        print(f"{source}: {checked}")
 
 
 def import_megatron(source: Path, destination: Path, files: int, vocab_size: int | None) -> None:
@@ -161,15 +162,17 @@ def merge_adapter(
             export(merged, destination, EXPORT_DTYPES[dtype] or torch.float32, 5 << 30)
         with _opened(destination, trust=trust, like=opened) as written:
             told = "" if unmerge else f": {_same_as_beside(written, under, opened)}"
+            if to == "hf":
+                told += f"; {same_as_transformers(written, destination)}"
         print(f"{destination}: {opened.path} {'taken out of' if unmerge else 'merged into'} {under.path}{told}")
 
 
 def _same_as_beside(written: Source, base: Source, adapter: CheckpointSource) -> str:
     """Compare the logits of what was written with those of the base, as it is on disk, with the adapter beside it.
     Raises CheckpointError."""
-    if reason := _too_large(base):
+    if reason := too_large(base):
         return reason
-    tokens = _some_tokens(base.model, base.model.max_seq_len)
+    tokens = some_tokens(base.model, base.model.max_seq_len)
     with torch.no_grad():
         ours, want = load_model(written)(tokens), _beside(base, adapter)(tokens)
     gap = float((ours - want).abs().max() / want.abs().max())
@@ -182,43 +185,29 @@ def _same_as_beside(written: Source, base: Source, adapter: CheckpointSource) ->
 def _as_peft_computes(folder: Path, base: Source, adapter: Source) -> str:
     """Compare the logits of ``adapter`` beside its base with those that the peft library computes from ``folder``,
     where that is installed and reads the base, too. Raises CheckpointError."""
-    if reason := _too_large(base):
+    if reason := too_large(base):
         return reason
     if not isinstance(base, HuggingFaceSource):
         return "its logits were not compared with the peft library's: the base is no Hugging Face folder"
     if importlib.util.find_spec("peft") is None:
         return "its logits were not compared: the peft library is not installed"
     prefix = adapter.peft.length if isinstance(adapter.peft, PrefixConfig) else 0
-    tokens = _some_tokens(base.model, base.model.max_seq_len - prefix)
-    with torch.no_grad(), _in_silence():
-        from peft import PeftModel
-        from transformers import AutoModelForCausalLM
+    tokens = some_tokens(base.model, base.model.max_seq_len - prefix)
+    with torch.no_grad(), in_silence():
+        try:
+            from peft import PeftModel
+            from transformers import AutoModelForCausalLM
 
-        theirs = AutoModelForCausalLM.from_pretrained(base.path, dtype=torch.float32)
-        want = PeftModel.from_pretrained(theirs, folder).eval()(tokens).logits[:, -1]
+            theirs = AutoModelForCausalLM.from_pretrained(base.path, dtype=torch.float32)
+            want = PeftModel.from_pretrained(theirs, folder).eval()(tokens).logits[:, -1]
+        except Exception as error:
+            first = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            return f"its logits were not compared: the peft library cannot read it: {first:.200}"
         ours = _beside(base, adapter)(tokens)
     gap = float((ours - want).abs().max() / want.abs().max())
     if not gap < 1e-4:
         raise CheckpointError(f"{folder}: the peft library computes other logits from it, by {gap:.2g} of the largest")
     return f"the peft library's logits are ours within {gap:.1g}"
-
-
-def _too_large(base: Source) -> str:
-    """Why logits are not compared, if so."""
-    elements = sum(math.prod(info.shape) for info in base.tensors.values())
-    return f"its logits were not compared: {elements:,} parameters are too many to hold twice" * (elements > 2 << 30)
-
-
-def _some_tokens(model: ModelConfig, most: int) -> torch.Tensor:
-    """Tokens to compare logits by, at most so many."""
-    return torch.arange(min(32, most)).unsqueeze(0) * 7919 % (model.vocab_size or 1)
-
-
-@contextlib.contextmanager
-def _in_silence() -> Iterator[None]:
-    """Without the progress bars and warnings of the libraries that logits are compared with."""
-    with warnings.catch_warnings(action="ignore"), contextlib.redirect_stderr(io.StringIO()):
-        yield
 
 
 def _beside(base: Source, adapter: Source) -> Decoder:
@@ -291,37 +280,8 @@ def export_hf(source: Path, destination: Path, dtype: str, shard_bytes: int, *, 
                 with (destination / name).open("rb") as file:
                     if hashlib.file_digest(file, "sha256").hexdigest() != digest:
                         raise CheckpointError(f"{destination / name} is not what was written: the disk lies")
-            checked = _same_logits(written)
+            checked = same_as_transformers(opened, destination, EXPORT_DTYPES[dtype])
             print(f"{destination}: {amount(_size(written))}, read back; {checked}")
-
-
-def _same_logits(written: HuggingFaceSource) -> str:
-    """Compare transformers' logits with those of our model, both on what was written. Raises CheckpointError."""
-    if importlib.util.find_spec("transformers") is None:
-        return "its logits were not compared: transformers is not installed"
-    if reason := _too_large(written):
-        return reason
-    tokens = _some_tokens(written.model, written.model.max_seq_len)
-    with torch.no_grad(), _in_silence():
-        from transformers import AutoModelForCausalLM
-
-        theirs = AutoModelForCausalLM.from_pretrained(written.path, dtype=torch.float32).eval()
-        ours, want = load_model(written)(tokens), theirs(tokens).logits[:, -1]
-    gap = float((ours - want).abs().max() / want.abs().max())
-    if not gap < 1e-4:
-        raise CheckpointError(
-            f"{written.path}: transformers computes other logits from it, by {gap:.2g} of the largest"
-        )
-    return f"transformers' logits are ours within {gap:.1g}"
-
-
-def load_model(source: Source) -> Decoder:
-    """The whole model on the CPU, in float32, to compute with."""
-    with torch.device("meta"):
-        model = Decoder(source.model, Axis("tp"), sp=False)
-    materialize(model, torch.device("cpu"))
-    source.load({f"model.{name}": piece for name, piece in pieces_of(model, Axis("tp")).items()})
-    return model
 
 
 def weights_only(source: Source) -> tuple[dict[str, Any], dict[str, bytes]]:

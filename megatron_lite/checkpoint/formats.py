@@ -27,14 +27,17 @@ def open_source(
     """A checkpoint of ours (or a run, or its ``checkpoints``: the latest), a Hugging Face folder, or what DeepSpeed or
     Megatron-LM wrote, checked.
 
-    Collective over ``world``, which shares the hashing. ``trust``: nothing is hashed. ``like`` says what a format does
+    Collective over ``world``, which shares the checking. ``trust``: nothing is hashed. ``like`` says what a format does
     not: to what a vocabulary is padded (Hugging Face), its true size (Megatron), the whole model (DeepSpeed). Raises
     CheckpointError.
     """
     if (path / CONFIG).is_file() and not is_hugging_face(path):
         raise CheckpointError(f"{path} is an adapter of the peft library's; ckpt import_peft makes one of ours of it")
     if is_hugging_face(path):
-        return HuggingFaceSource(path, like.vocab_multiple if like else None)
+        world, multiple = world or Axis("world"), like.vocab_multiple if like else None
+        theirs: list[Source] = []
+        agree(world, lambda: theirs.append(HuggingFaceSource(path, multiple, compare=world.rank == 0)), path)
+        return theirs[0]
     if is_megatron(path):
         return open_megatron(path, like.vocab_size if like else None)
     if is_deepspeed(path):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -27,11 +28,24 @@ from megatron_lite.data.tokenizer import GENERATION, MAIN, TOKENIZER_FILES, carr
 from megatron_lite.distributed.shard import Tile
 from megatron_lite.errors import CheckpointError, ConfigError, DataError
 from megatron_lite.faults import Faults
-from megatron_lite.models.huggingface import TOKEN_IDS, Part, config_json, model_section, model_type, tensor_parts
+from megatron_lite.layers.positions import rope_frequencies
+from megatron_lite.models.huggingface import (
+    TOKEN_IDS,
+    Part,
+    config_json,
+    from_mistral,
+    model_section,
+    model_type,
+    tensor_parts,
+)
 
 INDEX, SINGLE, CONFIG = "model.safetensors.index.json", "model.safetensors", "config.json"
-_UNUSED = (".rotary_emb.inv_freq", ".attn.bias", ".attn.masked_bias")  # buffers that older versions saved
-_MAX_JSON_BYTES = 64 << 20
+ADAPTER_CONFIG = "adapter_config.json"  # of the peft library
+_HEAD = "lm_head.weight"
+# Buffers that older versions saved, and newer ones compute.
+_FREQUENCIES = re.compile(r"(model\.)?(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq")
+_MASK = re.compile(r"(transformer\.)?h\.\d+\.attn\.(masked_)?bias")
+_MAX_JSON_BYTES, _BLOCK_BYTES = 64 << 20, 64 << 20
 
 
 def is_hugging_face(path: Path) -> bool:
@@ -68,9 +82,12 @@ def read_json(folder: Path, name: str) -> dict[str, Any]:
     return tree
 
 
-def read_model(folder: Path, vocab_multiple: int | None = None) -> tuple[ModelConfig, list[str]]:
-    """The model that a folder's ``config.json`` describes, and notes about it. Raises CheckpointError."""
-    section, notes = model_section(read_json(folder, CONFIG), str(folder / CONFIG))
+def read_model(
+    folder: Path, vocab_multiple: int | None = None, *, strict: bool = False
+) -> tuple[ModelConfig, list[str]]:
+    """The model that a folder's ``config.json`` describes, and notes about it. Raises CheckpointError, with ``strict``
+    for every key that is not known, too."""
+    section, notes = model_section(read_json(folder, CONFIG), str(folder / CONFIG), strict=strict)
     if vocab_multiple is not None:
         section["vocab_multiple"] = vocab_multiple
     try:
@@ -115,10 +132,12 @@ class PartsSource(Source):
 
     def _named(self, part: Part, file: Tensors) -> Part:
         """Under its name in the file, which lacks the model's own prefix where its base was saved alone."""
-        for name in (part.name, part.name.partition(".")[2]):
+        for name in (part.name, _bare(part.name)):
             if name in file.tensors:
                 return Part(name, part.shape, part.transposed)
-        raise CheckpointError(f"{self.path} lacks {part.name}")
+        near = sorted(name for name in file.tensors if name.startswith(part.name.removesuffix("weight")))[:3]
+        hint = f"; it has {', '.join(map(_shown, near))}" if near else ""
+        raise CheckpointError(f"{self.path} lacks {part.name}{hint}")
 
     def _info(self, name: str, parts: list[Part], file: Tensors) -> Info:
         for part in parts:
@@ -126,7 +145,7 @@ class PartsSource(Source):
             if stored.shape != part.stored:
                 shape = stored.shape
                 raise CheckpointError(f"{self.path}: {part.name} has shape {shape}, its config means {part.stored}")
-            if not stored.dtype.is_floating_point:
+            if not stored.dtype.is_floating_point or stored.dtype.itemsize == 1:
                 raise CheckpointError(f"{self.path}: {part.name} is {stored.dtype}: quantised weights are not read")
         rows = sum(part.shape[0] for part in parts)
         if name in ("embedding.weight", "head.weight"):
@@ -153,55 +172,163 @@ class PartsSource(Source):
             file.close()
 
 
+def _shown(name: str) -> str:
+    """A name that a stranger gave, for a terminal."""
+    return ascii(name)[1:-1][:100]
+
+
+def _bare(name: str) -> str:
+    """The name of a tensor where the base of a model was saved alone."""
+    return name.removeprefix("model.").removeprefix("transformer.")
+
+
 class _Folder:
-    """The tensors in a model folder's files."""
+    """The tensors in all safetensors files of a model folder, whether an index names them or not."""
 
     def __init__(self, path: Path) -> None:
-        self._files: dict[str, TensorFile] = {}
-        self._where: dict[str, TensorFile] = {}
+        self.path = path
+        listed: Any = {}
         if (path / INDEX).exists():
             listed = read_json(path, INDEX).get("weight_map")
             if not isinstance(listed, dict) or not all(isinstance(name, str) for name in listed.values()):
                 raise CheckpointError(f"{path / INDEX}: weight_map: expected file names by tensor")
-            for name in sorted(set(listed.values())):
-                self._files[name] = TensorFile(own_file(path, name))
-            for tensor, name in listed.items():
-                if tensor not in self._files[name].tensors:
-                    raise CheckpointError(f"{path / name} lacks {tensor!a}, which the index says is there")
-                self._where[tensor] = self._files[name]
-        elif (path / SINGLE).exists():
-            self._files[SINGLE] = TensorFile(own_file(path, SINGLE))
-            self._where = dict.fromkeys(self._files[SINGLE].tensors, self._files[SINGLE])
-        else:
+        elif not (path / SINGLE).exists():
             pickled = sorted(p.name for p in path.glob("*.bin"))[:1]
             hint = f"; {pickled[0]} is pickled, which is never opened: save it as safetensors" if pickled else ""
             raise CheckpointError(f"{path}: no {SINGLE} and no {INDEX}{hint}")
-        self.tensors = {name: file.tensors[name] for name, file in self._where.items()}
+        there = {file.name for file in path.glob("*.safetensors") if not file.name.startswith(".")}
+        self._files = {name: TensorFile(own_file(path, name)) for name in sorted({*listed.values(), *there})}
+        for tensor, name in listed.items():
+            if tensor not in self._files[name].tensors:
+                raise CheckpointError(f"{path / name} lacks {tensor!a}, which the index says is there")
+        self._holders: dict[str, list[str]] = {}  # files by tensor
+        for name, file in self._files.items():
+            for tensor in file.tensors:
+                self._holders.setdefault(tensor, []).append(name)
+        self.tensors = {tensor: self._files[names[0]].tensors[tensor] for tensor, names in self._holders.items()}
 
     def read(self, name: str, place: Sequence[slice], into: Tensor) -> None:
-        self._where[name].read(name, place, into)
+        self._files[self._holders[name][0]].read(name, place, into)
+
+    def whole(self, name: str) -> Tensor:
+        """A small tensor, in float64."""
+        tensor = torch.empty(self.tensors[name].shape, dtype=torch.float64)
+        self.read(name, [slice(0, size) for size in tensor.shape], tensor)
+        return tensor
+
+    def check_copies(self) -> None:
+        """Refuse a tensor that is in several files and not the same in each."""
+        for tensor, (first, *others) in self._holders.items():
+            for other in others:
+                if not _equal(self._files[first], tensor, self._files[other], tensor):
+                    raise CheckpointError(f"{self.path}: {_shown(tensor)} is another one in {first} than in {other}")
 
     def close(self) -> None:
         for file in self._files.values():
             file.close()
 
 
-class HuggingFaceSource(PartsSource):
-    """The weights of a model folder. ``vocab_multiple``: what the vocabulary is padded to, with zeros."""
+def _equal(a: Tensors, a_name: str, b: Tensors, b_name: str, head_dim: int | None = None) -> bool:
+    """Whether two tensors hold the same numbers, in whatever dtype. ``head_dim``: in ``a``, the two rows that are
+    rotated together are neighbours, in ``b`` they are half a head of so many rows apart."""
+    left, right = a.tensors[a_name], b.tensors[b_name]
+    if left.shape != right.shape:
+        return False
+    dtype = torch.promote_types(left.dtype, right.dtype)
+    limit = head_dim * math.prod(left.shape[1:]) * dtype.itemsize if head_dim else _BLOCK_BYTES
+    for place in row_blocks(left.shape, dtype.itemsize, limit):
+        ours, theirs = (torch.empty([s.stop - s.start for s in place], dtype=dtype) for _ in range(2))
+        a.read(a_name, place, ours)
+        b.read(b_name, place, theirs)
+        if head_dim:
+            ours = ours.unflatten(0, (-1, 2)).transpose(0, 1).flatten(0, 1)
+        if not torch.equal(ours, theirs):
+            return False
+    return True
 
-    def __init__(self, folder: Path, vocab_multiple: int | None = None) -> None:
-        model, notes = read_model(folder, vocab_multiple)
+
+class HuggingFaceSource(PartsSource):
+    """The weights of a model folder. ``vocab_multiple``: what the vocabulary is padded to, with zeros. ``strict``:
+    nothing in its config may be unknown.
+
+    Every tensor in the folder is used, or says what one that is used or the config says, too, or is named in a
+    CheckpointError. ``compare`` False: another rank reads what is there twice.
+    """
+
+    def __init__(
+        self, folder: Path, vocab_multiple: int | None = None, *, strict: bool = False, compare: bool = True
+    ) -> None:
+        if (folder / ADAPTER_CONFIG).exists():
+            raise CheckpointError(f"{folder}: {ADAPTER_CONFIG} beside {CONFIG}: an adapter is to be in its own folder")
+        model, self.notes = read_model(folder, vocab_multiple, strict=strict)
         files = _Folder(folder)
         super().__init__(folder, model, tensor_parts(model), {"model": files})
-        self.notes = notes
         self.precision = "bfloat16" if self.tensors["model.norm.weight"].dtype == torch.bfloat16 else "float32"
         used = {part.name for _, parts in self._places.values() for part in parts}
-        unused = {name for name in files.tensors if name not in used and not name.endswith(_UNUSED)}
-        if model.tie_embeddings:
-            unused.discard("lm_head.weight")
-        if unused:
-            more = f" and {len(unused) - 3} more" if len(unused) > 3 else ""
-            raise CheckpointError(f"{folder}: the model has no use for {', '.join(sorted(unused)[:3])}{more}")
+        bare = sorted(name for name in used - {_HEAD} if _bare(name) == name)
+        if bare and len(bare) < len(used - {_HEAD}):
+            raise CheckpointError(f"{folder}: {bare[0]} is not named like the others, with a prefix")
+        if compare:
+            self._check_rest(files, used)
+        self.notes += self._generation_notes()
+
+    def _check_rest(self, files: _Folder, used: set[str]) -> None:
+        files.check_copies()
+        rest = sorted(name for name in files.tensors if name not in used and not self._is_redundant(files, name))
+        if rest:
+            more = f" and {len(rest) - 3} more" if len(rest) > 3 else ""
+            raise CheckpointError(f"{self.path}: the model has no use for {', '.join(map(_shown, rest[:3]))}{more}")
+
+    def _is_redundant(self, files: _Folder, name: str) -> bool:
+        """Whether a tensor says what is said elsewhere. Raises CheckpointError where it says something else."""
+        if name == _HEAD:  # the model's is tied
+            (embedding,) = self._places["model.embedding.weight"][1]
+            if not _equal(files, name, files, embedding.name):
+                raise CheckpointError(
+                    f"{self.path}: tie_word_embeddings=true, but {name} is not {embedding.name}: transformers 5 uses "
+                    f"both, older ones did not; set tie_word_embeddings in {CONFIG} to what is meant"
+                )
+        elif self.model.family == "llama" and _FREQUENCIES.fullmatch(name):
+            if not self._means_frequencies(files, name):
+                raise CheckpointError(f"{self.path}: {name} holds other frequencies than {CONFIG} means")
+        elif self.model.family == "gpt2" and _MASK.fullmatch(name):
+            if not self._is_causal_mask(files, name):
+                raise CheckpointError(f"{self.path}: {name} is no causal mask")
+        else:
+            theirs, paired = from_mistral(name)
+            if theirs not in files.tensors:
+                return False
+            if not _equal(files, name, files, theirs, self.model.head_dim if paired else None):
+                raise CheckpointError(f"{self.path}: {name} is not the same as {theirs}")
+        return True
+
+    def _means_frequencies(self, files: _Folder, name: str) -> bool:
+        head_dim, stored = self.model.head_dim, files.tensors[name]
+        assert head_dim
+        if stored.shape != (head_dim // 2,) or not stored.dtype.is_floating_point:
+            return False
+        value, rounding = files.whole(name), 1e-5 + 2 * torch.finfo(stored.dtype).eps  # powers in float32, stored
+        scalings = (self.model.rope_scaling, None)  # older versions scaled the positions, not these
+        known = (rope_frequencies(head_dim, self.model.rope_theta, scaling) for scaling in scalings)
+        return any(value.allclose(frequencies, rtol=rounding, atol=1e-7) for frequencies in known)
+
+    def _is_causal_mask(self, files: _Folder, name: str) -> bool:
+        shape = files.tensors[name].shape
+        if math.prod(shape) == 1:  # what was added where nobody may look, or a mask for one token
+            return bool(files.whole(name) <= -1e4) or bool(files.whole(name) == 1)
+        if len(shape) != 4 or shape[:2] != (1, 1) or shape[2] != shape[3] or shape[2] > self.model.max_seq_len:
+            return False
+        value = files.whole(name)
+        return value.equal(torch.ones_like(value).tril())
+
+    def _generation_notes(self) -> list[str]:
+        """What the folder says of generating that nothing here reads."""
+        if not (self.path / GENERATION).exists():
+            return []
+        known = {*TOKEN_IDS, "transformers_version", "_from_model_config"}
+        asked = {k: v for k, v in read_json(self.path, GENERATION).items() if k not in known and v is not None}
+        told = ", ".join(f"{_shown(key)}={value!a:.80}" for key, value in asked.items())
+        return [f"{GENERATION}: {told}: kept for exports; generate has flags of its own"] if asked else []
 
     def extras(self) -> dict[str, bytes]:
         found = {n: own_file(self.path, n).read_bytes() for n in TOKENIZER_FILES if (self.path / n).exists()}
@@ -227,7 +354,7 @@ def _token_ids(extras: Mapping[str, bytes], where: Path) -> dict[str, Any]:
 
 
 def export(
-    source: Source, folder: Path, dtype: torch.dtype | None, shard_bytes: int, block_bytes: int = 64 << 20
+    source: Source, folder: Path, dtype: torch.dtype | None, shard_bytes: int, block_bytes: int = _BLOCK_BYTES
 ) -> dict[str, str]:
     """Write a model folder; its files' SHA-256 by name. ``dtype`` None: as stored. Memory: one block.
 

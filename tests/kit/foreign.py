@@ -1,5 +1,5 @@
-"""Checkpoints that the frameworks themselves write: a tiny Llama trained by DeepSpeed, a tiny GPT saved by Megatron, an
-adapter of the peft library's."""
+"""Checkpoints that the frameworks themselves write: a small model of transformers's, a tiny Llama trained by DeepSpeed,
+a tiny GPT saved by Megatron, an adapter of the peft library's."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import argparse
 import contextlib
 import copy
 import io
+import json
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -14,8 +15,52 @@ from typing import Any
 
 import torch
 
+from megatron_lite.checkpoint.hf import HuggingFaceSource
+from megatron_lite.logits import load_model
+from megatron_lite.models.huggingface import FAMILIES
+
 SIZES = {"vocab_size": 99, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
 SIZES |= {"num_key_value_heads": 2, "intermediate_size": 48, "max_position_embeddings": 32}
+
+
+def owner_of(kind: str) -> tuple[Any, Any]:
+    """Transformers' classes of a ``model_type``: its config, its model."""
+    import transformers
+
+    model = getattr(transformers, FAMILIES[kind].architecture)
+    return model.config_class, model
+
+
+def small_config(kind: str) -> dict[str, Any]:
+    """A config.json."""
+    if kind == "gpt2":
+        return {"model_type": kind, "vocab_size": 101, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64}
+    sizes = {**SIZES, "vocab_size": 101, "max_position_embeddings": 64, "head_dim": 8}
+    return {"model_type": kind, **sizes, **({"sliding_window": None} if kind == "mistral" else {})}
+
+
+def random_folder(folder: Path, tree: dict[str, Any]) -> Any:
+    """The model that transformers makes of this config.json, everything in it random, and its folder."""
+    config, model = owner_of(tree["model_type"])
+    theirs = model(config(**{key: value for key, value in tree.items() if key != "model_type"})).eval()
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for parameter in theirs.parameters():
+            parameter.normal_(std=0.15)
+    theirs.save_pretrained(folder)
+    (folder / "config.json").write_text(json.dumps(tree))
+    theirs.config.return_dict = True  # what it returns is not what it computes
+    return theirs
+
+
+def assert_read_as_theirs(folder: Path, theirs: Any) -> None:
+    """Logits of what we read from a folder are those of ``theirs``."""
+    source = HuggingFaceSource(folder)
+    tokens = torch.arange(min(24, source.model.max_seq_len)).unsqueeze(0) * 31 % (source.model.vocab_size or 1)
+    with torch.no_grad():
+        want = theirs(tokens).logits[:, -1]
+        gap = (load_model(source)(tokens) - want).abs().max() / want.abs().max()
+    assert gap < 1e-5, gap
 
 
 def their_adapter(folder: Path, base: Path, settings: dict[str, Any]) -> Any:

@@ -33,6 +33,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
         M + "data.hf_tokenizer",
         M + "distributed",
         M + "faults",
+        M + "layers.positions",
         M + "models.huggingface",
     ),
     M + "metrics": (M + "distributed",),

@@ -85,6 +85,7 @@ def test_in_and_out_again(family, tmp_path):
     assert all(torch.equal(got[name], value) for name, value in want.items())
     for name in ("tokenizer.json", "chat_template.jinja", "generation_config.json"):
         assert (tmp_path / "back" / name).read_bytes() == (folder / name).read_bytes()
+    HuggingFaceSource(tmp_path / "back", strict=True)
     convert.verify(folder)
     assert_same(convert.load_model(open_source(tmp_path / "back")), theirs)
     convert.diff(folder, tmp_path / "back", 0.0, trust=False)
@@ -143,12 +144,15 @@ CONFIG |= {"num_hidden_layers": 1, "num_attention_heads": 4, "max_position_embed
     [
         ({"model_type": "mamba"}, r"model_type 'mamba' is not supported; supported: llama, mistral"),
         ({"auto_map": {"AutoModel": "evil.Model"}}, "auto_map names code to run, which is never done"),
-        ({"hidden_act": "relu"}, r"hidden_act='relu' \(only 'silu'\)"),
+        ({"hidden_act": "relu"}, r"hidden_act='relu' \(only 'silu' or 'swish'\)"),
         ({"attention_bias": True}, "attention_bias=True with mlp_bias=False"),
         ({"rope_scaling": {"rope_type": "yarn", "factor": 2.0}}, "rope_type='yarn'"),
         ({"rope_scaling": {"type": "linear", "factor": 2.0, "beta": 1}}, "rope_scaling.beta with rope_type='linear'"),
-        ({"no_rope_layers": [1]}, "no_rope_layers is unknown"),
-        ({"model_type": "qwen2", "layer_types": ["sliding_attention"]}, "layer_types other than full_attention"),
+        ({"no_rope_layers": [1]}, r"no_rope_layers=\[1\] is unknown, and may change numbers"),
+        (
+            {"model_type": "qwen2", "layer_types": ["sliding_attention"]},
+            "layer_types has 'sliding_attention', and there is no",
+        ),
         ({"quantization_config": {"bits": 4}}, "quantization_config"),
         ({"hidden_size": 33}, r"config\.json: model: num_heads=4 must divide hidden_size=33"),
         ({"hidden_size": 2**60}, r"config\.json: model\.hidden_size: input should be less than"),
