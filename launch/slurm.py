@@ -65,6 +65,10 @@ def choose_hosts(where: Mapping[str, Any], env: Mapping[str, str]) -> tuple[Host
         raise UsageError(
             f"{', '.join(given)}: Slurm chooses the nodes; see launch.slurm.constraint and launch.slurm.extra"
         )
+    if env.get("SLURM_HET_SIZE", "1") != "1":
+        raise UsageError(
+            "this is a heterogeneous job, of which only one component would be used: ask for nodes of a kind"
+        )
     least, most = where["nodes"] or (None, None)
     if least != most:
         raise UsageError(f"--nodes={least}:{most}: Slurm gives all nodes of a job at once; ask for one number of them")
@@ -129,8 +133,11 @@ def describe(options: Mapping[str, Any], env: Mapping[str, str]) -> Slurm:
     """What a job has to know of ``launch.slurm`` and of its allocation."""
     job = env.get("SLURM_JOB_ID", "0")
     port = 20000 + int(job) % 12000 if job.isdecimal() else 20000  # jobs that share a node seldom share it
-    names = ("srun", "cpus_per_task", "container", "container_mounts")
-    return Slurm(port=port, srun_extra=tuple(options["srun_extra"]), **{name: options[name] for name in names})
+    names = ("srun", "container", "container_mounts")
+    cpus = options["cpus_per_task"] or int(env.get("SLURM_CPUS_PER_TASK", "0")) or None
+    return Slurm(
+        port=port, cpus_per_task=cpus, srun_extra=tuple(options["srun_extra"]), **{n: options[n] for n in names}
+    )
 
 
 def command(job: Job) -> Launch:
@@ -211,13 +218,22 @@ def script(job: Job, words: Sequence[str], overrides: Mapping[str, str], options
         raise UsageError("launch.slurm.array and launch.slurm.chain are two ways to get several jobs: give one of them")
     first_start, own = '"${SLURM_RESTART_COUNT:-0}" = 0', []
     if runs_of_their_own(array):
-        own.append(f'set -- "$@" --run.name={name}-"${_TASK}"')
+        own.append(f'set -- "$@" --run.name={shlex.quote(name)}-"${_TASK}"')
         if "run.seed" not in kept:
             own.append(f'set -- "$@" --run.seed="${_TASK}"')
         kept.pop("run.name", None)
     elif array is not None:  # one task after the other: each goes on where the last has stopped
         first_start += f' -a "${_TASK}" = "$SLURM_ARRAY_TASK_MIN"'
-    resume = [] if "checkpoint.resume" in kept else [f"[ {first_start} ] || set -- {RESUME}"]
+    folder = shlex.quote(str(job.run_dir)) + (f'-"${_TASK}"' if own else "")
+    resume = [f"[ {first_start} ] || set -- {RESUME}"]
+    if wanted := kept.pop("checkpoint.resume", None):
+        saved = f"{folder}/checkpoints/latest -nt {shlex.quote(str(job.log_dir))}/slurm.sh"
+        resume = [
+            "# Later starts go on from what those before them have saved.",
+            f"resume={shlex.quote(wanted)}",
+            f"[ {first_start} -a $# = 0 ] || ! [ {saved} ] || resume=auto",
+            'set -- --checkpoint.resume="$resume"',
+        ]
     argv = [sys.executable, "-m", "launch", "run", *words, *(f"--{key}={value}" for key, value in kept.items())]
     first, rest = shlex.join(argv[:5]), [shlex.quote(word) for word in argv[5:]]
     wait = options["signal_seconds"]
@@ -242,17 +258,18 @@ def script(job: Job, words: Sequence[str], overrides: Mapping[str, str], options
         "code=$?",
     ]
     if options["requeue"]:
-        folder = shlex.quote(str(job.run_dir)) + (f'-"${_TASK}"' if own else "")
         lines += [
             f"job={_JOB_ID}",
             f"further() {{ [ {folder}/checkpoints/latest -nt {folder}/logs/launcher.lock ]; }}",
-            'case "$code $(scontrol show job -o "$job")" in',
+            'case "$code$expiring $(scontrol show job -o "$job")" in',
             "    # Cancelled, by `launch cancel` or by scancel: not again.",
             "    *Requeue=0* | *JobState=C*Reason=None*) ;;",
-            "    # Saved, or cut off by a preemption: again; at the time limit, if it came further.",
-            '    "75 "* | [15]*PreemptTime=2*) [ -z "$expiring" ] || further && again=yes ;;',
-            "    # A rank or a node was lost: again, if there is a checkpoint that is younger than this start.",
-            '    "5 "*) further && again=yes ;;',
+            "    # Cut off by a preemption: again.",
+            "    [15]*PreemptTime=2*) again=yes ;;",
+            "    # Its time is over, or a rank or a node was lost: again, if a checkpoint is younger than this start.",
+            "    5* | 75yes* | [17]*Reason=TimeLimit*) further && again=yes ;;",
+            "    # Saved, as somebody else has asked: again.",
+            "    75*) again=yes ;;",
             "esac",
             '[ -z "$again" ] || scontrol requeue "$job"',
         ]

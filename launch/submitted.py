@@ -61,7 +61,7 @@ def submit(
         argv = ["sbatch", "--parsable"]
         if jobs:
             argv += [f"--dependency={','.join(f'afternotok:{number}' for number in jobs)}", "--kill-on-invalid-dep=yes"]
-        argv += [str(path), *([RESUME] if jobs and "checkpoint.resume" not in overrides else [])]
+        argv += [str(path), *([RESUME] if jobs else [])]
         asked = subprocess.run(argv, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False)
         if asked.returncode:
             for folder in tasks.values():

@@ -36,13 +36,15 @@ wait $launcher
 code=$?
 job="${SLURM_ARRAY_JOB_ID:-$SLURM_JOB_ID}${SLURM_ARRAY_TASK_ID:+_$SLURM_ARRAY_TASK_ID}"
 further() { [ runs/big/checkpoints/latest -nt runs/big/logs/launcher.lock ]; }
-case "$code $(scontrol show job -o "$job")" in
+case "$code$expiring $(scontrol show job -o "$job")" in
     # Cancelled, by `launch cancel` or by scancel: not again.
     *Requeue=0* | *JobState=C*Reason=None*) ;;
-    # Saved, or cut off by a preemption: again; at the time limit, if it came further.
-    "75 "* | [15]*PreemptTime=2*) [ -z "$expiring" ] || further && again=yes ;;
-    # A rank or a node was lost: again, if there is a checkpoint that is younger than this start.
-    "5 "*) further && again=yes ;;
+    # Cut off by a preemption: again.
+    [15]*PreemptTime=2*) again=yes ;;
+    # Its time is over, or a rank or a node was lost: again, if a checkpoint is younger than this start.
+    5* | 75yes* | [17]*Reason=TimeLimit*) further && again=yes ;;
+    # Saved, as somebody else has asked: again.
+    75*) again=yes ;;
 esac
 [ -z "$again" ] || scontrol requeue "$job"
 exit $code

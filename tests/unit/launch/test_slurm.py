@@ -151,6 +151,29 @@ def test_later_starts_resume_and_tasks_of_an_array_are_runs_of_their_own(
 
 
 @pytest.mark.parametrize(
+    ("restarts", "arguments", "saved", "resume"),
+    [
+        ("0", [], True, "old run"),
+        ("1", [], True, "auto"),
+        ("1", [], False, "old run"),  # it was stopped before it had saved anything
+        ("0", [slurm.RESUME], True, "auto"),  # the next of a chain
+    ],
+)
+def test_another_start_goes_on_from_its_own_checkpoint_wherever_the_first_began(
+    restarts: str, arguments: list[str], saved: bool, resume: str, folder: Path
+) -> None:
+    for name, age in (("logs/slurm.sh", 100), ("checkpoints/latest", 50 if saved else 150)):
+        path = folder / "runs/x" / name
+        path.parent.mkdir(parents=True)
+        path.touch()
+        os.utime(path, (1e9 - age, 1e9 - age))
+    text = slurm.script(job(), ["c.yaml"], {"checkpoint.resume": "old run"}, options())
+    environ = {**os.environ, "CODE": "0", "SLURM_RESTART_COUNT": restarts}
+    subprocess.run(["bash", "-s", "--", *arguments], input=text.encode(), timeout=20, env=environ, check=True)
+    assert argv_of(folder) == ["-m", "launch", "run", "c.yaml", f"--checkpoint.resume={resume}"]
+
+
+@pytest.mark.parametrize(
     ("signum", "requeue", "saved", "shown", "again"),
     [
         (signal.SIGTERM, True, False, "", True),  # somebody's, or the scheduler's
@@ -158,6 +181,8 @@ def test_later_starts_resume_and_tasks_of_an_array_are_runs_of_their_own(
         (signal.SIGTERM, True, True, CANCELLED[1], False),
         (signal.SIGUSR1, True, True, "", True),
         (signal.SIGUSR1, True, True, "JobState=COMPLETING Reason=TimeLimit", True),  # saving took longer than that
+        (signal.SIGTERM, True, True, "JobState=COMPLETING Reason=TimeLimit", True),  # without signal_seconds
+        (signal.SIGTERM, True, False, "JobState=COMPLETING Reason=TimeLimit", False),
         (signal.SIGUSR1, True, False, "", False),  # it would come no further the next time
         (signal.SIGUSR1, False, True, "", False),
     ],
@@ -168,7 +193,7 @@ def test_a_script_waits_for_the_save_and_asks_for_another_start_unless_it_was_ca
     has_saved(folder / "runs/x", saved)
     text = slurm.script(job(), ["c.yaml"], {}, options(requeue=requeue))
     with subprocess.Popen(["bash", "-c", text], env={**os.environ, "CODE": "", "SHOWN": shown}) as script:
-        eventually((folder / "log.pid").exists, "the launcher runs")
+        eventually(lambda: (folder / "log.pid").exists() and catches_term(script.pid), "the launcher runs")
         for _ in range(3):
             script.send_signal(signum)
             time.sleep(0.1)
@@ -176,6 +201,12 @@ def test_a_script_waits_for_the_save_and_asks_for_another_start_unless_it_was_ca
     assert (folder / "log.scontrol").exists() == again
     if again:
         assert (folder / "log.scontrol").read_text() == "requeue 7\n"
+
+
+def catches_term(pid: int) -> bool:
+    """Whether a script has come so far as to set its last trap."""
+    caught = next(line for line in Path(f"/proc/{pid}/status").read_text().splitlines() if line.startswith("SigCgt"))
+    return bool(int(caught.split()[1], 16) >> (signal.SIGTERM - 1) & 1)
 
 
 def has_saved(run_dir: Path, saved: bool) -> None:
@@ -260,6 +291,7 @@ def test_the_hosts_are_the_allocations(monkeypatch: pytest.MonkeyPatch) -> None:
         ({"nodes": (1, 4)}, env, "ask for one number"),
         ({"hostfile": Path("h"), "exclude": "n1"}, env, "--hostfile, --exclude: Slurm chooses the nodes"),
         ({}, {**env, "SLURM_STEP_ID": "0"}, "a task of srun's"),
+        ({}, {**env, "SLURM_HET_SIZE": "2"}, "a heterogeneous job"),
     ):
         with pytest.raises(UsageError, match=message):
             slurm.choose_hosts({**where, **wrong}, given_env)
@@ -282,6 +314,13 @@ def test_tasks_are_counted_as_slurm_says(given: dict[str, str], counts: list[int
     assert [host.slots for host in slurm.choose_hosts(where, env)] == counts
     with pytest.raises(UsageError, match=r"SLURM_NTASKS=99 tasks on 3 nodes are not .*; give --nproc=N"):
         slurm.choose_hosts(where, {**env, "SLURM_NTASKS": "99"})
+
+
+def test_cpus_are_those_of_the_allocation() -> None:
+    """Which srun no longer takes from it."""
+    assert slurm.describe(options(), {"SLURM_JOB_ID": "7", "SLURM_CPUS_PER_TASK": "4"}).cpus_per_task == 4
+    assert slurm.describe(options(cpus_per_task=2), {"SLURM_CPUS_PER_TASK": "4"}).cpus_per_task == 2
+    assert slurm.describe(options(), {}).cpus_per_task is None
 
 
 def test_uneven_tasks_are_placed_one_by_one() -> None:

@@ -70,6 +70,15 @@ def test_what_slurm_is_asked_for_is_what_was_written(key, written, tmp_path):
     assert load_config(str(tmp_path / "resolved.yaml"), {}) == in_yaml
 
 
+def test_variables_and_resources_may_be_numbers():
+    launch = {"env": {"OMP_NUM_THREADS": 8}, "k8s": {"resources": {"nvidia.com/gpu": 8}}}
+    tree = {"model": {"vocab_size": 9}, "data": {"train": [{"path": "x"}], "seq_len": 8}}
+    config = parse_config({**tree, "launch": launch}).launch
+    assert (config.env, config.k8s.resources) == ({"OMP_NUM_THREADS": "8"}, {"nvidia.com/gpu": "8"})
+    with pytest.raises(ConfigError, match=r"^launch\.env\.A: this is not a text: write it in quotes, not True"):
+        parse_config({**tree, "launch": {"env": {"A": True}}})
+
+
 @pytest.mark.parametrize(
     ("section", "message"),
     [
