@@ -80,17 +80,20 @@ class Source:
         first, last: its documents.
         start, stop: its tokens in the flat .bin; both lie on document boundaries.
         num_samples: windows, each of whose ``seq_len`` targets no other window has.
+        card, ends: its dataset card, if it has one; the tokens that answers end with, as that says.
     """
 
     def __init__(self, path: str, seq_len: int, fractions: tuple[float, float]) -> None:
         self.data, self.seq_len = IndexedDataset(path), seq_len
+        self.card = read_card(self.data.prefix) or {}
+        self.ends = check_ends(self.card.get("ends", []), f"{self.data.prefix}.card.json: ends")
         self.first, self.last = (self._boundary(fraction) for fraction in fractions)
         self.start, self.stop = (self._document_start(document) for document in (self.first, self.last))
         self.num_samples = max(0, self.stop - self.start - 1) // seq_len
         self._check_content()
 
     def _check_content(self) -> None:
-        if (read_card(self.data.prefix) or {}).get("content") == CONVERSATIONS:
+        if self.card.get("content") == CONVERSATIONS:
             raise DataError(f"{self.data.prefix} holds conversations: set data.packing=conversations")
 
     def _document_start(self, document: int) -> int:
@@ -163,10 +166,11 @@ class Conversations(Source):
         self.note = (
             f"{self.data.prefix}: {len(kept):,} conversations in {self.num_samples:,} windows of {seq_len:,}, "
             f"{filled:.1%} filled; {', '.join(dropped)}"
+            + ("; its card names no token that ends an answer" if self.card.get("options") and not self.ends else "")
         )
 
     def _check_content(self) -> None:
-        if (read_card(self.data.prefix) or {}).get("content") != CONVERSATIONS:
+        if self.card.get("content") != CONVERSATIONS:
             raise DataError(
                 f"{self.data.prefix}: its card does not say that it holds conversations; make it with data_tools chat, "
                 "or set data.packing=none"
@@ -236,18 +240,13 @@ class Dataset:
     def chat_template(self) -> str | None:
         """What its conversations were written with; None where it has none, or several. What is generated from a model
         trained on it takes the same."""
-        cards = [read_card(source.data.prefix) or {} for source in self.sources]
-        found = {(card.get("options") or {}).get("chat_template") for card in cards}
+        found = {(source.card.get("options") or {}).get("chat_template") for source in self.sources}
         return found.pop() if len(found) == 1 else None
 
     @property
     def ends(self) -> list[int]:
-        """The tokens that its conversations' answers end with, as their cards say."""
-        found: set[int] = set()
-        for source in self.sources:
-            card = read_card(source.data.prefix) or {}
-            found.update(check_ends(card.get("ends", []), f"{source.data.prefix}.card.json: ends"))
-        return sorted(found)
+        """The tokens that the answers in its conversations end with."""
+        return sorted({token for source in self.sources for token in source.ends})
 
     def order(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """The source, and the window of that source, of each of the int64 ``positions``."""
@@ -301,8 +300,7 @@ class Dataset:
         found = np.argwhere((wrong < 0) | (wrong >= self.vocab_size))
         if len(found):
             row, column = found[0]
-            prefix = sources[row].data.prefix
-            card = read_card(prefix) or {}
+            prefix, card = sources[row].data.prefix, sources[row].card
             made = f"the data's tokenizer, {card.get('tokenizer')}, has {card.get('vocab_size')}"
             told = f"token {wrong[row, column]}, but the vocabulary has {self.vocab_size} entries"
             raise DataError(f"{prefix}: {told}; {made if card else 'the data has no card'}")

@@ -170,7 +170,7 @@ def test_answers_end_as_the_cards_of_all_data_say(tmp_path):
     assert build_dataset(data_config(*paths), 0, "train").ends == [2, 7, 9]
     Path(f"{paths[0]}.card.json").write_text('{"ends": "</s>"}')
     with pytest.raises(DataError, match=r"a\.card\.json: ends: expected token ids, found '</s>'"):
-        _ = build_dataset(data_config(*paths), 0, "train").ends
+        build_dataset(data_config(*paths), 0, "train")
 
 
 def test_tokens_below_zero_are_refused(tmp_path):

@@ -149,6 +149,15 @@ def test_the_note_counts(tmp_path):
     )
 
 
+def test_the_note_says_where_no_answer_ends(tmp_path):
+    path = write(tmp_path / "d", [[4, 8]])
+    for ends, told in (([], True), ([9], False)):
+        card = {"content": "conversations", "options": {"loss": "all"}, "ends": ends}
+        Path(f"{path}.card.json").write_text(json.dumps(card))
+        (note,) = dataset(path).notes
+        assert note.endswith("; its card names no token that ends an answer") == told
+
+
 def test_the_fingerprint_sees_data_mask_and_packing(tmp_path):
     prints = {dataset(write(tmp_path / "a", [[4, 4], [8, 8]])).fingerprint}
     prints.add(dataset(f"{tmp_path}/a", policy="drop").fingerprint)
