@@ -17,7 +17,7 @@ from megatron_lite import checkpoint, peft
 from megatron_lite.checkpoint import CheckpointSource, Source
 from megatron_lite.cli import nearest
 from megatron_lite.config import PrefixConfig
-from megatron_lite.data.ends import ends
+from megatron_lite.data.ends import ends, named_ends, with_ends
 from megatron_lite.data.template import ChatTemplate, Message, find_template
 from megatron_lite.data.tokenizer import JSON, MODEL, carried_tokenizer
 from megatron_lite.distributed import random
@@ -214,8 +214,9 @@ def open_models(
         models = Models(source, mesh, dtype or DTYPES[precision], sources, packing)
         files: dict[str | None, dict[str, bytes]] = {None: source.extras()}
         for name, adapter in sources.items():
-            own = adapter.extras()
-            files[name] = own if own.keys() & {JSON, MODEL} else files[None] | own
+            files[name] = own = adapter.extras()
+            if not own.keys() & {JSON, MODEL}:  # its texts are the base's
+                files[name] = with_ends(files[None] | own, named_ends(files[None]))
         yield models, files, default
 
 

@@ -14,6 +14,7 @@ from torch import Tensor
 from megatron_lite.checkpoint.fingerprint import check_base, fingerprint_of
 from megatron_lite.checkpoint.source import CheckpointSource, Info, Source
 from megatron_lite.config import LoRAConfig, ModelConfig
+from megatron_lite.data.ends import named_ends, with_ends
 from megatron_lite.distributed.shard import Tile
 from megatron_lite.errors import CheckpointError
 
@@ -107,7 +108,8 @@ class Merged(Source):
         tile.data.copy_(weight)
 
     def extras(self) -> dict[str, bytes]:
-        return {**self.base.extras(), **self.adapter.extras()}
+        base = self.base.extras()
+        return with_ends({**base, **self.adapter.extras()}, named_ends(base))
 
 
 def _part(source: Source, name: str, *place: slice | None) -> Tensor:

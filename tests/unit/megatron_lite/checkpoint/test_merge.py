@@ -56,17 +56,17 @@ def test_it_computes_what_both_compute(tmp_path, name, family, capsys):
 
 def test_the_ends_of_a_text_are_those_of_all_its_parts(tmp_path):
     method, written = METHODS["rslora"], "generation_config.json"
-    files = [{written: json.dumps({"eos_token_id": ids}).encode()} for ids in (5, [5, 7], [5, 9])]
+    files = [{written: json.dumps({"eos_token_id": ids}).encode()} for ids in (5, [7], [5, 9])]
     base = saved(tmp_path / "base", decoder("llama"), 1, files=files[0])
     saved(tmp_path / "lora", decoder("llama", method=method), 2, method, files[1])
     convert.merge_adapter(tmp_path / "lora", tmp_path / "hf", None, "hf", "float32", unmerge=False, trust=False)
     for name in (written, "config.json"):
-        assert json.loads((tmp_path / "hf" / name).read_text())["eos_token_id"] == [5, 7]
+        assert json.loads((tmp_path / "hf" / name).read_text())["eos_token_id"] == [7, 5]
     other = saved(tmp_path / "other", decoder("llama", seed=3), 1, files=files[2])
     third = saved(tmp_path / "third", decoder("llama", seed=4), 1, files=files[1])
     convert.average([other, base, third], tmp_path / "mean", 0, trust=False)
     extras = open_source(tmp_path / "mean").extras()
-    assert json.loads(extras[written])["eos_token_id"] == [5, 7, 9]
+    assert json.loads(extras[written])["eos_token_id"] == [7, 5, 9]
     convert.reshard(tmp_path / "mean", tmp_path / "cut", 2, 256 << 20, trust=False)
     assert open_source(tmp_path / "cut").extras()[written] == extras[written]
 
