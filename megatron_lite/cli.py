@@ -49,7 +49,9 @@ def convert(name: str, text: str, annotation: Any) -> Any:
         elif option is str:
             return text
     wanted = " or ".join(option.__name__ for option in options if option is not type(None))
-    raise ConfigError(f"--{name}={text}: expected {'true or false' if wanted == 'bool' else wanted}")
+    if wanted == "bool":
+        wanted = "true, false or auto" if type(None) in options else "true or false"
+    raise ConfigError(f"--{name}={text}: expected {wanted}")
 
 
 def parse_bytes(text: str, flag: str, least: int = 1) -> int:

@@ -35,6 +35,7 @@ MISTAKES = {
     "tokenizer x.jsonl o --vocab_size=20000": (2, "--vocab_size=20000: Vocabulary size too high (20000). Please set"),
     TOKENIZE + "--worker=2": (2, "unknown flag --worker (did you mean 'workers'?)"),
     TOKENIZE + "--append_eos=maybe": (2, "--append_eos=maybe: expected true or false"),
+    TOKENIZE + "--add_bos=maybe": (2, "--add_bos=maybe: expected true, false or auto"),
     TOKENIZE + "--on_error=skipp": (2, "--on_error=skipp: expected stop or skip (did you mean 'skip'?)"),
     "tokenize x.jsonl t.modl o": (2, "--tokenizer=t.modl: no such file (did you mean 't.model'?)"),
     "tokenize x.jsonl full o": (2, "--tokenizer=full: a folder without tokenizer.json or tokenizer.model"),

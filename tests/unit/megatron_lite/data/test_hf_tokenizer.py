@@ -270,7 +270,12 @@ def test_a_digest_covers_what_changes_tokens_and_is_otherwise_the_files(tmp_path
     assert plain.sha256 == hashlib.sha256((tmp_path / "tokenizer.model").read_bytes()).hexdigest()
     (tmp_path / "generation_config.json").write_text('{"eos_token_id": 3}')
     assert load_tokenizer(tmp_path).sha256 == plain.sha256
-    for folder in (write_json_tokenizer(tmp_path / "hf"), fast_folder(tmp_path / "f")):
+    gpt2 = write(  # built anew, it is what its file says
+        tmp_path / "gpt2",
+        tokenizer_json=fast("bytes").replace('"</s>"', '"<|endoftext|>"'),
+        tokenizer_config_json={"tokenizer_class": "GPT2Tokenizer"},
+    )
+    for folder in (write_json_tokenizer(tmp_path / "hf"), fast_folder(tmp_path / "f"), gpt2):
         assert load_tokenizer(folder).sha256 == hashlib.sha256((folder / "tokenizer.json").read_bytes()).hexdigest()
     seen = {
         load_tokenizer(make(tmp_path / "f", **keys)).sha256
