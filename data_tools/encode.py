@@ -161,10 +161,9 @@ def _limited(
     room = options.max_document_tokens - len(before) - len(after)
     limited = []
     for body in documents:
-        if before.size and np.array_equal(body[: len(before)], before):  # what the text spells is not doubled
-            body = body[len(before) :]
-        if after.size and np.array_equal(body[-len(after) :], after):
-            body = body[: -len(after)]
+        if options.parse_special:  # what the text spells is not doubled
+            body = body[len(before) * np.array_equal(body[: len(before)], before) :]
+            body = body[: len(body) - len(after) * np.array_equal(body[-len(after) :], after)]
         if len(body) == 0:  # a normaliser may leave nothing of a text
             part.empty += 1
             continue
