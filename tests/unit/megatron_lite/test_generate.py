@@ -301,7 +301,7 @@ def test_a_text_ends_with_what_the_files_say_and_an_answer_with_what_the_templat
 
 @pytest.mark.parametrize(("tokens", "eos"), [([], -1), ([5, 90], 2)])
 def test_training_shows_no_sample_of_a_prompt_that_the_model_has_no_rows_for(tokens, eos, caplog):
-    tokenizer = SimpleNamespace(encode=lambda text: tokens, eos_id=eos)
+    tokenizer = SimpleNamespace(encode_prompt=lambda text: tokens or [eos], eos_id=eos)
     config = SimpleNamespace(train=SimpleNamespace(sample_prompt="x"), model=SimpleNamespace(vocab_size=90))
     Run.sample(SimpleNamespace(tokenizer=tokenizer, config=config))
     assert "no sample: train.sample_prompt has tokens that the model does not" in caplog.text
