@@ -43,6 +43,9 @@ RUN = HOSTS | {
     "look_for_hosts": Flag(
         cli.whole(1, 86400), 30, "SECONDS", "with --nodes=MIN:MAX, how often to look for hosts that are missing"
     ),
+    "rdzv_wait": Flag(
+        cli.whole(0, 86400), 0, "SECONDS", "with --node_rank: how long the name of --rdzv may take to resolve (0)"
+    ),
     "dry_run": Flag(cli.switch, False, "", "print what would be started, and start nothing"),
 }
 
@@ -99,8 +102,9 @@ def run(
 
 
 def plan(config: str, *, overrides: dict[str, str], **where: Any) -> int:
-    """Show where every rank of CONFIG's run would be, on which host and in which place of the mesh, and the exact
-    commands of every way to start it. Nothing is started."""
+    """Show where every rank of CONFIG's run would be, and the exact commands of every way to start it.
+
+    Which host, and which place of the mesh. Nothing is started."""
     hosts, _ = choose_hosts(where)
     settings = check(config, hosts, overrides)
     print(picture(make_job(config, hosts, settings, overrides, where), settings["mesh"]))
@@ -150,8 +154,9 @@ def doctor(
 
 
 def verify(*, via: str | None, dir: str, **where: Any) -> int:
-    """Start every rank of the hosts for real under every launcher (or --via), without training, and check that each is
-    the rank, on the host, that the plan says. Exit code 0, or that of what failed."""
+    """Start every rank of the hosts for real, without training, and check that each is where the plan has it.
+
+    Under every launcher, or --via. Exit code 0, or that of what failed."""
     hosts, _ = choose_hosts({**where, "via": via or "torchrun"})
     folder = Path(dir) / "verify"
     job = Job(
@@ -176,6 +181,8 @@ def choose_hosts(where: Mapping[str, Any]) -> tuple[tuple[Host, ...], Pool | Non
     if where["via"] == "slurm":
         return slurm.choose_hosts(where, os.environ), None
     nproc, nodes, hostfile = where["nproc"], where["nodes"], where["hostfile"]
+    if where.get("rdzv_wait") and where["node_rank"] is None:
+        raise UsageError("--rdzv_wait is for hosts that start their own ranks, with --node_rank")
     if hostfile is None:
         if where["include"] or where["exclude"]:
             raise UsageError("--include and --exclude choose among the hosts of a --hostfile")
@@ -260,9 +267,11 @@ def make_job(
         hosts=hosts,
         run_dir=Path(folder["dir"]) / folder["name"],
         resume=() if "checkpoint.resume" in overrides else ("--checkpoint.resume=auto",),
-        name=f"{folder['name']}-{os.urandom(4).hex()}",
+        name=folder["name"],
+        nonce="" if where["node_rank"] is not None else f"-{os.urandom(4).hex()}",
         node=where["node_rank"],
         rendezvous=where["rdzv"],
+        rendezvous_wait=where.get("rdzv_wait", 0),
         ssh=Ssh(launch["ssh"]["port"], tuple(launch["ssh"]["options"])),
         slurm=slurm.describe(launch["slurm"], os.environ) if where["via"] == "slurm" else None,
         mpirun=where["mpirun"],
@@ -281,8 +290,8 @@ def _shown(job: Job) -> Job:
     """The job as it is printed: with a port that stands for the free one that is found at the start."""
     if (len(job.hosts) > 1 or job.slurm) and (job.rendezvous is None or not job.rendezvous[1]):
         address = job.rendezvous[0] if job.rendezvous else job.hosts[0].address
-        return replace(job, rendezvous=(address, 29500), name=job.name.rpartition("-")[0])
-    return replace(job, name=job.name.rpartition("-")[0])
+        return replace(job, rendezvous=(address, 29500), nonce="")
+    return replace(job, nonce="")
 
 
 @dataclass(frozen=True)
@@ -333,9 +342,7 @@ COMMANDS = {
 
 
 def _help() -> str:
-    lines = [
-        f"  {name:<10}{(entry.call.__doc__ or '').split('.')[0].split(',')[0]}" for name, entry in COMMANDS.items()
-    ]
+    lines = [f"  {name:<10}{(entry.call.__doc__ or '').splitlines()[0]}" for name, entry in COMMANDS.items()]
     return "\n".join(["usage: python -m launch COMMAND …", "", *lines, "", "COMMAND --help tells more."])
 
 

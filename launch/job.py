@@ -57,10 +57,11 @@ class Job:
 
     Ranks count through the slots of the first host, then of the second, and so on, under every launcher.
     ``node``: start the ranks of this host alone, because somebody else starts the others'. ``rendezvous``: the address
-    and port at which ranks meet, where that is decided beforehand. ``attempt`` counts automatic restarts from 0; from
-    the first restart on, ``resume`` is appended to the program. ``name`` tells this job from every other one.
-    ``runner``: what DeepSpeed's launcher reaches hosts with. ``mpirun``: the one to use, where it is not the one that
-    ``launch/mpirun.py`` finds.
+    and port at which ranks meet, where that is decided beforehand; its name may take ``rendezvous_wait`` seconds to
+    resolve. ``attempt`` counts automatic restarts from 0; from the first restart on, ``resume`` is appended to the
+    program. ``name`` with ``nonce`` tells this job from every other one; hosts that start their own ranks share no
+    nonce, and each counts its own restarts: there the name is all. ``runner``: what DeepSpeed's launcher reaches hosts
+    with. ``mpirun``: the one to use, where it is not the one that ``launch/mpirun.py`` finds.
     """
 
     program: tuple[str, ...]
@@ -70,8 +71,10 @@ class Job:
     resume: tuple[str, ...] = ()
     attempt: int = 0
     name: str = ""
+    nonce: str = ""
     node: int | None = None
     rendezvous: tuple[str, int] | None = None
+    rendezvous_wait: int = 0
     ssh: Ssh = Ssh()
     slurm: Slurm | None = None
     runner: str = "pdsh"
@@ -115,7 +118,9 @@ class Job:
     @property
     def rank_env(self) -> dict[str, str]:
         """Variables to add to the environment of every rank."""
-        env = {**self.env, "MLITE_ATTEMPT": str(self.attempt), "MLITE_JOB": f"{self.name}.{self.attempt}"}
+        env = {**self.env, "MLITE_ATTEMPT": str(self.attempt), "MLITE_JOB": f"{self.name}{self.nonce}.{self.attempt}"}
+        if self.node is not None:
+            env |= {"MLITE_JOB": self.name, "MLITE_RANKS": str(self.size)}
         if len(self.hosts) > 1:
             known = [host.address for host in self.hosts[:2]] if self.node is None else []
             env[HOSTS] = ",".join(dict.fromkeys([*(self.rendezvous or ())[:1], *known]))

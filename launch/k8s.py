@@ -1,7 +1,8 @@
 """A Kubernetes manifest for a run: every pod starts its own ranks with ``launch run --node_rank``; nothing is sent.
 
-Of two kinds: an indexed Job of Kubernetes itself, whose pods find each other through a headless Service, or a
-PyTorchJob of Kubeflow's training operator. The config travels, resolved, in a ConfigMap.
+Of three kinds: an indexed Job of Kubernetes itself, whose pods find each other through a headless Service; a
+PyTorchJob of Kubeflow's training operator; or a TrainJob of Kubeflow Trainer on a runtime for torch. The config
+travels, resolved, in a ConfigMap.
 """
 
 from __future__ import annotations
@@ -15,7 +16,16 @@ from launch.hostfile import UsageError
 from launch.report import PREEMPTED
 
 PORT = 29500
+# The variable that tells a pod its number, and where pod 0 is, NAME standing for the run's; in arguments Kubernetes
+# replaces $(VARIABLE).
+_MEETING = {
+    "Job": ("JOB_COMPLETION_INDEX", f"NAME-0.NAME:{PORT}"),
+    "PyTorchJob": ("RANK", f"NAME-master-0:{PORT}"),
+    "TrainJob": ("PET_NODE_RANK", "$(PET_MASTER_ADDR):$(PET_MASTER_PORT)"),
+}
+_NAME_WAIT_S = 1800  # a pod's name resolves once it has been scheduled
 _CONFIG = "/etc/megatron_lite"
+_CONTAINERS = {"Job": "ranks", "PyTorchJob": "pytorch", "TrainJob": "node"}  # operators look for these names
 _DERIVED = ("mesh", "checkpoint_bytes")  # what `megatron_lite config --ranks` prints beside the config
 _FATAL = (2, 3, 4, 6)  # exit codes that would only come again: usage, data, checkpoint, a loss that is not finite
 
@@ -32,22 +42,25 @@ def manifest(settings: Mapping[str, Any], nodes: int, nproc: int, max_restarts: 
         raise UsageError("\n".join(mistakes))
     name = object_name(settings["run"]["name"])
     grace = settings["launch"]["slurm"]["signal_seconds"] or 30
-    pytorch = options["kind"] == "PyTorchJob"
+    kind = options["kind"]
     argv = ["python", "-m", "launch", "run", f"{_CONFIG}/config.yaml", f"--nproc={nproc}"]
     if nodes > 1:
-        first, index = (f"{name}-master-0", "RANK") if pytorch else (f"{name}-0.{name}", "JOB_COMPLETION_INDEX")
-        argv += [f"--nodes={nodes}", f"--node_rank=$({index})", f"--rdzv={first}:{PORT}"]
+        index, first = _MEETING[kind]
+        argv += [f"--nodes={nodes}", f"--node_rank=$({index})", f"--rdzv={first.replace('NAME', name)}"]
+        argv += [f"--rdzv_wait={_NAME_WAIT_S}"]
     labels = {"app.kubernetes.io/name": "megatron-lite", "app.kubernetes.io/instance": name}
     meta = {"name": name, **({"namespace": options["namespace"]} if options["namespace"] else {}), "labels": labels}
-    template = {"metadata": {"labels": labels}, "spec": _pod(name, argv, options, grace, pytorch)}
+    template = {"metadata": {"labels": labels}, "spec": _pod(name, argv, options, grace)}
     config = {
         "apiVersion": "v1",
         "kind": "ConfigMap",
         "metadata": {**meta, "name": f"{name}-config"},
         "data": {"config.yaml": to_yaml({key: settings[key] for key in settings if key not in _DERIVED})},
     }
-    if pytorch:
+    if kind == "PyTorchJob":
         return [config, _pytorch_job(meta, template, nodes, max_restarts)]
+    if kind == "TrainJob":
+        return [config, _train_job(meta, template["spec"], options["runtime"], nodes, nproc, max_restarts)]
     service = {
         "apiVersion": "v1",
         "kind": "Service",
@@ -72,6 +85,12 @@ def _mistakes(options: Mapping[str, Any]) -> Iterator[str]:
         for name in options[key]:
             if len(name) > 253 or not _NAME.fullmatch(name):
                 yield f"launch.k8s.{key}: {name!r}: expected a name of a-z, 0-9, dashes and dots"
+    if options["kind"] == "TrainJob" and options["secrets"]:
+        yield "launch.k8s.secrets: a TrainJob cannot take variables from Secrets; the runtime's container can (envFrom)"
+    if options["runtime"] is not None and options["kind"] != "TrainJob":
+        yield f"launch.k8s.runtime is for kind=TrainJob, not {options['kind']}"
+    if options["runtime"] is not None and not _NAME.fullmatch(options["runtime"]):
+        yield f"launch.k8s.runtime={options['runtime']!r}: expected a name of a-z, 0-9, dashes and dots"
     paths = [_CONFIG, "/dev/shm"]
     for path in options["volumes"].values():
         if not path.startswith("/") or ":" in path or path in paths:
@@ -94,7 +113,7 @@ def object_name(run: str) -> str:
     return name or "run"
 
 
-def _pod(name: str, argv: list[str], options: Mapping[str, Any], grace: int, pytorch: bool) -> dict[str, Any]:
+def _pod(name: str, argv: list[str], options: Mapping[str, Any], grace: int) -> dict[str, Any]:
     volumes: list[dict[str, Any]] = [
         {"name": "config", "configMap": {"name": f"{name}-config"}},
         {"name": "shm", "emptyDir": {"medium": "Memory", "sizeLimit": options["shm"]}},
@@ -104,7 +123,7 @@ def _pod(name: str, argv: list[str], options: Mapping[str, Any], grace: int, pyt
         volumes.append({"name": f"volume-{number}", "persistentVolumeClaim": {"claimName": claim}})
         mounts.append({"name": f"volume-{number}", "mountPath": path})
     container: dict[str, Any] = {
-        "name": "pytorch" if pytorch else "ranks",  # the operator looks for this name
+        "name": _CONTAINERS[options["kind"]],
         "image": options["image"],
         "command": argv[:4],
         "args": argv[4:],
@@ -115,9 +134,9 @@ def _pod(name: str, argv: list[str], options: Mapping[str, Any], grace: int, pyt
     if options["secrets"]:
         container["envFrom"] = [{"secretRef": {"name": secret}} for secret in options["secrets"]]
     return {
-        "restartPolicy": "OnFailure" if pytorch else "Never",
+        "restartPolicy": "Never" if options["kind"] == "Job" else "OnFailure",
         "terminationGracePeriodSeconds": grace,
-        **({} if pytorch else {"subdomain": name}),
+        **({"subdomain": name} if options["kind"] == "Job" else {}),
         "containers": [container],
         "volumes": volumes,
     }
@@ -161,6 +180,43 @@ def _pytorch_job(meta: dict[str, Any], template: dict[str, Any], nodes: int, max
         "kind": "PyTorchJob",
         "metadata": meta,
         "spec": {"runPolicy": {"backoffLimit": max_restarts}, "pytorchReplicaSpecs": replicas},
+    }
+
+
+def _train_job(
+    meta: dict[str, Any], pod: dict[str, Any], runtime: str | None, nodes: int, nproc: int, max_restarts: int
+) -> dict[str, Any]:
+    """What belongs to the pod is a patch of the runtime's; restarts are the launcher's, in each pod."""
+    (container,) = pod["containers"]
+    trainer = {
+        "image": container["image"],
+        "command": container["command"],
+        "args": [*container["args"], *([f"--max_restarts={max_restarts}"] if max_restarts else [])],
+        "numNodes": nodes,
+        "numProcPerNode": nproc,
+    }
+    if "resources" in container:
+        trainer["resourcesPerNode"] = container["resources"]
+    patch = {
+        "terminationGracePeriodSeconds": pod["terminationGracePeriodSeconds"],
+        "volumes": pod["volumes"],
+        "containers": [{"name": container["name"], "volumeMounts": container["volumeMounts"]}],
+    }
+    job = {"name": "node", "template": {"spec": {"template": {"spec": patch}}}}
+    return {
+        "apiVersion": "trainer.kubeflow.org/v1alpha1",
+        "kind": "TrainJob",
+        "metadata": meta,
+        "spec": {
+            "runtimeRef": {"name": runtime or "torch-distributed"},
+            "trainer": trainer,
+            "runtimePatches": [
+                {
+                    "manager": "megatron-lite",
+                    "trainingRuntimeSpec": {"template": {"spec": {"replicatedJobs": [job]}}},
+                }
+            ],
+        },
     }
 
 

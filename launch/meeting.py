@@ -1,7 +1,7 @@
 """Where the ranks of several hosts meet: an address that all of them can reach, and a port that is free there.
 
-``python -m launch.meeting PORT`` answers for the host it runs on (0: any port): the port, or one line that says who
-has it.
+``python -m launch.meeting PORT ADDRESS`` answers for the host it runs on (0: any port): the port, or one line that says
+who has it, or that the address leads nowhere.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from pathlib import Path
 
 from launch.hostfile import UsageError
 from launch.job import Job
+from launch.network import resolve
 from launch.remote import here, ssh_argv
 
 _ANSWER_S = 20.0
@@ -23,11 +24,15 @@ _ANSWER_S = 20.0
 def meet(job: Job) -> Job:
     """``job`` with a rendezvous on its first host, where one is needed and not decided. Raises UsageError."""
     first = job.hosts[0]
+    if job.rendezvous and (first.local or job.node is not None):
+        check_resolves(job.rendezvous[0])
     if job.slurm is not None:
         address, port = job.rendezvous or (first.address, 0)
         return replace(
             job, rendezvous=(address, free_port(port) if first.local else port or job.slurm.port + job.attempt)
         )
+    if job.node == 0 and job.rendezvous:
+        free_port(job.rendezvous[1])
     if job.node is not None or (len(job.hosts) == 1 and job.rendezvous is None):
         return job
     address, port = job.rendezvous or ("", 0)
@@ -37,7 +42,7 @@ def meet(job: Job) -> Job:
         raise UsageError(f"{others} cannot reach {address}; give the first host by a name or address of its own")
     if first.local:
         return replace(job, rendezvous=(address, free_port(port)))
-    argv = ssh_argv(first, [*here(), "-m", "launch.meeting", str(port)], job.ssh)
+    argv = ssh_argv(first, [*here(), "-m", "launch.meeting", str(port), address], job.ssh)
     try:
         asked = subprocess.run(argv, stdin=subprocess.DEVNULL, capture_output=True, timeout=_ANSWER_S, check=False)
         said = (asked.stdout or asked.stderr).decode(errors="replace").strip().splitlines()
@@ -46,6 +51,12 @@ def meet(job: Job) -> Job:
     if asked.returncode or not said or not said[-1].isdecimal():
         raise UsageError(f"{first.name}: {said[-1].removeprefix('error: ') if said else 'ssh gave no answer'}")
     return replace(job, rendezvous=(address, int(said[-1])))
+
+
+def check_resolves(address: str) -> None:
+    """Raises UsageError where ``address`` leads nowhere on this host."""
+    if not resolve(address):
+        raise UsageError(f"--rdzv={address}: {socket.gethostname()} cannot resolve it; give a host's name or address")
 
 
 def free_port(wanted: int = 0) -> int:
@@ -91,8 +102,10 @@ def _owner(port: int) -> tuple[int, str] | None:
 
 
 def main() -> int:
+    port, address = sys.argv[1:]
     try:
-        print(free_port(int(sys.argv[1])))
+        check_resolves(address)
+        print(free_port(int(port)))
     except UsageError as error:
         print(f"error: {error}")
         return 2

@@ -22,6 +22,7 @@ from launch.host import BEAT_S
 from launch.hostfile import Host, UsageError
 from launch.job import Command, Job, Launch
 from launch.meeting import meet
+from launch.network import resolve
 from launch.outcome import Outcome, judge, launcher_log
 from launch.rank import END, SAVE
 from launch.report import PEER_LOST, PREEMPTED, Reports
@@ -85,6 +86,8 @@ class _Supervisor:
             if job.attempt:
                 on = f" on {', '.join(host.name for host in job.hosts)}" if self.pool is not None else ""
                 say(f"restarting from the last checkpoint{on}, attempt {job.attempt + 1}")
+            if early := self._wait_for_name(job):
+                return early
             began = time.monotonic()
             try:
                 attempt = _Attempt(job, self.launcher(meet(job)), self.signals, self.pool)
@@ -120,14 +123,27 @@ class _Supervisor:
             if stopped := self._sleep(_HOSTS_RETRY_S):
                 return stopped
 
-    def _sleep(self, seconds: float) -> Outcome | None:
+    def _wait_for_name(self, job: Job) -> Outcome | None:
+        """Where ranks meet may get its name only with the host that has it, as pods do."""
+        deadline, told = time.monotonic() + job.rendezvous_wait, False
+        while job.rendezvous_wait and job.rendezvous and not resolve(job.rendezvous[0]):
+            if time.monotonic() > deadline:
+                return Outcome(PEER_LOST, f"{job.rendezvous[0]} did not resolve for {job.rendezvous_wait} s")
+            if not told:
+                say(f"waiting: {job.rendezvous[0]}, where ranks meet, does not resolve yet")
+                told = True
+            if stopped := self._sleep(1.0, "before any rank had started"):
+                return stopped
+        return None
+
+    def _sleep(self, seconds: float, when: str = "between two attempts, after the last checkpoint") -> Outcome | None:
         """Wait; a signal that ends the wait ends the run."""
         deadline = time.monotonic() + seconds
         while (left := deadline - time.monotonic()) > 0:
             received = signal.sigtimedwait(self.signals, left)
             if received and received.si_signo != signal.SIGCHLD:
                 name = signal.Signals(received.si_signo).name
-                return Outcome(PREEMPTED, f"{name}: stopped between two attempts, after the last checkpoint")
+                return Outcome(PREEMPTED, f"{name}: stopped {when}")
         return None
 
 

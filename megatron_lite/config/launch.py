@@ -114,13 +114,15 @@ class SlurmConfig(Section):
 
 
 class KubernetesConfig(Section):
-    """The manifest that ``launch k8s`` prints. ``kind``: an indexed Job, or a PyTorchJob of the training operator.
+    """The manifest that ``launch k8s`` prints. ``kind``: an indexed Job, a PyTorchJob of Kubeflow's training operator,
+    or a TrainJob of Kubeflow Trainer, whose ClusterTrainingRuntime is ``runtime``, or else torch-distributed.
 
     ``volumes``: persistent volume claims and where they are mounted. ``resources``: of each pod. ``shm``: the size of
     its /dev/shm. ``secrets``: Secrets whose keys become variables of the ranks.
     """
 
-    kind: Literal["Job", "PyTorchJob"] = "Job"
+    kind: Literal["Job", "PyTorchJob", "TrainJob"] = "Job"
+    runtime: str | None = None
     image: str | None = None
     namespace: str | None = None
     volumes: dict[str, str] = {}

@@ -75,6 +75,7 @@ def test_a_job_and_its_service_fit_the_schema_and_each_other(config: Path) -> No
     assert container["args"] == [
         *("/etc/megatron_lite/config.yaml", "--nproc=2", "--nodes=2"),
         *("--node_rank=$(JOB_COMPLETION_INDEX)", "--rdzv=my-run-1-0.my-run-1:29500"),
+        "--rdzv_wait=1800",
     ]
     fatal, saved, drained = job["spec"]["podFailurePolicy"]["rules"]
     assert (fatal["action"], fatal["onExitCodes"]["values"]) == ("FailJob", [2, 3, 4, 6])
@@ -127,6 +128,11 @@ def test_the_schema_refuses_each_field_under_another_name_or_type(config: Path) 
             "volumes: '/dev/shm': expected an absolute path, without a colon, not /etc/megatron_lite or /dev/shm",
         ),
         ("shm=8GB", "shm='8GB': expected a quantity, as in 500m, 8 or 64Gi"),
+        (
+            "kind=TrainJob",
+            "secrets: a TrainJob cannot take variables from Secrets; the runtime's container can (envFrom)",
+        ),
+        ("runtime=torch-2", "runtime is for kind=TrainJob, not Job"),
         ("resources={cpu: two}", "resources.cpu='two': expected a quantity, as in 500m, 8 or 64Gi"),
     ],
 )
@@ -154,7 +160,36 @@ def test_a_pytorch_job_has_a_master_and_workers_whose_pods_fit_the_schema(config
         check(replica["template"], core_v1.PodTemplateSpec)
         (container,) = replica["template"]["spec"]["containers"]
         assert container["name"] == "pytorch"
-        assert container["args"][-2:] == ["--node_rank=$(RANK)", "--rdzv=my-run-1-master-0:29500"]
+        assert container["args"][-3:-1] == ["--node_rank=$(RANK)", "--rdzv=my-run-1-master-0:29500"]
+
+
+def test_a_train_job_patches_a_runtime_for_torch(config: Path) -> None:
+    settings, job = printed(config, "--launch.k8s.kind=TrainJob", "--launch.k8s.secrets=[]", "--max_restarts=2")
+    assert (job["apiVersion"], job["kind"]) == ("trainer.kubeflow.org/v1alpha1", "TrainJob")
+    assert set(job["spec"]) == {"runtimeRef", "trainer", "runtimePatches"}
+    assert job["spec"]["runtimeRef"] == {"name": "torch-distributed"}
+    assert job["spec"]["trainer"] == {
+        "image": "example/lite:1",
+        "command": ["python", "-m", "launch", "run"],
+        "args": [
+            *("/etc/megatron_lite/config.yaml", "--nproc=2", "--nodes=2", "--node_rank=$(PET_NODE_RANK)"),
+            *("--rdzv=$(PET_MASTER_ADDR):$(PET_MASTER_PORT)", "--rdzv_wait=1800", "--max_restarts=2"),
+        ],
+        "numNodes": 2,
+        "numProcPerNode": 2,
+        "resourcesPerNode": {"requests": {"cpu": "2"}, "limits": {"cpu": "2"}},
+    }
+    (patch,) = job["spec"]["runtimePatches"]
+    (node,) = patch["trainingRuntimeSpec"]["template"]["spec"]["replicatedJobs"]
+    pod = node["template"]["spec"]["template"]["spec"]
+    (container,) = pod["containers"]
+    assert (node["name"], container["name"]) == ("node", "node")
+    for volume in pod["volumes"]:
+        check(volume, core_v1.Volume)
+    for mount in container["volumeMounts"]:
+        check(mount, core_v1.VolumeMount)
+    assert {mount["name"] for mount in container["volumeMounts"]} == {volume["name"] for volume in pod["volumes"]}
+    assert settings["metadata"]["name"] == pod["volumes"][0]["configMap"]["name"]
 
 
 def test_a_manifest_needs_an_image(config: Path) -> None:
