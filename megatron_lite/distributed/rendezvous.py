@@ -8,6 +8,8 @@ from __future__ import annotations
 import contextlib
 import json
 import socket
+import sys
+import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from datetime import timedelta
@@ -19,6 +21,7 @@ from megatron_lite.distributed.env import Rank
 from megatron_lite.errors import ConfigError, PeerError
 
 _OWN = ("host", "device")  # what ranks need not have in common
+_KNOCK_S = 5.0  # how long one try to connect may take; after this, a rank says that it waits
 _LINGER_S = 5.0  # how long rank 0, whose process may hold the store, stays for the others to read a bad verdict
 
 
@@ -27,39 +30,87 @@ def meet(rank: Rank, identity: Mapping[str, str], timeout_seconds: float) -> tup
 
     ``identity``: what has to be the same on all ranks, by names that fit into ``runs NAME VALUE``; a name with a dot is
     a config key; and ``device``, a GPU that has to be the rank's own. Raises ConfigError on every rank when one
-    differs, on a rank of another job, and when the store's port is taken; PeerError when a rank does not come in time.
+    differs, on a rank of another job or that cannot resolve the place, and when the store's port is taken; PeerError
+    when a rank does not come in time or the store goes away.
     """
     limit = timedelta(seconds=timeout_seconds)
     address, port = rank.rendezvous or agree_by_mpi(rank)
-    host = f"[{address}]" if ":" in address else address
-    url = "env://" if rank.launcher == "torchrun" else f"tcp://{host}:{port}"  # torchrun holds a store ready
+    place = f"[{address}]:{port}" if ":" in address else f"{address}:{port}"
     try:
-        store, _, _ = next(torch_dist.rendezvous(url, rank.rank, rank.size, timeout=limit))
+        socket.getaddrinfo(address, port, type=socket.SOCK_STREAM)
+    except (OSError, UnicodeError) as error:
+        raise ConfigError(
+            f"rank {rank.rank} ({rank.host}) cannot resolve {address}, where ranks meet (MASTER_ADDR): "
+            f"{getattr(error, 'strerror', None) or error}"
+        ) from None
+    try:
+        store = _open(rank, address, port, limit)
+        theirs = store.compare_set("mlite/job", "", rank.job or "-") if rank.rank == 0 else store.get("mlite/job")
+        if theirs.decode() != (rank.job or "-"):
+            raise ConfigError(
+                f"rank {rank.rank} ({rank.host}) of job {rank.job or '-'} came to the rendezvous of job "
+                f"{theirs.decode()}, port {port}; give each job a port of its own (MASTER_PORT)"
+            )
+        # A store may outlive its ranks: those that were started again meet under the number of their coming, and who
+        # comes again before the others have ended waits for them there.
+        store = torch_dist.PrefixStore(f"meeting {store.add(f'mlite/came/{rank.rank}', 1)}", store)
+        return store, _compare(store, rank, identity, limit)
     except torch_dist.DistNetworkError as error:
         if "EADDRINUSE" not in str(error):
-            raise
+            raise PeerError(f"the rendezvous at {place} ended while rank {rank.rank} waited there") from None
         raise ConfigError(
             f"port {port} of {rank.host} is in use by {port_owner(port)}; choose another MASTER_PORT"
         ) from None
-    store.set_timeout(limit)
-    if rank.rank == 0:
-        theirs = store.compare_set("mlite/job", "", rank.job or "-").decode()
+    except torch_dist.DistStoreError:
+        raise PeerError(
+            f"rank {rank.rank} waited {timeout_seconds:g} s for the others at the rendezvous {place}"
+        ) from None
+
+
+def _open(rank: Rank, address: str, port: int, limit: timedelta) -> torch_dist.Store:
+    """The store of the launcher, or of rank 0's process. Raises PeerError where nobody listens in time."""
+    if rank.rank != 0 or rank.launcher == "torchrun":
+        _wait_for_listener(rank, address, port, limit.total_seconds())
+    if rank.launcher == "torchrun":  # it holds a store ready
+        store = next(torch_dist.rendezvous("env://", rank.rank, rank.size, timeout=limit))[0]
     else:
-        theirs = store.get("mlite/job").decode()
-    if theirs != (rank.job or "-"):
-        raise ConfigError(
-            f"rank {rank.rank} ({rank.host}) of job {rank.job or '-'} came to the rendezvous of job {theirs}, "
-            f"port {port}; give each job a port of its own (MASTER_PORT)"
+        store = torch_dist.TCPStore(
+            address, port, rank.size, is_master=rank.rank == 0, timeout=limit, wait_for_workers=False
         )
+    store.set_timeout(limit)
+    return store
+
+
+def _wait_for_listener(rank: Rank, address: str, port: int, seconds: float) -> None:
+    began, told = time.monotonic(), False
+    while True:
+        try:
+            socket.create_connection((address, port), timeout=_KNOCK_S).close()
+            return
+        except OSError as error:
+            waited, reason = time.monotonic() - began, error.strerror or str(error)
+        if waited > seconds:
+            raise PeerError(
+                f"rank {rank.rank} ({rank.host}): nobody answered at {address}, port {port}, for {seconds:g} s "
+                f"({reason})"
+            )
+        if waited > _KNOCK_S and not told:
+            print(f"rank {rank.rank} waits for rank 0 at {address}, port {port}: {reason}", file=sys.stderr, flush=True)
+            told = True
+        time.sleep(0.1)
+
+
+def _compare(store: torch_dist.Store, rank: Rank, identity: Mapping[str, str], limit: timedelta) -> list[str]:
+    """Leave what this rank is, and judge (rank 0: every rank's host) or hear the verdict."""
     store.set(f"mlite/{rank.rank}", json.dumps({"host": rank.host, **identity}))
     if rank.rank == 0:
-        return store, _judge(store, rank.size, limit)
+        return _judge(store, rank.size, limit)
     kind, message = json.loads(store.get("mlite/verdict"))
     if store.add("mlite/read", 1) == rank.size - 1:
         store.set("mlite/read by all", "")
     if message:
         raise (ConfigError if kind == "config" else PeerError)(message)
-    return store, []
+    return []
 
 
 def agree_by_mpi(rank: Rank) -> tuple[str, int]:
