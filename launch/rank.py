@@ -90,14 +90,16 @@ def run(
     log = (log_dir / f"rank_{rank}.log").open("ab", buffering=0)
     # mpirun gives ranks a terminal, which is not the user's: there, both streams come as one.
     on_terminal = console is not None and console[0] != console[1] and os.isatty(console[0])
+    relayed, relay = os.pipe()
     child = process.start(
         program,
         unblock=watched,
+        env={**os.environ, "MLITE_RELAY": str(relayed)},
         stdin=subprocess.DEVNULL,
         stdout=console[0] if console and on_terminal else subprocess.PIPE,  # a progress line needs the terminal itself
         stderr=subprocess.STDOUT if console is None else subprocess.PIPE,
         bufsize=0,
-        pass_fds=[int(os.environ[name]) for name in _INHERITED if os.environ.get(name, "").isdecimal()],
+        pass_fds=[relayed, *(int(os.environ[name]) for name in _INHERITED if os.environ.get(name, "").isdecimal())],
         process_group=0,  # torchrun signals our whole group: the program would get each signal twice
     )
     report = Report(rank, socket.gethostname(), child.pid, os.getpid(), attempt, time.time())
@@ -110,7 +112,7 @@ def run(
     for copier in copiers:
         copier.start()
 
-    asked, stopped = _wait(child, watched, wish)
+    asked, stopped = _wait(child, watched, wish, relay)
 
     with contextlib.suppress(ProcessLookupError):
         os.killpg(child.pid, signal.SIGKILL)  # what the program started and left behind
@@ -130,8 +132,13 @@ def run(
     return 128 + signum if signum else code if code != PREEMPTED else 0
 
 
-def _wait(child: subprocess.Popen[bytes], watched: set[signal.Signals], wish: Wish | None) -> tuple[bool, bool]:
-    """Pass signals and wishes on until ``child`` ends: was it asked to stop, and had it to be killed while stopped?"""
+def _wait(
+    child: subprocess.Popen[bytes], watched: set[signal.Signals], wish: Wish | None, relay: int
+) -> tuple[bool, bool]:
+    """Pass signals and wishes on until ``child`` ends: was it asked to stop, and had it to be killed while stopped?
+
+    A byte in ``relay`` tells the program that it may be asked by others, too, and that it is one and the same wish.
+    """
     asked, stopped, stopped_since = False, False, 0.0
     while child.poll() is None:
         received = signal.sigtimedwait(watched, _POLL_S if asked else _WISH_S if wish else 60)
@@ -142,6 +149,7 @@ def _wait(child: subprocess.Popen[bytes], watched: set[signal.Signals], wish: Wi
             process.send(child.pid, signal.SIGUSR2)
         elif (wanted == SAVE or (received and received.si_signo in _STOP)) and not asked:
             asked = True  # the supervisor and torchrun may both ask; a second signal would cut the save short
+            os.write(relay, b"1")
             process.send(child.pid, signal.SIGTERM)
         if not asked or process.state(child.pid) != "T":
             stopped_since = 0.0

@@ -10,11 +10,12 @@ import os
 import platform
 import signal
 import sys
+import threading
+import time
 import traceback
 from collections.abc import Iterator
 from importlib import metadata
 from pathlib import Path
-from types import FrameType
 from typing import Any, NoReturn
 
 from megatron_lite import __version__
@@ -22,6 +23,8 @@ from megatron_lite.config import Config
 from megatron_lite.distributed.env import Rank
 from megatron_lite.distributed.mesh import peer_failure
 from megatron_lite.errors import ConfigError, MegatronLiteError, PeerError, Preempted, StorageError
+
+_ONE_WISH_S = 0.5
 
 
 @contextlib.contextmanager
@@ -79,17 +82,47 @@ def die_with_parent() -> None:
 
 
 class StopRequest:
-    """SIGTERM, SIGINT or SIGUSR1 ask to save and stop after the current step; a second one ends the process now."""
+    """SIGTERM, SIGINT, SIGUSR1 or SIGHUP ask to save and stop after the current step; a second wish ends the process
+    now, and before training has begun (``begun``) the first one does.
 
-    def __init__(self) -> None:
-        self.asked = False
-        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
-            signal.signal(number, self._receive)
+    One wish may come more than once: a scheduler signals every process of a job, and those above this one pass it on.
+    What comes within ``_ONE_WISH_S`` of the first is the same wish, and so is what the shim passes on; it says so with
+    a byte in the pipe ``relay``. Signals are read by a thread: their time is that of their coming, also while a
+    collective or a rendezvous keeps the main thread.
+    """
 
-    def _receive(self, number: int, _: FrameType | None) -> None:
-        if self.asked:
-            os._exit(128 + number)
+    def __init__(self, relay: int | None = None) -> None:
+        self.asked = self.begun = False
+        self._relay, self._since = relay, 0.0
+        reader, writer = os.pipe()
+        os.set_blocking(writer, False)
+        if relay is not None:
+            os.set_blocking(relay, False)
+        signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP):
+            if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:  # nohup's stays ignored
+                signal.signal(number, lambda *_: None)
+        threading.Thread(target=self._listen, args=(reader,), daemon=True).start()
+
+    def _listen(self, reader: int) -> None:
+        while received := os.read(reader, 1):
+            self._receive(received[0], time.monotonic())
+
+    def _receive(self, number: int, now: float) -> None:
+        if not self.begun:
+            print(f"{signal.Signals(number).name}: stopped before training had begun", file=sys.stderr, flush=True)
+            os._exit(Preempted.exit_code)
         self.asked = True
+        if self._relayed():
+            return
+        if self._since and now - self._since > _ONE_WISH_S:
+            os._exit(128 + number)
+        self._since = self._since or now
+
+    def _relayed(self) -> bool:
+        with contextlib.suppress(BlockingIOError):
+            return self._relay is not None and bool(os.read(self._relay, 1))
+        return False
 
 
 def die(error: BaseException) -> NoReturn:

@@ -439,12 +439,13 @@ def train(config: Config, plan: Plan, rank: Rank) -> None:
     try:
         with locked(config.folder, rank):
             _prepare_folder(config, rank)
-            stop = StopRequest()
+            stop = StopRequest(rank.relay)
             device = pick_device(rank)
             if device.type == "cpu":
                 allocator.keep_freed()
             hang_timeout = config.train.hang_timeout
             with process_group(rank, device, hang_timeout + _GRACE_S, identity(config)) as hosts:
+                stop.begun = True
                 mesh = build_mesh(plan.degrees, device)
                 assert mesh is not None
                 limit_waits(hang_timeout + _GRACE_S)

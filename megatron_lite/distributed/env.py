@@ -57,7 +57,8 @@ class Rank:
 
     ``launcher``: whose variables these are. ``rendezvous``: the address and port at which ranks meet; None where MPI
     has to find out (``mpi``) or there is nobody to meet. ``job``:
-    what all ranks of one job have been told it is called, if anything.
+    what all ranks of one job have been told it is called, if anything. ``relay``: the pipe of the shim around this rank
+    (``launch/rank.py``), which holds a byte when it passes a signal on.
     """
 
     rank: int = 0
@@ -71,6 +72,7 @@ class Rank:
     launcher: str = "python"
     mpi: bool = False
     rendezvous: tuple[str, int] | None = None
+    relay: int | None = None
 
 
 def read_rank(environ: Mapping[str, str] | None = None) -> Rank:
@@ -84,12 +86,18 @@ def read_rank(environ: Mapping[str, str] | None = None) -> Rank:
         "host": socket.gethostname(),
         "attempt": int(environ.get("MLITE_ATTEMPT", "0") or 0),
         "faults": environ.get("MLITE_FAULT", ""),
+        "relay": int(environ["MLITE_RELAY"]) if "MLITE_RELAY" in environ else None,
         "job": next((environ[name] for name in _JOBS if environ.get(name, "none") != "none"), ""),
     }
     if not found:
         return Rank(**common)  # type: ignore[arg-type]
     inner, *others = found
     rank, size, local_rank, local_size = _place(inner, environ)
+    if environ.get("MLITE_RANKS", str(size)) != str(size):
+        raise ConfigError(
+            f"this host's launch is of {environ['MLITE_RANKS']} ranks, all hosts' together of {size}: "
+            "--nodes and --nproc have to be the same on all of them"
+        )
     for outer in others:
         theirs = environ.get(outer.rank, ""), environ.get(outer.size, "")
         # The same number of ranks in another order; or RANK and WORLD_SIZE of nobody, left over in a shell.
