@@ -12,6 +12,7 @@ from collections import Counter
 from collections.abc import Collection, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
+from datetime import date as Date
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, TextIO
@@ -45,6 +46,7 @@ class ChatOptions:
     max_document_tokens: int = 0
     long_documents: str = "truncate"
     max_line_bytes: int = MAX_LINE_BYTES
+    date: str = ""
 
     def encode(self, spans: list[Span], prefix: str, tokenizer: str) -> Part:
         """Write the conversations of ``spans`` as a dataset at ``prefix``, refused lines in PREFIX.rejects."""
@@ -65,6 +67,7 @@ def chat(
     max_document_tokens: int = 0,
     long_documents: str = "truncate",
     max_line_bytes: int = MAX_LINE_BYTES,
+    date: str = "",
 ) -> None:
     """Tokenize conversations for instruction tuning: OUT.bin, OUT.idx and OUT.card.json, with what to train on.
 
@@ -76,10 +79,14 @@ def chat(
     What the tokenizer puts before a text (bos) stands before these texts and those of the plain template; others write
     it themselves. --add_bos=true puts bos before each conversation that does not begin with it, false before none.
 
+    Tools, tool calls and reasoning are what OpenAI's, ShareGPT's and TRL's files have, chat_template_kwargs too. Null
+    means absent. --date=YYYY-MM-DD is today for templates that ask (strftime_now); else they do without.
+
     --loss=completions trains on what the assistant wrote, end markers included; last on its last turn alone; all on
-    everything. --max_document_tokens=N cuts longer conversations (--long_documents=truncate) or leaves them out (drop).
-    Conversations with nothing to train on are left out and counted. The tokens that answers end with (<|im_end|>, say)
-    are kept in the card: they end what is generated. --on_error, --max_bad, --workers: as for tokenize.
+    everything; none on a message of "weight" 0 or "train" false, and the first two on no prompt's. Longer ones than
+    --max_document_tokens=N are cut (--long_documents=truncate) or left out (drop). Conversations with nothing to train
+    on are left out and counted. The tokens that answers end with (<|im_end|>, say) are kept in the card: they end what
+    is generated. --on_error, --max_bad, --workers: as for tokenize.
     Train on the dataset with data.packing=conversations.
     """
 
@@ -92,6 +99,10 @@ def chat(
         ):
             if value not in allowed:
                 mistakes.append(f"--{flag}={value}: expected {', '.join(allowed)}{nearest(value, allowed)}")
+        try:
+            _day(date)
+        except ValueError:
+            mistakes.append(f"--date={date}: expected YYYY-MM-DD")
         if template and not Path(template).is_file():
             mistakes.append(f"--template={template}: no such file{similar(Path(template))}")
         if mistakes:
@@ -102,7 +113,7 @@ def chat(
         model.around(add_bos)
         check_template(source, model, template or "chat template")
         limits = max_document_tokens, long_documents, max_line_bytes
-        return ChatOptions(source, add_bos, format, loss, on_error, *limits), facts  # type: ignore[arg-type]
+        return ChatOptions(source, add_bos, format, loss, on_error, *limits, date), facts  # type: ignore[arg-type]
 
     merger = building.build(input, tokenizer, out, workers, max_bad, prepare)
     if merger is not None:
@@ -117,6 +128,10 @@ def chat(
             print(f"{tally['without_target']:,} conversations left out: nothing in them to train on")
         if not merger.ends:
             print("no answer ends with a token of its own: a model trained on them will not know where to stop")
+        if merger.unused:
+            named = [f"{key} ({count:,})" for key, count in merger.unused.most_common(8)]
+            more = f" and {len(merger.unused) - len(named):,} more" if len(merger.unused) > len(named) else ""
+            print(f"keys without a use here, and in how many conversations: {', '.join(named)}{more}")
 
 
 def _read_template(path: str) -> str:
@@ -138,8 +153,12 @@ def check_template(source: str, tokenizer: Tokenizer, name: str) -> None:
 
 
 @lru_cache(maxsize=1)  # a worker process encodes many units with one template
-def _template(source: str, tokenizer: str) -> ChatTemplate:
-    return ChatTemplate(source, cached_tokenizer(tokenizer))
+def _template(source: str, tokenizer: str, date: str) -> ChatTemplate:
+    return ChatTemplate(source, cached_tokenizer(tokenizer), day=_day(date))
+
+
+def _day(date: str) -> Date | None:
+    return Date.fromisoformat(date) if date else None
 
 
 def encode(spans: list[Span], prefix: str, tokenizer: str, options: ChatOptions) -> Part:
@@ -148,7 +167,7 @@ def encode(spans: list[Span], prefix: str, tokenizer: str, options: ChatOptions)
         cached_tokenizer(tokenizer),
         Part(prefix, spans, tally=Counter(trained_tokens=0, lost_tokens=0, without_target=0)),
     )
-    dtype, template = token_dtype(model.vocab_size), _template(options.chat_template, tokenizer)
+    dtype, template = token_dtype(model.vocab_size), _template(options.chat_template, tokenizer, options.date)
     named = {token for text, token in model.special.items() if text in template.source}
     ends = {*named, template.end(), model.eos_id}
     with (
@@ -208,8 +227,10 @@ def _encoded(
                 if found is None:
                     part.empty += 1
                     continue
-                excerpt = json.dumps(found)[:80]
-                yield tokenized(conversation(found, options.format), model, template, options.loss, options.add_bos)
+                excerpt = json.dumps(found, default=str)[:80]  # parquet has dates and bytes
+                read = conversation(found, options.format, template.calls)
+                yield tokenized(read, model, template, options.loss, options.add_bos)
+                part.unused.update({*read.unused, *unread(read, template)})
             except ValueError as reason:
                 rejects.write(json.dumps([number, line, str(reason), excerpt]) + "\n")
                 if options.on_error == "stop":
@@ -227,7 +248,8 @@ def tokenized(
         prompt, completion = (message["content"] for message in found.messages)
         rendered = Rendered(prompt + completion, [(0 if loss == "all" else len(prompt), len(prompt + completion))])
     else:
-        rendered = template.render(found.messages, loss, **found.given)
+        untrained = found.untrained | (frozenset() if loss == "all" else frozenset(range(found.prompt)))
+        rendered = template.render(found.messages, loss, found.given, untrained)
     check_text(rendered.text)
     encoded = model.encode_spans(rendered.text)
     tokens = encoded.tokens.tolist()
@@ -238,3 +260,15 @@ def tokenized(
     after = int(found.plain and model.eos_id >= 0 and tokens[-1:] != [model.eos_id])
     mask = np.concatenate((np.zeros(before, bool), encoded.within(rendered.spans), np.ones(after, bool)))
     return np.array([*begin[:before], *tokens, *[model.eos_id] * after], np.int64), mask
+
+
+def unread(found: Conversation, template: ChatTemplate) -> Iterator[str]:
+    """What a conversation has for a template, and this one does not read."""
+    if found.plain:
+        yield from found.given
+        return
+    yield from (
+        key if key == "tools" else f"chat_template_kwargs.{key}" for key in found.given if not template.reads(key)
+    )
+    more = {key for message in found.messages for key in message} - {"role", "content"}
+    yield from (f"messages.{key}" for key in more if not template.reads(key))

@@ -145,15 +145,20 @@ def parse_object(raw: bytes) -> dict[str, Any] | None:
         return None
     if line[0] == "\ufeff":
         raise ValueError("a byte order mark that is not at the start of the file")
+    found = decode(line)
+    if not isinstance(found, dict):
+        raise ValueError(f"expected an object, not {kind(found)}")
+    return found
+
+
+def decode(text: str) -> Any:
+    """The value that a JSON text is. Raises ValueError with what is wrong with it."""
     try:
-        found = _DECODER.decode(line)
+        return _DECODER.decode(text)
     except json.JSONDecodeError as error:
         raise ValueError(f"invalid JSON at column {error.pos + 1}: {error.msg}") from None
     except RecursionError:
         raise ValueError("invalid JSON: nested too deeply") from None
-    if not isinstance(found, dict):
-        raise ValueError(f"expected an object, not {kind(found)}")
-    return found
 
 
 def kind(value: Any) -> str:

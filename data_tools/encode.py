@@ -52,6 +52,7 @@ class Part:
     long: int = 0  # documents that were split or truncated
     tally: Counter[str] = field(default_factory=Counter)  # what else was counted, for the dataset card
     ends: Counter[int] = field(default_factory=Counter)  # the tokens that answers end with
+    unused: Counter[str] = field(default_factory=Counter)  # keys that mean nothing here, and how many lines have them
 
 
 def cut(text: bytes, size: int = PIECE_BYTES) -> list[bytes]:

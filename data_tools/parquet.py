@@ -33,8 +33,7 @@ def rows(path: str, group: int, column: str) -> Iterator[bytes | None]:
 
 
 def objects(path: str, group: int) -> Iterator[dict[str, Any] | None]:
-    """The rows of one row group as objects, without the fields that are null; None for one with a string that is not
-    UTF-8."""
+    """The rows of one row group as objects; None for one with a string that is not UTF-8."""
     file = _open(path)
     import pyarrow as pa
 
@@ -42,18 +41,11 @@ def objects(path: str, group: int) -> Iterator[dict[str, Any] | None]:
         for batch in file.iter_batches(batch_size=256, row_groups=[group], use_threads=False):
             for i in range(batch.num_rows):
                 try:
-                    yield _present(batch.slice(i, 1).to_pylist()[0])
+                    yield batch.slice(i, 1).to_pylist()[0]
                 except UnicodeDecodeError:
                     yield None
     except (pa.ArrowException, OSError) as error:
         raise DataError(f"{path}: damaged parquet file: {' '.join(str(error).split())}") from None
-
-
-def _present(value: Any) -> Any:
-    """Without null fields: where one row has a field, parquet gives it to all."""
-    if isinstance(value, dict):
-        return {key: _present(inner) for key, inner in value.items() if inner is not None}
-    return [_present(inner) for inner in value] if isinstance(value, list) else value
 
 
 def _open(path: str) -> Any:

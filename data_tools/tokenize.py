@@ -200,6 +200,7 @@ class Merger:
         self.lines = self.kept = self.empty = self.long = self.rejected = 0
         self.tally: Counter[str] = Counter()
         self.ends: Counter[int] = Counter()
+        self.unused: Counter[str] = Counter()
         self._lines_of: Counter[str] = Counter()
         self._digests: dict[str, Any] = {}
 
@@ -222,6 +223,7 @@ class Merger:
         self.long += part.long
         self.tally.update(part.tally)
         self.ends.update(part.ends)
+        self.unused.update(part.unused)
         self.progress.update(sum(span.size for span in part.spans), self.writer.num_tokens - before)
 
     def _hash(self, span: Span) -> None:

@@ -3,7 +3,7 @@
 A template is Jinja, as Hugging Face models carry it, and comes from strangers. It runs in Jinja's immutable sandbox,
 which keeps it from Python's own attributes, within limits on CPU time, memory, numbers and output, which the sandbox
 lacks. Deviating from Hugging Face, an attempt at a private attribute is an error rather than an empty string, and
-there is no clock (``strftime_now``): the same input always gives the same text.
+the clock (``strftime_now``) stands still at a date that is given: the same input always gives the same text.
 """
 
 from __future__ import annotations
@@ -13,9 +13,12 @@ import re
 import resource
 import signal
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from datetime import date
+from functools import cached_property
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Literal, NamedTuple, NoReturn
 
 from jinja2 import Template, TemplateError, nodes
@@ -47,6 +50,12 @@ _MAX_NUMBER = 1 << 64
 _SECONDS = 5.0  # of CPU for one conversation, which takes a ten-thousandth of it
 _MEMORY = 1 << 30  # bytes that one conversation may take on top
 _OPEN, _CLOSE = "\ufdd1", "\ufdd2"  # noncharacters, which no text holds: around what `generation` encloses
+_HERE = "\ufdd3"  # stands for a content that is looked for
+_REASONING = ("reasoning_content", "thinking", "reasoning")  # a message's, as transformers knows it
+
+
+class _RefusedError(ValueError):
+    """The template refuses a conversation."""
 
 
 class _OutOfTimeError(BaseException):
@@ -91,8 +100,14 @@ def _raise(message: str) -> NoReturn:
     raise TemplateError(message)
 
 
-def _to_json(value: Any, indent: int | None = None, ensure_ascii: bool = False, sort_keys: bool = False) -> str:
-    return json.dumps(value, indent=indent, ensure_ascii=ensure_ascii, sort_keys=sort_keys)
+def _to_json(
+    value: Any,
+    ensure_ascii: bool = False,
+    indent: int | None = None,
+    separators: tuple[str, str] | None = None,
+    sort_keys: bool = False,
+) -> str:
+    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
 
 class Rendered(NamedTuple):
@@ -103,21 +118,24 @@ class Rendered(NamedTuple):
 
 
 class ChatTemplate:
-    """A compiled chat template, with the names of the tokenizer's special tokens to fill in.
+    """A compiled chat template, with the names of the tokenizer's special tokens to fill in, and for templates that ask
+    for today's date ``day``.
 
     Raises ConfigError for a template that does not compile, or does what no template may, here and in ``render``.
     """
 
-    def __init__(self, source: str, tokenizer: Tokenizer, name: str = "chat template") -> None:
+    def __init__(self, source: str, tokenizer: Tokenizer, name: str = "chat template", day: date | None = None) -> None:
         self.source, self.name, self._tokenizer = source, name, tokenizer
         self.plain = source == PLAIN  # every other one writes itself what begins a text
-        self._given: Mapping[str, Any] = tokenizer.names()
+        self._given: Mapping[str, Any] = {name: text for name, text in tokenizer.names().items() if text}
         self._ends = tuple(tokenizer.special)
         if len(source) > MAX_TEMPLATE:
             raise ConfigError(f"{name}: {len(source)} characters, more than {MAX_TEMPLATE}")
         environment = _Sandbox(trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, loopcontrols])
         environment.filters["tojson"] = _to_json
         environment.globals["raise_exception"] = _raise
+        if day:
+            environment.globals["strftime_now"] = day.strftime
         try:
             with self._limits():
                 tree = environment.parse(source)
@@ -131,6 +149,31 @@ class ChatTemplate:
             and node.call.node.identifier == _Generation.identifier
             for node in tree.find_all(nodes.CallBlock)
         )
+
+        self._words = {
+            word
+            for kind, field in ((nodes.Name, "name"), (nodes.Getattr, "attr"), (nodes.Const, "value"))
+            for node in tree.find_all(kind)
+            if isinstance(word := getattr(node, field), str)
+        }
+
+    def reads(self, key: str) -> bool:
+        """Whether a key of a message, or something given beside the messages, is named in the template."""
+        return key in self._words or (key in _REASONING and not self._words.isdisjoint(_REASONING))
+
+    @cached_property
+    def calls(self) -> Literal["objects", "text", "none"]:
+        """How the template takes the arguments of ``tool_calls``: as objects, as JSON text, or not at all."""
+        user, answer = {"role": "user", "content": "a"}, {"role": "assistant", "content": ""}
+        forms: tuple[tuple[Literal["objects", "text"], Any], ...] = (("objects", {"a": 1}), ("text", '{"a": 1}'))
+        for form, arguments in forms:
+            call = {"id": "000000000", "type": "function", "function": {"name": "f", "arguments": arguments}}
+            with suppress(ValueError):
+                text = self._render([user, {**answer, "tool_calls": [call]}]).text
+                if repr(arguments) in text and form == "objects":  # Python's spelling, which nobody means
+                    continue
+                return "none" if text == self._render([user, answer]).text else form
+        return "objects"
 
     def prompt(self, messages: Sequence[Message]) -> str:
         """What the assistant is to go on from. Raises ValueError where the template refuses the conversation."""
@@ -153,43 +196,103 @@ class ChatTemplate:
         marker = len(written) == 1 and re.fullmatch(r"\W+\w.*\W", text[start:])
         return written[0] if marker or written[0] in self._tokenizer.special.values() else -1
 
-    def render(self, messages: Sequence[Message], loss: Loss = "completions", **given: Any) -> Rendered:
+    def render(
+        self,
+        messages: Sequence[Message],
+        loss: Loss = "completions",
+        given: Mapping[str, Any] = MappingProxyType({}),
+        untrained: Collection[int] = (),
+    ) -> Rendered:
         """The conversation as text, and where the assistant's turns are in it, their end markers included.
 
-        ``loss``: ``completions`` all its turns, ``last`` the last one alone, ``all`` the whole text. The spans are what
-        the template's ``generation`` blocks enclose. In a template without any, a turn is what the text gains by it,
-        beyond the generation prompt. Raises ValueError where the template refuses the conversation, or a template
-        without such blocks rewrites earlier turns as a conversation goes on.
+        ``given``: what the template reads beside the messages. ``loss``: ``completions`` all the assistant's turns,
+        ``last`` the last one alone, ``all`` the whole text, each without the messages ``untrained``. The spans are what
+        the template's ``generation`` blocks enclose. In a template without any, a turn is what follows the header of
+        the generation prompt. Raises ValueError where the template refuses the conversation or leaves a message out,
+        or a turn cannot be found in its text.
         """
-        _check_marks(messages, given)
-        whole = self._render(messages, **given)
-        if loss == "all":
-            return Rendered(whole.text, [(0, len(whole.text))])
-        if self.marks_generation:
-            return Rendered(whole.text, whole.spans[-1:] if loss == "last" else whole.spans)
+        _check_marks(messages, dict(given))
+        whole, spans = self._render(messages, given)
+        self._check_complete(messages, given, whole)
         turns = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
-        spans = []
-        for i in turns[-1:] if loss == "last" else turns:
-            before = self._render(messages[:i], prompt=True, **given).text
-            after = whole.text if i == len(messages) - 1 else self._render(messages[: i + 1], **given).text
-            if not (whole.text.startswith(after) and after.startswith(before)):
-                hint = "" if loss == "last" else "; --loss=last trains on the last turn alone"
+        if loss == "all":
+            return Rendered(whole, _outside([self._turn(whole, messages, i, given) for i in sorted(untrained)], whole))
+        if self.marks_generation:
+            if untrained and len(spans) != len(turns):
                 raise ValueError(
-                    f"the template changes what precedes message {i + 1} as the conversation goes on, and marks no "
-                    f"{{% generation %}}{hint}"
+                    f"the template marks {len(spans)} stretches of {len(turns)} turns, so that none can be left out"
                 )
-            shorter = after.rstrip()
-            stop = len(shorter) if shorter.endswith(self._ends) else len(after)  # no line end after an end marker
-            spans.append((len(before), max(stop, len(before))))
-        return Rendered(whole.text, spans)
+            kept = [span for i, span in zip(turns, spans, strict=True) if i not in untrained] if untrained else spans
+            last = loss == "last"
+            return Rendered(whole, [span for span in spans[-1:] if span in kept] if last else kept)
+        wanted = [i for i in (turns[-1:] if loss == "last" else turns) if i not in untrained]
+        return Rendered(whole, [self._turn(whole, messages, i, given) for i in wanted])
 
-    def _render(self, messages: Sequence[Message], *, prompt: bool = False, **given: Any) -> Rendered:
+    def _check_complete(self, messages: Sequence[Message], given: Mapping[str, Any], whole: str) -> None:
+        """Raise ValueError for a message that makes no difference, as some templates ignore roles unknown to them."""
+        for i, message in enumerate(messages):
+            if message["role"] in ("user", "assistant") or not message["content"].strip() or len(messages) == 1:
+                continue
+            with suppress(_RefusedError):
+                if self._render([*messages[:i], *messages[i + 1 :]], given).text == whole:
+                    raise ValueError(f"the chat template leaves out message {i + 1}, of role {message['role']!a}")
+
+    def _turn(self, whole: str, messages: Sequence[Message], i: int, given: Mapping[str, Any]) -> tuple[int, int]:
+        """The characters of ``whole`` that are message ``i``: of the assistant's, what follows the header."""
+        answers = messages[i]["role"] == "assistant"
+        with suppress(_RefusedError):
+            before = self._render(messages[:i], given, prompt=answers).text
+            after = whole if i == len(messages) - 1 else self._render(messages[: i + 1], given).text
+            if whole.startswith(after) and after.startswith(before):
+                return len(before), max(self._end(after), len(before))
+        # The text before it changes as the conversation goes on, or it is the first: found by a content of our own.
+        stand_in = _stand_in(messages[i])
+        probe = self._render([*messages[:i], stand_in, *messages[i + 1 :]], given).text
+        start, stop = probe.find(_HERE), probe.rfind(_HERE) + 1
+        header, lead, end = self._around(stand_in, messages[:i], given, answers)
+        if probe[:start].endswith(header + lead):
+            start -= len(lead)
+        if probe.startswith(end, stop):
+            stop += len(end)
+        tail = probe[stop:]
+        if start < 0 or probe[:start] != whole[:start] or not whole[start:].endswith(tail):
+            raise ValueError(
+                f"the template changes what precedes message {i + 1} or what it says as the conversation goes on, and "
+                "marks no {% generation %}: give a copy that does as --template=FILE, or --loss=last"
+            )
+        return start, len(whole) - len(tail)
+
+    def _around(
+        self, stand_in: Message, context: Sequence[Message], given: Mapping[str, Any], answers: bool
+    ) -> tuple[str, str, str]:
+        """Of a message that ends a conversation: the header that a generation prompt has too, what the template puts
+        between it and the content, and what it puts after. Empty where that cannot be told."""
+        for before in (context, [{"role": "user", "content": "?"}]):
+            with suppress(_RefusedError):
+                past = self._render(before, given).text
+                prompt = self._render(before, given, prompt=answers).text
+                text = self._render([*before, stand_in], given).text
+                same, place = _shared(prompt, text), text.find(_HERE)
+                header, lead = (text[len(past) : same], text[same:place]) if len(past) <= same <= place else ("", "")
+                end = text[text.rfind(_HERE) + 1 :]
+                return header, lead, end[: self._end(end)]
+        return "", "", ""
+
+    def _end(self, text: str) -> int:
+        """Where a text ends, without a line end after an end marker."""
+        shorter = text.rstrip()
+        return len(shorter) if shorter.endswith(self._ends) else len(text)
+
+    def _render(
+        self, messages: Sequence[Message], given: Mapping[str, Any] = MappingProxyType({}), *, prompt: bool = False
+    ) -> Rendered:
         text: list[str] = []
         spans: list[tuple[int, int]] = []
         size = open_at = 0
+        values = {**self._given, "tools": None, "documents": None, **given}
         try:
             with self._limits():
-                values = {**self._given, **given, "messages": messages, "add_generation_prompt": prompt}
+                values |= {"messages": [_reasoned(message) for message in messages], "add_generation_prompt": prompt}
                 for chunk in self._template.generate(values):
                     for mark in _marked(chunk):
                         if mark == _OPEN:
@@ -200,11 +303,12 @@ class ChatTemplate:
                             text.append(mark)
                             size += len(mark)
                     if size > MAX_OUTPUT:
-                        raise ValueError(f"the template made more than {MAX_OUTPUT} characters of it")
+                        raise _RefusedError(f"the template made more than {MAX_OUTPUT} characters of it")
         except TemplateError as error:
-            raise ValueError(f"the chat template refuses it: {_one_line(error)}") from None
+            hint = " (data_tools chat --date=YYYY-MM-DD)" if "'strftime_now' is undefined" in str(error) else ""
+            raise _RefusedError(f"the chat template refuses it: {_one_line(error)}{hint}") from None
         except (TypeError, KeyError, IndexError, AttributeError, ArithmeticError, RecursionError) as error:
-            raise ValueError(f"the chat template fails on it: {_one_line(error)}") from None
+            raise _RefusedError(f"the chat template fails on it: {_one_line(error)}") from None
         return Rendered("".join(text), spans)
 
     @contextmanager
@@ -251,10 +355,41 @@ def _marked(chunk: str) -> Iterator[str]:
     yield chunk[start:]
 
 
+def _reasoned(message: Message) -> Message:
+    """With its reasoning under every name that a template may ask for, as transformers gives it."""
+    reasoning = next((message[key] for key in _REASONING if key in message), None)
+    return message if reasoning is None else {"thinking": reasoning, **message, "reasoning_content": reasoning}
+
+
+def _stand_in(message: Message) -> Message:
+    """A message of the same kind, whose texts and names of tools can be found again."""
+    texts = dict.fromkeys(("content", *(key for key in _REASONING if key in message)), _HERE)
+    if "tool_calls" not in message:
+        return {**message, **texts}
+    calls = [
+        {**call, "function": {**call["function"], "name": _HERE}} if "function" in call else {**call, "name": _HERE}
+        for call in message["tool_calls"]
+    ]
+    return {**message, **texts, "tool_calls": calls}
+
+
+def _shared(one: str, other: str) -> int:
+    """How many characters two texts begin alike."""
+    pairs = enumerate(zip(one, other, strict=False))
+    return next((i for i, (a, b) in pairs if a != b), min(len(one), len(other)))
+
+
+def _outside(spans: Sequence[tuple[int, int]], text: str) -> list[tuple[int, int]]:
+    """The stretches of a text between ``spans``, which are in order."""
+    starts = [0, *(stop for _, stop in spans)]
+    stops = [*(start for start, _ in spans), len(text)]
+    return [(start, stop) for start, stop in zip(starts, stops, strict=True) if start < stop]
+
+
 def _check_marks(*given: object) -> None:
-    text = json.dumps(given, ensure_ascii=False)
-    if _OPEN in text or _CLOSE in text:
-        raise ValueError("it holds U+FDD1 or U+FDD2, which are no characters")
+    text = json.dumps(given, ensure_ascii=False, default=str)
+    if any(mark in text for mark in (_OPEN, _CLOSE, _HERE)):
+        raise ValueError("it holds U+FDD1 or U+FDD2 or U+FDD3, which are no characters")
 
 
 def _one_line(error: BaseException) -> str:

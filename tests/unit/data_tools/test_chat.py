@@ -3,6 +3,7 @@
 import gzip
 import json
 import re
+from datetime import datetime
 
 import numpy as np
 import pytest
@@ -46,6 +47,12 @@ def stored(prefix, model):
     return [[model.show(dataset[i].tolist()) for i in range(first, last)] for first, last in pairs]
 
 
+def called(arguments):
+    return {"type": "function", "function": {"name": "add", "arguments": arguments}}
+
+
+ADD = {"type": "function", "function": {"name": "add", "parameters": {"type": "object"}}}
+CALLS = {"role": "assistant", "content": "", "tool_calls": [called({"a": [1, None]})]}
 FORMS = [
     ({"messages": [SYSTEM, USER, ANSWER], "tools": []}, [SYSTEM, USER, ANSWER]),
     (
@@ -71,12 +78,61 @@ FORMS = [
     ),
     ({"prompt": "add 1 2", "completion": "3 é😀"}, [USER, ANSWER]),
     ({"prompt": [SYSTEM, USER], "completion": [ANSWER]}, [SYSTEM, USER, ANSWER]),
+    ({"messages": [{**USER, "name": None, "tool_calls": None}, ANSWER], "prompt": None}, [USER, ANSWER]),
+    ({"messages": [USER, ANSWER], "system": "Count."}, [SYSTEM, USER, ANSWER]),
+    ({"messages": [{"from": "human", "value": "add 1 2", "role": None}, ANSWER]}, [USER, ANSWER]),
+    ({"conversations": [USER, {**ANSWER, "weight": 1.0, "train": True}]}, [USER, ANSWER]),
+    ({"messages": [{**CALLS, "content": None, "tool_calls": [called('{"a": [1, null]}')]}]}, [CALLS]),
+    ({"messages": [{**CALLS, "tool_calls": json.dumps([called({"a": [1, None]})])}]}, [CALLS]),
+    ({"messages": [{"role": "assistant", "function_call": called('{"a": [1, null]}')["function"]}]}, [CALLS]),
+    ({"messages": [{"role": "function", "content": "3", "tool_calls": []}]}, [TOOL]),
+    (
+        {"conversations": [{"from": "function_call", "value": '{"name": "add", "arguments": {"a": [1, null]}}'}]},
+        [CALLS],
+    ),
+    (
+        {"messages": [{**CALLS, "tool_calls": [called(" "), {"name": "add", "arguments": {"a": None}}]}]},
+        [{**CALLS, "tool_calls": [called({}), {"name": "add", "arguments": {}}]}],
+    ),
+    ({"instruction": "", "input": "add 1 2", "output": "3 é😀", "history": None, "system": None}, [USER, ANSWER]),
 ]
 
 
 @pytest.mark.parametrize(("line", "messages"), FORMS)
 def test_every_form_is_told_by_its_keys(line, messages):
     assert conversation(line).messages == messages
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        {"messages": [USER, ANSWER], "tools": [ADD]},
+        {"messages": [USER, ANSWER], "tools": json.dumps([ADD])},
+        {"messages": [USER, ANSWER], "tools": [json.dumps(ADD)]},
+        {"messages": [USER, ANSWER], "functions": [ADD["function"]], "tools": []},
+        {"conversations": [USER, ANSWER], "tools": json.dumps([ADD["function"]])},
+        {"instruction": "x", "output": "y", "tools": json.dumps([ADD])},
+        {"prompt": [USER], "completion": [ANSWER], "tools": [ADD], "chat_template_kwargs": None},
+    ],
+)
+def test_tools_come_in_every_form(line):
+    assert conversation(line).given == {"tools": [ADD]}
+
+
+def test_what_a_line_says_beside_its_messages():
+    line = {"messages": [USER, ANSWER], "chat_template_kwargs": '{"enable_thinking": false}', "id": 0, "tags": []}
+    found = conversation({**line, "parallel_tool_calls": True})
+    assert (found.given, found.unused) == ({"enable_thinking": False}, ("id", "parallel_tool_calls"))
+    assert conversation({"prompt": [SYSTEM, USER, ANSWER, USER], "completion": [ANSWER], "system": None}).prompt == 4
+    assert conversation({"prompt": [USER, ANSWER, USER], "completion": [ANSWER], "system": "Count."}).prompt == 4
+
+
+def test_a_function_call_stays_text_where_the_template_knows_none():
+    line = {"conversations": [{"from": "function_call", "value": "add(1, 2)"}]}
+    assert conversation(line, calls="none").messages == [{"role": "assistant", "content": "add(1, 2)"}]
+    written = conversation({"messages": [{**CALLS, "tool_calls": [called({"é": 1}), called('{"b":2}')]}]}, calls="text")
+    calls = written.messages[0]["tool_calls"]
+    assert [call["function"]["arguments"] for call in calls] == ['{"é": 1}', '{"b":2}']
 
 
 @pytest.mark.parametrize(
@@ -88,7 +144,7 @@ def test_every_form_is_told_by_its_keys(line, messages):
         ({"messages": "x"}, '"messages" is a string, expected a list'),
         ({"messages": [1]}, "message 1 is a number, expected an object"),
         ({"messages": [USER, {"content": "x"}]}, 'message 2: "role" is missing'),
-        ({"messages": [{"role": "user", "content": None}]}, 'message 1: "content" is null, expected a string'),
+        ({"messages": [{"role": "user", "content": None}]}, 'message 1: "content" is missing or null'),
         (
             {"messages": [{"role": "user", "content": [{"type": "image"}]}]},
             "message 1: a part of its content is not text",
@@ -99,7 +155,33 @@ def test_every_form_is_told_by_its_keys(line, messages):
         ),
         ({"instruction": "x", "output": 3}, '"output" is a number, expected a string'),
         ({"instruction": "x", "output": "y", "history": [["a"]]}, '"history": expected pairs'),
-        ({"prompt": "x", "completion": None}, '"completion" is null'),
+        ({"prompt": "x", "completion": None}, 'its keys are: "prompt"'),
+        ({"messages": [USER, ANSWER], "tools": '[{"name": '}, '"tools": invalid JSON at column 11'),
+        ({"messages": [USER, ANSWER], "tools": {"name": "f"}}, '"tools" is an object, expected a list'),
+        ({"messages": [USER, ANSWER], "tools": ["[]"]}, '"tools": a tool is not an object'),
+        ({"messages": [USER, ANSWER], "tools": [ADD], "functions": [ADD]}, '"tools" and "functions" are both given'),
+        ({"messages": [{**CALLS, "tool_calls": [called("add")]}]}, 'message 1: "arguments": invalid JSON'),
+        ({"messages": [{**CALLS, "tool_calls": [called("[1]")]}]}, 'message 1: "arguments" are a list'),
+        ({"messages": [{**CALLS, "tool_calls": [{"id": "x"}]}]}, "message 1: a tool call is"),
+        ({"messages": [{**CALLS, "tool_calls": "x"}]}, 'message 1: "tool_calls": invalid JSON'),
+        ({"messages": [{**CALLS, "function_call": {"name": "f"}}]}, '"tool_calls" and "function_call" are both given'),
+        ({"messages": [{**CALLS, "role": "user"}]}, "message 1: tool calls in a message of role 'user'"),
+        ({"conversations": [{"from": "function_call", "value": "add(1)"}]}, 'message 1: "value" of a function_call'),
+        ({"messages": [USER, {**ANSWER, "weight": 0.5}]}, 'message 2: "weight" is 0.5, expected 0 or 1'),
+        ({"messages": [USER, {**ANSWER, "train": "no"}]}, 'message 2: "train" is "no", expected true or false'),
+        ({"messages": [USER, {**ANSWER, "weight": 0, "training": True}]}, '"weight" and "training" differ'),
+        ({"messages": [{**USER, "train": True}]}, 'message 1: "train" is true, but only what the assistant says'),
+        ({"messages": [{**ANSWER, "training_detail": [{"train": True}]}]}, 'message 1: "training_detail" is not read'),
+        ({"messages": [{**ANSWER, "refusal": "No."}]}, 'message 1: "refusal" is not read'),
+        ({"messages": [{**ANSWER, "audio": {"id": "x"}}]}, 'message 1: "audio" is not read: only text'),
+        ({"messages": [{**USER, "from": "gpt"}]}, 'message 1: "role" and "from" differ'),
+        ({"messages": [SYSTEM, USER], "system": "Be."}, '"system" is not what the first message'),
+        ({"prompt": "x", "completion": "y", "system": "z"}, '"system" has no place'),
+        ({"messages": [USER], "images": ["x.png"]}, '"images" is not read: only text is trained on'),
+        ({"messages": [USER], "chat_template_kwargs": {"messages": []}}, '"messages" cannot be given by a line'),
+        ({"messages": [USER], "chat_template_kwargs": [1]}, '"chat_template_kwargs" is a list, expected an object'),
+        ({"prompt": "x", "chosen": "y", "rejected": "z"}, '"chosen", "rejected": preference data'),
+        ({"prompt": "x", "completion": "y", "label": False}, '"label": preference data'),
     ],
 )
 def test_what_is_wrong_with_a_line_is_said(line, message):
@@ -184,6 +266,33 @@ def test_what_is_trained_on_is_a_flag(tmp_path, folder, loss, wanted):
         assert found[1::2] == wanted if loss == "last" else (found[0] == wanted[0] and len(found) == 2)
 
 
+@pytest.mark.parametrize("loss", ["completions", "last", "all"])
+def test_what_the_data_holds_back_is_not_trained_on(tmp_path, folder, loss):
+    held = {**ANSWER, "weight": 0}
+    lines = [
+        {"messages": [USER, held, {"role": "user", "content": "again"}, {"role": "assistant", "content": "3"}]},
+        {"prompt": [USER, ANSWER, USER], "completion": [{"role": "assistant", "content": "yes"}]},
+        {"messages": [USER, {**ANSWER, "train": False}]},
+    ]
+    source = write(tmp_path / "x.jsonl", *lines)
+    for name in ("hf", "unmarked"):
+        chat(str(source), str(folder / name), f"{tmp_path}/{name}", workers=1, loss=loss)
+        found = [conversation[1::2] for conversation in stored(tmp_path / name, load_tokenizer(folder / name))]
+        if loss == "all":
+            assert len(found) == 3 and "3 é😀" not in "".join(found[0] + found[2]) and "3 é😀" in found[1][0]
+        else:
+            assert found == [["3<|im_end|>"], ["yes<|im_end|>"]]
+
+
+def test_keys_without_a_use_are_said_once(tmp_path, folder, capsys):
+    answer = {**ANSWER, "name": "x"}
+    line = {"messages": [USER, answer, USER, answer], "id": 7, "tools": [ADD], "chat_template_kwargs": {"k": 1}}
+    source = write(tmp_path / "x.jsonl", line, line, {**line, "id": None}, {"prompt": "x", "completion": "y", "id": 3})
+    chat(str(source), str(folder / "hf"), f"{tmp_path}/out", workers=1)
+    said = r"keys without a use here, .*: (?=.*\bid \(3\))(?=.*tools \(3\))(?=.*messages.name \(3\))"
+    assert re.search(said + r"(?=.*chat_template_kwargs.k \(3\)).*\n\Z", capsys.readouterr().out)
+
+
 def test_a_template_that_rewrites_earlier_turns_needs_marks_or_the_last_turn(tmp_path, folder):
     rewriting = "{% for m in messages %}{{ m.content if loop.last else 'old' }}{% endfor %}"
     write(tmp_path / "t.jinja", rewriting)
@@ -229,7 +338,7 @@ def test_bad_lines_are_named_or_set_aside(tmp_path, folder):
 
 def test_gzip_parquet_and_several_workers_give_the_same(tmp_path, folder, monkeypatch):
     lines = [
-        {"messages": [{"role": "user", "content": f"add {i}"}, {**ANSWER, "name": "x"} if i % 2 else ANSWER]}
+        {"messages": [{"role": "user", "content": f"add {i}"}, {**ANSWER, "name": "x"} if i % 2 else ANSWER], "id": i}
         for i in range(40)
     ]
     source = write(tmp_path / "x.jsonl", *lines)
@@ -241,7 +350,10 @@ def test_gzip_parquet_and_several_workers_give_the_same(tmp_path, folder, monkey
     pyarrow = pytest.importorskip("pyarrow", reason="pyarrow is not installed (the parquet extra)")
     pytest.importorskip("pyarrow.parquet").write_table(pyarrow.Table.from_pylist(lines), tmp_path / "x.parquet")
     chat(f"{tmp_path}/x.parquet", f"{folder}/hf", f"{tmp_path}/parquet", workers=1)
-    for name in ("gzip", "two", "parquet"):
+    dated = pyarrow.Table.from_pylist([{**line, "at": datetime(2026, 1, 2)} for line in lines])
+    pytest.importorskip("pyarrow.parquet").write_table(dated, tmp_path / "y.parquet")
+    chat(f"{tmp_path}/y.parquet", f"{folder}/hf", f"{tmp_path}/dated", workers=1)
+    for name in ("gzip", "two", "parquet", "dated"):
         assert dataset_bytes(tmp_path / name) == dataset_bytes(tmp_path / "one")
 
 
@@ -252,6 +364,7 @@ def test_gzip_parquet_and_several_workers_give_the_same(tmp_path, folder, monkey
         ({"loss": "none"}, "--loss=none: expected completions, last, all"),
         ({"long_documents": "split"}, "--long_documents=split: expected truncate, drop"),
         ({"template": "none.jinja"}, "--template=none.jinja: no such file"),
+        ({"date": "1 May"}, "--date=1 May: expected YYYY-MM-DD"),
     ],
 )
 def test_a_wrong_flag_is_named(tmp_path, folder, flags, message):
