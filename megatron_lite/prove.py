@@ -35,7 +35,12 @@ from megatron_lite.parallel.plan import Side, make_plan
 from megatron_lite.trainer import Trainer
 
 TOLERANCES = {"float64": 1e-10, "float32": 1e-3, "bfloat16": 1e-1}
+# Of the kind's largest element: what a tensor's differences are judged by at least. A tolerance of it is some roundings
+# of the largest, which is what sums that cancel are left with.
+FLOORS = {"float64": 1e-6, "float32": 1e-3, "bfloat16": 1e-1}
 KINDS = ("block outputs", "loss", "gradients", "clipped gradients", "weights")
+
+_SECOND = {"exp_avg_sq", "row_var", "col_var", "variance"}  # AdamW's and Adafactor's second moments
 
 Record = dict[str, Tensor]  # "kind/name" → whole tensor, in the order of computation
 
@@ -58,11 +63,17 @@ class Row:
 
 
 class _RecordingEngine:
-    """An engine that notes gradients and weights at the moments the trainer passes them."""
+    """An engine that notes gradients and weights at the moments the trainer passes them.
 
-    def __init__(self, engine: Engine, note: Callable[[str, dict[str, Piece]], None]) -> None:
-        self.engine, self.note = engine, note
+    Its optimizer's moments start as what gradients of the first step's sizes leave behind. From zeros, Adam's first
+    update is a sign, and Muon's has one length in every direction: a vanishing gradient's rounding comes out as large
+    as any other gradient (docs/adr/0007).
+    """
+
+    def __init__(self, engine: Engine, note: Callable[[str, dict[str, Piece]], Record], floor: float) -> None:
+        self.engine, self.note, self.floor = engine, note, floor
         self.model = engine.model
+        self.started = False
 
     def finish_gradients(self) -> Tensor:
         norm = self.engine.finish_gradients()
@@ -71,11 +82,32 @@ class _RecordingEngine:
 
     def clip(self, norm: Tensor, limit: float) -> None:
         self.engine.clip(norm, limit)
-        self.note("clipped gradients", self.engine.gradients())
+        clipped = self.note("clipped gradients", self.engine.gradients())
+        if not self.started:
+            self._start(_scales(clipped, self.floor))
+            self.started = True
 
     def step(self, lr: float) -> None:
         self.engine.step(lr)
         self.note("weights", self.engine.weights())
+
+    def _start(self, scales: dict[str, float]) -> None:
+        """Fill the moments by what their gradients are judged by: the squares in second ones, and in Muon's momentum
+        waves that are orthogonal to each other (the discrete cosine transform), which its next update hardly turns."""
+        for key, piece in self.engine.optimizer_state().items():
+            name, moment = key.rsplit(".", 1)
+            if moment == "momentum_buffer":
+                rows, columns = (torch.arange(size, dtype=torch.float64) for size in piece.shape)
+                waves = torch.outer(rows, (columns + 0.5) * math.pi / len(columns)).cos()
+                start = (scales[name] * waves).to(piece.dtype)
+            elif moment in _SECOND:
+                start = torch.full(piece.shape, scales[name] ** 2, dtype=piece.dtype)
+            else:
+                continue
+            for tile in piece.tiles:
+                tile.put(0, start[tile.place])
+        if self.engine.matrices is not None:
+            self.engine.matrices.loaded(1)  # Adafactor's first update forgets what it finds
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.engine, name)
@@ -109,11 +141,14 @@ def record(
         prepare(trainer)
     noted: Record = {}
 
-    def note(kind: str, pieces: dict[str, Piece]) -> None:
+    def note(kind: str, pieces: dict[str, Piece]) -> Record:
         names = list(pieces) if kind == "weights" else list(reversed(pieces))  # backward ends at the embedding
-        noted.update((f"{kind}/{name}", tensor) for name, tensor in gathered(names, pieces, mesh.world))
+        found = dict(gathered(names, pieces, mesh.world))
+        noted.update((f"{kind}/{name}", tensor) for name, tensor in found.items())
+        return found
 
-    trainer.engine = _RecordingEngine(trainer.engine, note)  # type: ignore[assignment]
+    floor = FLOORS[config.train.precision]
+    trainer.engine = _RecordingEngine(trainer.engine, note, floor)  # type: ignore[assignment]
     sizes = [torch.zeros((), dtype=torch.float64) for _ in trainer.model.blocks]
     for size, block in zip(sizes, trainer.model.blocks, strict=True):
         block.register_forward_hook(_measure(size))
@@ -181,16 +216,22 @@ def _whole(piece: Piece, parts: Iterable[tuple[Any, Any]]) -> Tensor:
     return whole
 
 
-def compare(a: Record, b: Record, step: int, tolerance: float) -> list[Row]:
-    """One row for each kind. Differences are relative to a tensor's largest element, or to a millionth of the kind's
-    largest where a tensor is that small (a gradient that is zero but for rounding)."""
+def _scales(tensors: Record, floor: float) -> dict[str, float]:
+    """What each tensor of a kind is judged by: its largest element, or ``floor`` times the kind's largest where it is
+    that small (a gradient that is zero but for rounding)."""
+    peaks = {name: float(tensor.abs().max()) for name, tensor in tensors.items()}
+    least = floor * max(peaks.values(), default=0.0) or 1.0
+    return {name: max(peak, least) for name, peak in peaks.items()}
+
+
+def compare(a: Record, b: Record, step: int, tolerance: float, floor: float = FLOORS["float64"]) -> list[Row]:
+    """One row for each kind, differences as parts of each tensor's scale."""
     assert list(a) == list(b), "the layouts recorded different tensors"
     rows = []
     for kind in KINDS:
         names = [name for name in a if name.startswith(f"{kind}/")]
-        peaks = {name: float(a[name].abs().max()) for name in names}
-        floor = 1e-6 * max(peaks.values(), default=0.0) or 1.0
-        gaps = {n: float((a[n].double() - b[n].double()).abs().max()) / max(peaks[n], floor) for n in names}
+        scales = _scales({name: a[name] for name in names}, floor)
+        gaps = {n: float((a[n].double() - b[n].double()).abs().max()) / scales[n] for n in names}
         # A NaN compares as beyond any tolerance.
         beyond = next(((n.removeprefix(f"{kind}/"), gaps[n]) for n in names if not gaps[n] <= tolerance), None)
         if names:
@@ -228,7 +269,10 @@ def prove(
     Raises LayoutsDifferError naming the first tensor beyond it. ``prepare_b`` may change the second side's trainer.
     """
     dtype = sides[0].config.train.precision
-    limit = TOLERANCES[dtype] if tolerance is None else tolerance
+    # Muon orthogonalises in bfloat16, whatever it is given.
+    muon = dtype == "float32" and sides[0].config.optim.name == "muon"
+    judged_as = "bfloat16" if muon else dtype
+    limit = TOLERANCES[judged_as] if tolerance is None else tolerance
     console = Console(width=None if sys.stdout.isatty() else 120)  # names whole in a log
     rows: list[Row] = []
     with tempfile.TemporaryDirectory(prefix="mlite-prove-") as folder:
@@ -241,7 +285,7 @@ def prove(
             run_ranks(_record_rank, side.ranks, side.config, steps, str(into), prepare, timeout=timeout)
         for step in range(1, steps + 1):
             ours, theirs = (_load(Path(folder) / label / f"step_{step}.safetensors") for label in "ab")
-            rows += compare(ours, theirs, step, limit)
+            rows += compare(ours, theirs, step, limit, FLOORS[judged_as])
     console.print(_table(rows, sides, limit))
     for row in rows:
         if row.first_beyond is not None:
@@ -250,7 +294,14 @@ def prove(
                 f"the layouts differ: first at step {row.step} in the {row.kind} of {name}: "
                 f"relative difference {difference:.3g}, tolerance {limit:g}"
             )
-    console.print(f"equal within {limit:g} over {steps} steps in {dtype}", highlight=False)
+    how = f"equal within {limit:g} over {steps} steps in {dtype}"
+    console.print(f"{how}, Muon's updates being bfloat16" if muon else how, highlight=False)
+    console.print(
+        f"differences are relative to a tensor's largest element, at least to {FLOORS[judged_as]:g} of its kind's; "
+        "optimizers start with moments, which keep them from enlarging a vanishing gradient's rounding",
+        highlight=False,
+        style="dim",
+    )
     return rows
 
 

@@ -13,12 +13,12 @@ import torch
 from megatron_lite.config import Config, parse_config
 from megatron_lite.distributed.mesh import Mesh, build_mesh, solo_mesh
 from megatron_lite.parallel.plan import make_plan
-from megatron_lite.prove import Record, Row, compare, record
+from megatron_lite.prove import FLOORS, TOLERANCES, Record, Row, compare, record
 from megatron_lite.trainer import Trainer
 
 Change = Callable[[Trainer], None]
 
-STEPS, SEQ_LEN, GLOBAL_BATCH, TOLERANCE = 2, 16, 16, 1e-10
+STEPS, SEQ_LEN, GLOBAL_BATCH, TOLERANCE = 2, 16, 16, TOLERANCES["float64"]
 SIZES = {"hidden_size": 32, "num_layers": 2, "num_heads": 4, "ffn_size": 64, "max_seq_len": SEQ_LEN}
 TREE: dict[str, dict[str, Any]] = {
     "model": {**SIZES, "vocab_size": 101, "vocab_multiple": 8, "init_std": 0.2},  # padded to 104
@@ -126,6 +126,8 @@ def run_cases(rank: int, size: int, data: str, cases: Mapping[str, Case]) -> dic
         key = repr((case.truth, case.changes))
         if key not in truths:
             truths[key] = train(case.truth, data, case.changes, None)
+        precision = case.changes.get("train", {}).get("precision", "float64")
+        limits = TOLERANCES[precision], FLOORS[precision]
         steps = zip(truths[key], got, strict=True)
-        rows[name] = [row for step, (a, b) in enumerate(steps, 1) for row in compare(a, b, step, TOLERANCE)]
+        rows[name] = [row for step, (a, b) in enumerate(steps, 1) for row in compare(a, b, step, *limits)]
     return rows

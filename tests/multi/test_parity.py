@@ -65,12 +65,24 @@ def table() -> dict[str, Case]:
 
 
 CASES = table()
+NARROW = {  # where updates as large as the weights would be of the sign of a rounding
+    f"{model}, {optimizer}, {precision}": Case(
+        Layout(dp=2, tp=2, parallel=SP),
+        {
+            "model": MODELS[model],
+            "optim": {"name": optimizer, "lr": 0.1, "clip": 0.1},
+            "train": {"precision": precision},
+        },
+    )
+    for precision in ("bfloat16", "float32")
+    for model, optimizer in (("llama", "adamw"), ("gpt2", "adamw"), ("gpt2", "adafactor"))
+}
 
 
 def no_sum(trainer):
     """One attention layer passes on its partial sum."""
     out = trainer.model.blocks[1].attention.out
-    out.forward = lambda x, seed: x @ out.weight.t()
+    out.forward = lambda x, seed: x @ out.weight.to(x.dtype).t()
 
 
 def no_norm_reduction(trainer):
@@ -126,13 +138,22 @@ BUGS = {  # what is planted in which layout, and where it shows first
     no_dp_reduction: (Layout(dp=2), "gradients", "embedding.weight"),
     every_weight_decays: (Layout(), "weights", "embedding.weight"),
 }
+FORMATS = ("float64", "float32", "bfloat16")
+FOUND_IN = {  # the others are larger than the roundings of any format
+    no_dp_reduction: ("float64",),
+    every_weight_decays: ("float64",),
+}
 
 
 @pytest.fixture(scope="module")
 def rows(tmp_path_factory):
     data = str(tiny_data(tmp_path_factory.mktemp("parity")))
-    planted = {bug.__name__: Case(layout, plant=bug) for bug, (layout, _, _) in BUGS.items()}
-    return run_ranks(run_cases, 4, data, {**CASES, **planted}, timeout=280)[0]
+    planted = {
+        f"{bug.__name__}, {precision}": Case(layout, {"train": {"precision": precision}}, plant=bug)
+        for bug, (layout, _, _) in BUGS.items()
+        for precision in FOUND_IN.get(bug, FORMATS)
+    }
+    return run_ranks(run_cases, 4, data, {**CASES, **NARROW, **planted}, timeout=280)[0]
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -142,8 +163,25 @@ def test_equal(rows, case):
     assert worst.difference <= TOLERANCE, worst
 
 
-@pytest.mark.parametrize("bug", BUGS, ids=lambda bug: bug.__name__)
-def test_a_planted_bug_is_found_where_it_is(rows, bug):
+@pytest.mark.parametrize("case", NARROW)
+def test_equal_as_far_as_a_narrow_format_goes(rows, case):
+    assert [row for row in rows[case] if row.first_beyond is not None] == []
+
+
+def test_a_vanishing_gradient_is_not_enlarged(rows):
+    """gpt2's key bias, whose gradient is zero but for rounding."""
+    for layout in LAYOUTS:
+        found = {(row.step, row.kind): row.difference for row in rows[f"gpt2: {layout}"]}
+        for step in range(1, STEPS + 1):
+            assert found[step, "weights"] <= found[step, "clipped gradients"] + 1e-14
+
+
+@pytest.mark.parametrize(
+    ("bug", "precision"),
+    [(bug, precision) for bug in BUGS for precision in FOUND_IN.get(bug, FORMATS)],
+    ids=lambda value: value if isinstance(value, str) else value.__name__,
+)
+def test_a_planted_bug_is_found_where_it_is(rows, bug, precision):
     _, kind, tensor = BUGS[bug]
-    first = next(row for row in rows[bug.__name__] if row.first_beyond is not None)
+    first = next(row for row in rows[f"{bug.__name__}, {precision}"] if row.first_beyond is not None)
     assert (first.step, first.kind, first.first_beyond[0]) == (1, kind, tensor)
