@@ -70,10 +70,9 @@ class _RecordingEngine:
     as any other gradient (docs/adr/0007).
     """
 
-    def __init__(self, engine: Engine, note: Callable[[str, dict[str, Piece]], Record], floor: float) -> None:
+    def __init__(self, engine: Engine, note: Callable[[str, dict[str, Piece]], Record], floor: float | None) -> None:
         self.engine, self.note, self.floor = engine, note, floor
         self.model = engine.model
-        self.started = False
 
     def finish_gradients(self) -> Tensor:
         norm = self.engine.finish_gradients()
@@ -83,9 +82,9 @@ class _RecordingEngine:
     def clip(self, norm: Tensor, limit: float) -> None:
         self.engine.clip(norm, limit)
         clipped = self.note("clipped gradients", self.engine.gradients())
-        if not self.started:
+        if self.floor is not None:
             self._start(_scales(clipped, self.floor))
-            self.started = True
+            self.floor = None
 
     def step(self, lr: float) -> None:
         self.engine.step(lr)
@@ -129,12 +128,13 @@ def batches(trainer: Trainer) -> Loader:
 
 
 def record(
-    config: Config, mesh: Mesh, steps: int, prepare: Callable[[Trainer], None] | None = None
+    config: Config, mesh: Mesh, steps: int, prepare: Callable[[Trainer], None] | None = None, *, moments: bool = True
 ) -> Iterator[Record]:
     """Train ``steps`` steps on this mesh and yield each step's record, whole on every rank. Collective.
 
     Where ranks disagree about a tensor that they should share, the copy that is furthest from this rank's is recorded.
-    ``prepare`` may change the trainer first: tests plant their bugs with it.
+    ``prepare`` may change the trainer first: tests plant their bugs with it. ``moments``: whether the optimizer starts
+    with some.
     """
     trainer = Trainer(config, mesh, make_plan(config, mesh.world.size), Faults.none())
     if prepare is not None:
@@ -148,7 +148,7 @@ def record(
         return found
 
     floor = FLOORS[config.train.precision]
-    trainer.engine = _RecordingEngine(trainer.engine, note, floor)  # type: ignore[assignment]
+    trainer.engine = _RecordingEngine(trainer.engine, note, floor if moments else None)  # type: ignore[assignment]
     sizes = [torch.zeros((), dtype=torch.float64) for _ in trainer.model.blocks]
     for size, block in zip(sizes, trainer.model.blocks, strict=True):
         block.register_forward_hook(_measure(size))

@@ -81,7 +81,13 @@ def hold_still(trainer: Trainer) -> None:
 
 
 def train(
-    layout: Layout, data: str, changes: Mapping[str, Mapping[str, Any]], plant: Change | None, steps: int = STEPS
+    layout: Layout,
+    data: str,
+    changes: Mapping[str, Mapping[str, Any]],
+    plant: Change | None,
+    steps: int = STEPS,
+    *,
+    moments: bool = True,
 ) -> list[Record]:
     """The records of some steps on the first ranks of the world, from ruffled weights; ``plant`` may then spoil
     the trainer. Every rank of the world calls this; a rank without a part in it gets nothing."""
@@ -97,7 +103,7 @@ def train(
             plant(trainer)
         hold_still(trainer)
 
-    return list(record(config, mesh, steps, prepare))
+    return list(record(config, mesh, steps, prepare, moments=moments))
 
 
 @cache  # every new process group slows the ones that exist
