@@ -76,9 +76,10 @@ def identity(config: Config) -> dict[str, str]:
     }
 
 
-def die_with_parent() -> None:
-    """Ask the kernel to kill this process when its parent goes: no rank trains on after its launcher has died."""
-    ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+def _die_with_parent(wanted: bool) -> None:
+    """Ask the kernel to kill this process when its parent goes, as long as the calling thread, whose wish it is, wants
+    that."""
+    ctypes.CDLL(None).prctl(1, signal.SIGKILL if wanted else 0)  # PR_SET_PDEATHSIG
 
 
 class StopRequest:
@@ -89,11 +90,14 @@ class StopRequest:
     What comes within ``_ONE_WISH_S`` of the first is the same wish, and so is what the shim passes on; it says so with
     a byte in the pipe ``relay``. Signals are read by a thread: their time is that of their coming, also while a
     collective or a rendezvous keeps the main thread.
+
+    No rank (``attached``) trains on after its launcher has died. One that was asked to save does save: of the two it is
+    often the launcher that signals end first.
     """
 
-    def __init__(self, relay: int | None = None) -> None:
+    def __init__(self, relay: int | None = None, *, attached: bool = False) -> None:
         self.asked = self.begun = False
-        self._relay, self._since = relay, 0.0
+        self._relay, self._attached, self._since = relay, attached, 0.0
         reader, writer = os.pipe()
         os.set_blocking(writer, False)
         if relay is not None:
@@ -105,6 +109,7 @@ class StopRequest:
         threading.Thread(target=self._listen, args=(reader,), daemon=True).start()
 
     def _listen(self, reader: int) -> None:
+        _die_with_parent(self._attached)
         while received := os.read(reader, 1):
             self._receive(received[0], time.monotonic())
 
@@ -113,6 +118,7 @@ class StopRequest:
             print(f"{signal.Signals(number).name}: stopped before training had begun", file=sys.stderr, flush=True)
             os._exit(Preempted.exit_code)
         self.asked = True
+        _die_with_parent(False)
         if self._relayed():
             return
         if self._since and now - self._since > _ONE_WISH_S:

@@ -25,7 +25,7 @@ from megatron_lite.distributed.shard import Piece
 from megatron_lite.errors import CheckpointError, Preempted
 from megatron_lite.faults import Faults
 from megatron_lite.generate import Sampling, generate
-from megatron_lite.lifetime import StopRequest, die, die_with_parent, identity, locked
+from megatron_lite.lifetime import StopRequest, die, identity, locked
 from megatron_lite.metrics import Reporter, flops_per_token, memory_bytes, peak_flops
 from megatron_lite.parallel.plan import Plan, bytes_per_frozen_parameter, bytes_per_parameter, picture
 from megatron_lite.targets import summary
@@ -433,13 +433,11 @@ def _prepare_folder(config: Config, rank: Rank) -> None:
 
 def train(config: Config, plan: Plan, rank: Rank) -> None:
     """Run one rank to its end; the process exits here on any failure, with the documented exit code."""
-    if rank.size > 1:
-        die_with_parent()
     Faults.parse(rank.faults)
     try:
         with locked(config.folder, rank):
             _prepare_folder(config, rank)
-            stop = StopRequest(rank.relay)
+            stop = StopRequest(rank.relay, attached=rank.size > 1)
             device = pick_device(rank)
             if device.type == "cpu":
                 allocator.keep_freed()

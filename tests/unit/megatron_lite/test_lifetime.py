@@ -2,6 +2,8 @@
 
 import json
 
+import pytest
+
 from tests.kit.jobs import PYTHON, run_job
 
 # Children of one process, which has imported torch for all of them, each with signals that come at their times.
@@ -51,3 +53,32 @@ def test_signals_that_are_one_wish_and_a_second_wish() -> None:
     result = run_job([PYTHON, "-c", SCRIPT, json.dumps(cases)], timeout=60).expect(exit_code=0)
     assert json.loads(result.stdout) == [75] * len(ONE_WISH) + [*TWO_WISHES, 75, 1]
     assert result.stderr == "SIGTERM: stopped before training had begun\n"
+
+
+ORPHANED = """
+import os, signal, sys, time
+from megatron_lite.lifetime import StopRequest
+(ready, tell), (said, say) = os.pipe(), os.pipe()
+if not (parent := os.fork()):
+    if not (rank := os.fork()):
+        stop = StopRequest(attached=True)
+        stop.begun = True
+        os.write(tell, b"1")
+        time.sleep(1.5)
+        os.write(say, b"saved" if stop.asked else b"trained on")
+        os._exit(75)
+    os.read(ready, 1)
+    time.sleep(0.3)  # for the thread
+    if sys.argv[1] == "asked":
+        os.kill(rank, signal.SIGTERM)
+        time.sleep(0.3)
+    os._exit(0)
+os.waitpid(parent, 0)
+os.close(say)
+print(os.read(said, 100).decode())
+"""
+
+
+@pytest.mark.parametrize(("wish", "end"), [("asked", "saved\n"), ("not asked", "\n")])
+def test_a_rank_outlives_its_launcher_only_to_save(wish: str, end: str) -> None:
+    assert run_job([PYTHON, "-c", ORPHANED, wish], timeout=60).expect(exit_code=0).stdout == end
