@@ -169,6 +169,8 @@ def _message(message: dict[str, Any], where: str, calls: Calls) -> tuple[dict[st
         raise ValueError(f"{where}{json.dumps(role_key)} is empty")
     if role_key == "from" and speaker not in _ROLES:
         raise ValueError(f'{where}"from" is {speaker!a}{nearest(speaker, _ROLES)}; known are {", ".join(_ROLES)}')
+    if speaker not in _ROLES and speaker.lower() in _ROLES:  # a template's own roles are its matter, a slip is not
+        raise ValueError(f"{where}{json.dumps(role_key)} is {speaker!a}{nearest(speaker.lower(), _ROLES)}")
     role = "tool" if speaker == "function" else _ROLES.get(speaker, speaker)
     called = _tool_calls(message, where, calls)
     if called and role != "assistant":

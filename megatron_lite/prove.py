@@ -67,7 +67,7 @@ class _RecordingEngine:
 
     Its optimizer's moments start as what gradients of the first step's sizes leave behind. From zeros, Adam's first
     update is a sign, and Muon's has one length in every direction: a vanishing gradient's rounding comes out as large
-    as any other gradient (docs/adr/0007).
+    as any other gradient (docs/adr/0008).
     """
 
     def __init__(self, engine: Engine, note: Callable[[str, dict[str, Piece]], Record], floor: float | None) -> None:

@@ -229,8 +229,11 @@ class ChatTemplate:
         return Rendered(whole, [self._turn(whole, messages, i, given) for i in wanted])
 
     def _check_complete(self, messages: Sequence[Message], given: Mapping[str, Any], whole: str) -> None:
-        """Raise ValueError for a message that makes no difference, as some templates ignore roles unknown to them."""
+        """Raise ValueError for a message that makes no difference, as some templates ignore roles unknown to them, and
+        for what an assistant says beside its calls where a template writes those alone."""
         for i, message in enumerate(messages):
+            if message.get("tool_calls") and message["content"].rpartition("</think>")[2].strip() not in whole:
+                raise ValueError(f"the chat template leaves out what message {i + 1} says beside its tool calls")
             if message["role"] in ("user", "assistant") or not message["content"].strip() or len(messages) == 1:
                 continue
             with suppress(_RefusedError):

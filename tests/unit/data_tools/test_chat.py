@@ -153,6 +153,10 @@ def test_a_function_call_stays_text_where_the_template_knows_none():
             {"conversations": [{"from": "gpt4", "value": "x"}]},
             r"message 1: \"from\" is 'gpt4' \(did you mean 'gpt'\?\); known",
         ),
+        (
+            {"messages": [USER, {"role": "Assistant", "content": "x"}]},
+            r"message 2: \"role\" is 'Assistant' \(did you mean 'assistant'\?\)",
+        ),
         ({"instruction": "x", "output": 3}, '"output" is a number, expected a string'),
         ({"instruction": "x", "output": "y", "history": [["a"]]}, '"history": expected pairs'),
         ({"prompt": "x", "completion": None}, 'its keys are: "prompt"'),

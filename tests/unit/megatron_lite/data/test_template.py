@@ -275,6 +275,18 @@ def test_a_message_that_a_template_ignores_is_refused(tokenizer):
         ChatTemplate(unmarked(_QWEN3), tokenizer).render(messages([("developer", "x"), ("user", "a")]))
 
 
+def test_words_beside_a_call_that_a_template_leaves_out_are_refused(tokenizer):
+    calls_alone = (
+        "{% for m in messages %}{% if m.tool_calls %}{{ m.tool_calls[0].function.name }}{% else %}{{ m.content }}"
+        "{% endif %}{% endfor %}"
+    )
+    call = [{"type": "function", "function": {"name": "get", "arguments": {}}}]
+    said = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "let me see", "tool_calls": call}]
+    with pytest.raises(ValueError, match="leaves out what message 2 says beside its tool calls"):
+        ChatTemplate(calls_alone, tokenizer).render(said)
+    ChatTemplate(calls_alone, tokenizer).render([said[0], {**said[1], "content": ""}])
+
+
 def test_what_a_template_takes_of_tool_calls(tokenizer):
     called = {"llama3": "objects", "qwen3": "objects", "r1": "text", "mistral": "objects", "gemma": "none"}
     assert {name: ChatTemplate(unmarked(source), tokenizer).calls for name, source in IN_USE.items()} == called
