@@ -166,6 +166,7 @@ def test_help(folder: Path, words: list[str], usage: str) -> None:
         (["--nodes=2"], "--nodes=2 needs --hostfile=FILE; or, where every node starts its own ranks"),
         (["--nodes=2", "--node_rank=0"], "--node_rank=I takes --nodes=N"),
         (["--nodes=2", "--node_rank=2", "--rdzv=h:1"], "--node_rank=I takes --nodes=N"),
+        (["--rdzv_wait=9"], "--rdzv_wait is for hosts that start their own ranks, with --node_rank"),
         (["--include=a"], "--include and --exclude choose among the hosts of a --hostfile"),
         (["--hostfile=HF", "--nodes=4"], "--nodes=4: HF has 3 hosts"),
         (["--hostfile=HF", "--nodes=1:4"], "--nodes=1:4: HF has 3 hosts"),
@@ -177,6 +178,12 @@ def test_hosts_that_cannot_be_meant(folder: Path, words: list[str], message: str
     (folder / "HF").write_text("a slots=4\nb slots=2\nc slots=4\n")
     launch(folder, "run", "good.yaml", *words).expect(exit_code=2, stderr=f"^error: {re.escape(message)}")
     assert not (folder / "runs").exists()
+
+
+def test_launches_of_one_run_on_several_hosts_have_one_name(folder: Path) -> None:
+    words = ["run", "good.yaml", "--nodes=2", "--node_rank=1", "--rdzv=h:29500", "--nproc=3", "--dry_run"]
+    for _ in range(2):
+        launch(folder, *words).expect(exit_code=0, stdout=r"MLITE_JOB='?a run'? \\\n(.*\n)*MLITE_RANKS=6 ")
 
 
 def test_nodes_takes_the_first_hosts_and_nproc_fewer_slots(folder: Path) -> None:
