@@ -16,6 +16,7 @@ from megatron_lite.distributed import comm, random, shard
 from megatron_lite.distributed.mesh import Axis, Mesh
 from megatron_lite.errors import NonFiniteError
 from megatron_lite.faults import Faults
+from megatron_lite.layers import matmul
 from megatron_lite.layers.loss import IGNORED
 from megatron_lite.models.decoder import Decoder
 from megatron_lite.optim import learning_rate
@@ -60,6 +61,7 @@ class Trainer:
     def __init__(self, config: Config, mesh: Mesh, plan: Plan, faults: Faults) -> None:
         self.config, self.mesh, self.plan, self.faults = config, mesh, plan, faults
         self.compute_dtype = DTYPES[config.train.precision]
+        matmul.measure(self.compute_dtype, mesh.device)
         with torch.device("meta"):
             self.model = Decoder(config.model, mesh.tp, sp=plan.sp)
         peft.apply(self.model, config.peft, self.compute_dtype)

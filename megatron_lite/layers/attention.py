@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from megatron_lite.distributed import comm, random
 from megatron_lite.distributed.mesh import Axis
+from megatron_lite.layers import matmul
 from megatron_lite.layers.linear import ColumnParallelLinear, RowParallelLinear
 from megatron_lite.layers.norm import RMSNorm
 from megatron_lite.layers.positions import rotate
@@ -119,12 +120,14 @@ class Attention(nn.Module):
         if dropout > 0:
             assert context.seed is not None
             random.seed_default(random.mix(context.seed, 3 * self.layer, self.tp.rank), q.device)
+        if matmul.attends_in_float32(q):
+            q, k, v = q.float(), k.float(), v.float()
         causal = context.mask is None and q.shape[2] > 1
         assert not causal or q.shape[2] == k.shape[2]  # is_causal lets the first query see the first key alone
         attended = F.scaled_dot_product_attention(
             q, k, v, attn_mask=context.mask, dropout_p=dropout, is_causal=causal, enable_gqa=heads != kv
         )
-        return attended.transpose(1, 2).reshape(qkv.shape[0], heads * self.head_dim)
+        return attended.to(qkv.dtype).transpose(1, 2).reshape(qkv.shape[0], heads * self.head_dim)
 
     def forward(self, x: Tensor, context: Context) -> Tensor:
         qkv = self.qkv(x, context.seed)

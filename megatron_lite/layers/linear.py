@@ -63,11 +63,18 @@ class _Product(torch.autograd.Function):
                 reducing = torch_dist.all_reduce(grad_x, group=tp.group, async_op=True)
         if gathering is not None:
             comm.wait(gathering)
-        grad_weight = grad.t() @ x if need_weight else None
+        grad_weight = matmul.linear(grad.t(), x.t()) if need_weight else None
         grad_bias = grad.sum(0) if need_bias else None
         if reducing is not None:
             comm.wait(reducing)
         return grad_x, grad_weight, grad_bias, None, None, None
+
+
+def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """``x @ weight.T + bias``, with gradients, without communication."""
+    if matmul.chooses(x):
+        return comm.apply(_Product, x, weight, bias, _ALONE, False, None)  # type: ignore[no-any-return]
+    return F.linear(x, weight, bias)
 
 
 class _Linear(nn.Module):
@@ -90,8 +97,8 @@ class _Linear(nn.Module):
 
     def product(self, x: Tensor, bias: Tensor | None) -> Tensor:
         """``x W^T + b``, without communication."""
-        if self.packing is None and not matmul.prefers_onednn(x):
-            return F.linear(x, self.weight.to(x.dtype), bias)
+        if self.packing is None:
+            return product(x, self.weight.to(x.dtype), bias)
         return self.multiply(x, bias, _ALONE, sp=False)
 
     def multiply(self, x: Tensor, bias: Tensor | None, tp: Axis, *, sp: bool) -> Tensor:

@@ -56,7 +56,11 @@ class _LinearCrossEntropy(torch.autograd.Function):
             local = target - first
             here = kept & (local >= 0) & (local < rows)
             index = local.masked_fill(~here, 0).unsqueeze(1)
-            product = torch.mm(chunk, matrix.t(), out=products[: len(chunk)])
+            product = products[: len(chunk)]
+            if matmul.through_float32(chunk, matrix):
+                product.copy_(matmul.linear(chunk, matrix))
+            else:
+                torch.mm(chunk, matrix.t(), out=product)
             if low is not None and factor is not None:
                 product.addmm_(low[part], factor.t())
             logits = product if precisely is None else precisely[: len(chunk)].copy_(product)
@@ -78,7 +82,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             if grad_weight is not None:
                 _accumulate(grad_weight, grad, chunk)
             if low is not None and factor is not None and grad_low is not None and grad_factor is not None:
-                grad_low[part] = grad @ factor
+                grad_low[part] = matmul.linear(grad, factor.t())
                 _accumulate(grad_factor, grad, low[part])
         if grad_weight is not None:
             grad_weight = grad_weight.to(weight.dtype)
@@ -101,7 +105,7 @@ def _accumulate(into: Tensor, grad: Tensor, chunk: Tensor) -> None:
     if grad.dtype == into.dtype:
         into.addmm_(grad.t(), chunk)
     else:
-        into.add_(grad.t() @ chunk)
+        into.add_(matmul.linear(grad.t(), chunk.t()))
 
 
 def linear_cross_entropy(

@@ -17,7 +17,6 @@ from itertools import accumulate
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from megatron_lite.config import LoRAConfig
@@ -25,7 +24,7 @@ from megatron_lite.distributed import comm, random
 from megatron_lite.distributed.shard import ShardSpec, attach, spec_of
 from megatron_lite.layers import matmul
 from megatron_lite.layers.embedding import VocabParallelEmbedding
-from megatron_lite.layers.linear import ColumnParallelLinear, RowParallelLinear
+from megatron_lite.layers.linear import ColumnParallelLinear, RowParallelLinear, product
 
 # What our fused linears hold, one below the other.
 _QKV = ("attention.q", "attention.k", "attention.v")
@@ -94,7 +93,7 @@ class _Adapted(nn.Module):
         alone: neither B A nor the sum is made."""
         weight = self.matrix(a.dtype)
         plain = torch.linalg.vector_norm(weight, dim=1, dtype=torch.promote_types(a.dtype, torch.float32)).square()
-        return torch.stack((plain, plain + (b * (2 * (weight @ a.t()) + b @ (a @ a.t()))).sum(1)))
+        return torch.stack((plain, plain + (b * (2 * matmul.linear(weight, a) + b @ (a @ a.t()))).sum(1)))
 
     def magnitude(self, lengths: Tensor, trained: Sequence[Tensor]) -> Tensor:
         """What each row's output is multiplied by, [rows]: the trained magnitude, which is relative to the frozen row's
@@ -110,12 +109,17 @@ class _AddProduct(torch.autograd.Function):
     def forward(ctx: Any, y: Tensor, low: Tensor, b: Tensor) -> Tensor:
         ctx.mark_dirty(y)
         ctx.save_for_backward(low, b)
-        return y.addmm_(low, b.t())
+        return y.add_(matmul.linear(low, b)) if matmul.through_float32(low, b) else y.addmm_(low, b.t())
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         low, b = ctx.saved_tensors
         return grad, matmul.linear(grad, b.t()), matmul.linear(low.t(), grad.t()).t()
+
+
+def _plus(y: Tensor, low: Tensor, b: Tensor) -> Tensor:
+    """``y + low b^T``."""
+    return y + product(low, b) if matmul.through_float32(low, b) else torch.addmm(y, low, b.t())
 
 
 class LoRAColumnLinear(_Adapted, ColumnParallelLinear):
@@ -141,7 +145,7 @@ class LoRAColumnLinear(_Adapted, ColumnParallelLinear):
         """x A^T of the tokens here."""
         a = self.a(x.dtype)
         split = self.tp.rank if self.sp else 0
-        return F.linear(self.dropped(x, seed, split), comm.copy_to(a, self.tp) if self.sp else a)
+        return product(self.dropped(x, seed, split), comm.copy_to(a, self.tp) if self.sp else a)
 
     def low_rank(self, x: Tensor, seed: int | None = None) -> tuple[Tensor, Tensor]:
         return self.low(x, seed), self.b(x.dtype)
@@ -181,12 +185,12 @@ class LoRARowLinear(_Adapted, RowParallelLinear):
 
     def forward(self, x: Tensor, seed: int | None = None) -> Tensor:
         a, b = self.a(x.dtype), self.b(x.dtype)
-        low = F.linear(self.dropped(x, seed, self.tp.rank), a)
+        low = product(self.dropped(x, seed, self.tp.rank), a)
         y = self.product(x, None)
         if self.tp.size > 1:
             joined = self.reduce(torch.cat((y, low), dim=1))
             y, low = joined[:, : y.shape[1]], joined[:, y.shape[1] :]
-        y = torch.addmm(y, low, self.replicated(b).t())
+        y = _plus(y, low, self.replicated(b))
         if self.dora:
             (magnitude,) = self.factors("m", x.dtype)
             y = y * self.magnitude(self.lengths(a, b), [self.replicated(magnitude)])
@@ -210,7 +214,7 @@ class LoRAEmbedding(_Adapted, VocabParallelEmbedding):
         found = torch.cat((self.look_up(tokens, self.weight, dtype), self.look_up(tokens, a, dtype)), dim=1)
         joined, width = self.reduce(found), b.shape[0]
         b = comm.copy_to(b, self.tp) if self.sp else b
-        return torch.addmm(joined[:, :width], joined[:, width:], b.t(), alpha=update.scale)
+        return _plus(joined[:, :width], joined[:, width:], update.scale * b)
 
 
 def add_lora(model: Any, config: LoRAConfig) -> None:

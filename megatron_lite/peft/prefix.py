@@ -9,13 +9,13 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from megatron_lite.config import PrefixConfig
 from megatron_lite.distributed import comm
 from megatron_lite.distributed.shard import ShardSpec, attach
 from megatron_lite.layers.attention import Attention
+from megatron_lite.layers.linear import product
 
 _STD = 0.02  # small values and nearly even attention: the prefix starts out as little as it can
 
@@ -41,7 +41,7 @@ class Stem(nn.Module):
     def forward(self, dtype: torch.dtype) -> Tensor | None:
         if self.embedding is None:
             return None
-        hidden = F.linear(self.embedding.to(dtype), self.weight.to(dtype), self.bias.to(dtype))
+        hidden = product(self.embedding.to(dtype), self.weight.to(dtype), self.bias.to(dtype))
         return comm.copy_to(hidden.tanh(), self.tp)
 
 
@@ -81,7 +81,7 @@ class Prefix(nn.Module):
         if self.keys is not None:
             return self._whole(self.keys).to(dtype), self._whole(self.values).to(dtype)
         assert stem is not None
-        flat = F.linear(stem, self._whole(self.weight).to(dtype), self._whole(self.bias).to(dtype))
+        flat = product(stem, self._whole(self.weight).to(dtype), self._whole(self.bias).to(dtype))
         keys, values = flat.view(self.length, 2, -1, self.head_dim).permute(1, 2, 0, 3)
         return keys, values
 

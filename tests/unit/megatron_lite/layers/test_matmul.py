@@ -3,9 +3,13 @@
 import pytest
 import torch
 
+from megatron_lite.config import LoRAConfig
 from megatron_lite.distributed.mesh import Axis
 from megatron_lite.layers import matmul
+from megatron_lite.layers.attention import Attention, Context
 from megatron_lite.layers.linear import ColumnParallelLinear
+from megatron_lite.layers.loss import linear_cross_entropy
+from megatron_lite.peft.lora import LoRAColumnLinear, Update
 
 ROWS, INNER, OUTER = 37, 80, 24
 
@@ -34,17 +38,62 @@ def test_it_is_the_product(dtype, x, weight, bias):
     torch.testing.assert_close(matmul.linear(x, weight, added), exact.to(dtype))
 
 
-def test_float32_on_a_cpu_goes_to_onednn():
-    if not (torch.backends.mkl.is_available() and torch.backends.mkldnn.is_available()):
-        pytest.skip("this torch has no MKL, or no oneDNN")
-    layer = ColumnParallelLinear(INNER, OUTER, Axis("tp"), bias=True, sp=False, std=0.02)
-    with torch.profiler.profile() as profile:
-        layer(_numbers(ROWS, INNER).requires_grad_()).sum().backward()
-    calls = {event.key: event.count for event in profile.key_averages()}
-    assert calls["mkldnn::_linear_pointwise"] == 2  # forward and the input's gradient
-    with torch.profiler.profile() as profile:
-        layer.double()(_numbers(ROWS, INNER).double())
-    assert "mkldnn::_linear_pointwise" not in {event.key for event in profile.key_averages()}
+@pytest.mark.parametrize(("rule", "other", "taken"), [(1.0, 1.2, "rule"), (1.3, 1.0, "rule"), (1.5, 1.0, "other")])
+def test_a_kernel_has_to_win_by_a_margin(monkeypatch, rule, other, taken):
+    clock = [0.0]
+    monkeypatch.setattr(matmul.time, "perf_counter", lambda: clock[0])
+
+    def lasts(seconds):
+        slow = iter([9 * seconds])  # the first time
+
+        def run():
+            clock[0] += next(slow, seconds)
+
+        return run
+
+    assert matmul._fastest({"rule": lasts(rule), "other": lasts(other)}) == taken
+
+
+def test_measuring_draws_no_random_numbers():
+    before = torch.get_rng_state()
+    for dtype in (torch.float32, torch.bfloat16):
+        matmul.measure(dtype, torch.device("cpu"))
+    assert torch.equal(before, torch.get_rng_state())
+
+
+def _layers(dtype):
+    """Output, loss and gradients of a LoRA'd linear, attention and the fused loss."""
+    alone = Axis("tp")
+    base = ColumnParallelLinear(INNER, 3 * 32, alone, bias=True, sp=False, std=0.02)
+    torch.nn.init.normal_(base.weight, std=0.1, generator=torch.Generator().manual_seed(1))
+    torch.nn.init.zeros_(base.bias)
+    layer = LoRAColumnLinear(base, "up", [Update("up", 0, 3 * 32, 4, 2.0)], LoRAConfig(method="lora"))
+    for parameter in (layer.lora_up_a, layer.lora_up_b):
+        torch.nn.init.normal_(parameter, std=0.1, generator=torch.Generator().manual_seed(2))
+    attention = Attention(
+        32, 2, 2, 16, alone, layer=0, bias=False, qkv_bias=False, sp=False, std=0.02, out_std=0.02, dropout=0.0
+    )
+    x = _numbers(ROWS, INNER).to(dtype).requires_grad_()
+    head = _numbers(48, 32).requires_grad_()
+    hidden = attention.core(layer(x), Context(batch=1))
+    loss = linear_cross_entropy(hidden, head, torch.arange(ROWS), 48, alone, sp=False)
+    loss.backward()
+    return [hidden.detach(), loss.detach(), x.grad, head.grad, layer.weight.grad, layer.lora_up_b.grad]
+
+
+@pytest.mark.skipif(not matmul.chooses(torch.empty(0)), reason="this torch has no MKL, or no oneDNN")
+def test_bfloat16_through_float32_is_as_good(monkeypatch):
+    exact = _layers(torch.float64)
+    monkeypatch.setattr(matmul, "_attention_format", lambda: "float32")
+    monkeypatch.setattr(matmul, "_product_kernel", lambda dtype, *_: "float32" if dtype == torch.bfloat16 else "torch")
+    multiplied = []
+    original = matmul._through_float32
+    monkeypatch.setitem(matmul._KERNELS, "float32", lambda *args: multiplied.append(1) or original(*args))
+    for right, got in zip(exact, _layers(torch.bfloat16), strict=True):
+        gap = (got.double() - right.double()).abs().max() / right.abs().max()
+        assert gap < 0.2
+    # linear: forward and two gradients, LoRA's A and B alike, the head's three
+    assert len(multiplied) == 12
 
 
 @pytest.mark.parametrize("trained", [False, True])
