@@ -26,7 +26,7 @@ class Case:
     ``silent``: hosts that did not answer, and why. ``skew``: seconds that a clock is surely ahead of ours. ``seen``:
     hosts whose file has come into the run's folder. ``links``: from, to, what failed. ``chosen``: the user's
     ``network.VARIABLES``. ``omp``: OMP_NUM_THREADS of every rank, 0 where it says nothing. ``port``: what is wrong with
-    the rendezvous port. ``reduced``: what ``megatron_lite/distributed/bandwidth.py`` wrote, or why there is nothing,
+    the rendezvous port. ``reduced``: what ``megatron_lite/dist/bandwidth.py`` wrote, or why there is nothing,
     which is an error if it ``failed``.
     """
 

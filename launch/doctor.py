@@ -165,7 +165,7 @@ def _all_reduce(case: Case, job: Job, probe: Path, seconds: int) -> Case:
     alone, out, console = len(job.hosts) == 1, probe / "bandwidth.json", probe / "console"
     measuring = replace(
         job,
-        program=(sys.executable, "-m", "megatron_lite.distributed.bandwidth", str(out), str(seconds)),
+        program=(sys.executable, "-m", "megatron_lite.dist.bandwidth", str(out), str(seconds)),
         hosts=tuple(
             replace(host, slots=1 + alone, devices=host.devices and host.devices[: 1 + alone]) for host in job.hosts
         ),

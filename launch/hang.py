@@ -19,7 +19,7 @@ from typing import Any
 from launch.report import Report, Reports, last_words
 
 _ANY_SIZES = ("all_to_all", "gather", "scatter", "send", "recv")  # ops whose sizes may differ from rank to rank
-_NOT_THE_PLACE = ("megatron_lite/distributed/", "megatron_lite/watchdog.py", "megatron_lite/lifetime.py")
+_NOT_THE_PLACE = ("megatron_lite/dist/", "megatron_lite/watchdog.py", "megatron_lite/lifetime.py")
 
 
 @dataclass(frozen=True)

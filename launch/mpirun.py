@@ -24,7 +24,7 @@ _RANK = {"Open MPI": "OMPI_COMM_WORLD_RANK", "MPICH": "PMI_RANK"}
 
 def command(job: Job) -> Launch:
     """One ``mpirun``, the one that belongs to this Python or else the first on PATH; ranks read what they run and their
-    variables from a file. Where they meet, they agree on over MPI (``megatron_lite/distributed/mesh.py``)."""
+    variables from a file. Where they meet, they agree on over MPI (``megatron_lite/dist/mesh.py``)."""
     mpirun = job.mpirun or find()
     flavour, major = version(mpirun)
     if flavour == "MPICH" and len(job.hosts) > 1:

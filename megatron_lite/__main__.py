@@ -8,7 +8,7 @@ from pathlib import Path
 
 from megatron_lite import cli
 from megatron_lite.config import PACKED_BYTES, load_config
-from megatron_lite.distributed.env import read_rank
+from megatron_lite.dist.env import read_rank
 from megatron_lite.errors import ConfigError, DataError
 from megatron_lite.parallel.plan import checkpoint_bytes, make_plan, parse_side
 from megatron_lite.requests import Request, Sampling, read_requests

@@ -30,8 +30,8 @@ from megatron_lite.checkpoint.rewrite import diff as compare
 from megatron_lite.checkpoint.source import Average, CheckpointSource, Source
 from megatron_lite.checkpoint.storage import amount
 from megatron_lite.config import PeftConfig, PrefixConfig, model_section, parse_model, yaml_text
-from megatron_lite.distributed.mesh import Axis
-from megatron_lite.distributed.shard import materialize, pieces_of
+from megatron_lite.dist.mesh import Axis
+from megatron_lite.dist.shard import materialize, pieces_of
 from megatron_lite.errors import CheckpointError, ConfigError, MegatronLiteError
 from megatron_lite.generate import trained_shapes
 from megatron_lite.logits import in_silence, load_model, same_as_transformers, some_tokens, too_large

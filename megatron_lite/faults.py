@@ -1,6 +1,6 @@
 """Faults on request: what the tests of recovery break a run with.
 
-A run takes them from one variable (``distributed/env.py`` reads it), ``kind:key=value:…`` with ``;`` between::
+A run takes them from one variable (``dist/env.py`` reads it), ``kind:key=value:…`` with ``;`` between::
 
     kill:rank=1:step=7:phase=bwd ; enospc:step=100:op=3 ; sleep:rank=0:seconds=0.2
 

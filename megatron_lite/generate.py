@@ -20,10 +20,10 @@ from megatron_lite.config import PrefixConfig
 from megatron_lite.data.ends import ends, named_ends, with_ends
 from megatron_lite.data.template import ChatTemplate, Message, find_template
 from megatron_lite.data.tokenizer import JSON, MODEL, carried_tokenizer
-from megatron_lite.distributed import random
-from megatron_lite.distributed.env import read_rank
-from megatron_lite.distributed.mesh import Mesh, build_mesh, pick_device, process_group
-from megatron_lite.distributed.shard import materialize, pieces_of, spec_of
+from megatron_lite.dist import random
+from megatron_lite.dist.env import read_rank
+from megatron_lite.dist.mesh import Mesh, build_mesh, pick_device, process_group
+from megatron_lite.dist.shard import materialize, pieces_of, spec_of
 from megatron_lite.errors import CheckpointError, ConfigError, DataError, MegatronLiteError, NonFiniteError
 from megatron_lite.layers.attention import KeyValueCache
 from megatron_lite.models.decoder import Decoder

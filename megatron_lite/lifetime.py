@@ -20,8 +20,8 @@ from typing import Any, NoReturn
 
 from megatron_lite import __version__
 from megatron_lite.config import Config
-from megatron_lite.distributed.env import Rank
-from megatron_lite.distributed.mesh import peer_failure
+from megatron_lite.dist.env import Rank
+from megatron_lite.dist.mesh import peer_failure
 from megatron_lite.errors import ConfigError, MegatronLiteError, PeerError, Preempted, StorageError
 
 _ONE_WISH_S = 0.5

@@ -16,8 +16,8 @@ from torch import Tensor
 from megatron_lite.checkpoint.hf import CONFIG, read_json
 from megatron_lite.checkpoint.source import Source
 from megatron_lite.config import ModelConfig
-from megatron_lite.distributed.mesh import Axis
-from megatron_lite.distributed.shard import materialize, pieces_of
+from megatron_lite.dist.mesh import Axis
+from megatron_lite.dist.shard import materialize, pieces_of
 from megatron_lite.errors import CheckpointError
 from megatron_lite.models.decoder import Decoder
 from megatron_lite.models.huggingface import FAMILIES

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from megatron_lite.config import OptimConfig
-from megatron_lite.distributed import comm
-from megatron_lite.distributed.mesh import Axis
-from megatron_lite.distributed.shard import ShardSpec
+from megatron_lite.dist import comm
+from megatron_lite.dist.mesh import Axis
+from megatron_lite.dist.shard import ShardSpec
 
 
 def decays(name: str, spec: ShardSpec) -> bool:

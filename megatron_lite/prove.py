@@ -24,10 +24,10 @@ from torch import Tensor
 
 from megatron_lite.config import Config
 from megatron_lite.data.loader import Loader, build_dataset
-from megatron_lite.distributed import comm
-from megatron_lite.distributed.mesh import Axis, Mesh, build_mesh
-from megatron_lite.distributed.shard import Piece
-from megatron_lite.distributed.spawn import run_ranks
+from megatron_lite.dist import comm
+from megatron_lite.dist.mesh import Axis, Mesh, build_mesh
+from megatron_lite.dist.shard import Piece
+from megatron_lite.dist.spawn import run_ranks
 from megatron_lite.errors import MegatronLiteError
 from megatron_lite.faults import Faults
 from megatron_lite.parallel.engine import Engine

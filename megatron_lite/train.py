@@ -19,9 +19,9 @@ from megatron_lite.config import CHANGEABLE, Config, to_yaml
 from megatron_lite.data.ends import ends, with_ends
 from megatron_lite.data.loader import Dataset, Loader, build_dataset, once
 from megatron_lite.data.tokenizer import GENERATION, TEMPLATE, load_tokenizer, tokenizer_files
-from megatron_lite.distributed.env import Rank
-from megatron_lite.distributed.mesh import Mesh, build_mesh, limit_waits, peer_failure, pick_device, process_group
-from megatron_lite.distributed.shard import Piece
+from megatron_lite.dist.env import Rank
+from megatron_lite.dist.mesh import Mesh, build_mesh, limit_waits, peer_failure, pick_device, process_group
+from megatron_lite.dist.shard import Piece
 from megatron_lite.errors import CheckpointError, Preempted
 from megatron_lite.faults import Faults
 from megatron_lite.generate import Sampling, generate

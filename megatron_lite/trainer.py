@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from megatron_lite import peft
 from megatron_lite.config import Config
-from megatron_lite.distributed import comm, random, shard
-from megatron_lite.distributed.mesh import Axis, Mesh
+from megatron_lite.dist import comm, random, shard
+from megatron_lite.dist.mesh import Axis, Mesh
 from megatron_lite.errors import NonFiniteError
 from megatron_lite.faults import Faults
 from megatron_lite.layers import matmul

@@ -26,9 +26,9 @@ from typing import Any
 import torch
 import torch.distributed as torch_dist
 
-from megatron_lite.distributed import comm
-from megatron_lite.distributed.env import Rank
-from megatron_lite.distributed.mesh import Axis, Mesh
+from megatron_lite.dist import comm
+from megatron_lite.dist.env import Rank
+from megatron_lite.dist.mesh import Axis, Mesh
 
 logger = logging.getLogger("megatron_lite")
 

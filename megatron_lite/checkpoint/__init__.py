@@ -11,7 +11,7 @@ from megatron_lite.checkpoint.reading import Checkpoint, open_checkpoint
 from megatron_lite.checkpoint.retention import find, newest, prune
 from megatron_lite.checkpoint.source import CheckpointSource, Source
 from megatron_lite.checkpoint.storage import agree
-from megatron_lite.distributed.shard import Piece
+from megatron_lite.dist.shard import Piece
 
 __all__ = [
     "BackgroundSaver",

@@ -13,9 +13,9 @@ from torch import Tensor
 from megatron_lite.checkpoint.reading import Checkpoint
 from megatron_lite.checkpoint.source import Source
 from megatron_lite.checkpoint.storage import agree
-from megatron_lite.distributed import comm
-from megatron_lite.distributed.mesh import Axis
-from megatron_lite.distributed.shard import Piece, Tile
+from megatron_lite.dist import comm
+from megatron_lite.dist.mesh import Axis
+from megatron_lite.dist.shard import Piece, Tile
 from megatron_lite.errors import CheckpointError
 
 _BLOCK = 1 << 20  # elements at a time

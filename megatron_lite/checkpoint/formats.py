@@ -15,7 +15,7 @@ from megatron_lite.checkpoint.retention import find
 from megatron_lite.checkpoint.source import CheckpointSource, Source
 from megatron_lite.checkpoint.storage import agree
 from megatron_lite.config import ModelConfig
-from megatron_lite.distributed.mesh import Axis
+from megatron_lite.dist.mesh import Axis
 from megatron_lite.errors import CheckpointError
 
 _PEFT_TYPES = {"LORA": LoRASource, "PREFIX_TUNING": PrefixSource}

@@ -25,7 +25,7 @@ from megatron_lite.config import ModelConfig, parse_model
 from megatron_lite.data.ends import tokenizer_ids
 from megatron_lite.data.hf_tokenizer import named, settled
 from megatron_lite.data.tokenizer import GENERATION, MAIN, TOKENIZER_FILES, carried_tokenizer
-from megatron_lite.distributed.shard import Tile
+from megatron_lite.dist.shard import Tile
 from megatron_lite.errors import CheckpointError, ConfigError, DataError
 from megatron_lite.faults import Faults
 from megatron_lite.layers.positions import rope_frequencies

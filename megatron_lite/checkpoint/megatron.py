@@ -21,7 +21,7 @@ from megatron_lite.checkpoint.pickles import SafeUnpickler, StoredTensor, load_t
 from megatron_lite.checkpoint.source import Info, Source
 from megatron_lite.checkpoint.storage import open_regular
 from megatron_lite.config import parse_model
-from megatron_lite.distributed.shard import Tile
+from megatron_lite.dist.shard import Tile
 from megatron_lite.errors import CheckpointError, ConfigError
 from megatron_lite.models.huggingface import tensor_parts
 

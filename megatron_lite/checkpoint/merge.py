@@ -15,7 +15,7 @@ from megatron_lite.checkpoint.fingerprint import check_base, fingerprint_of
 from megatron_lite.checkpoint.source import CheckpointSource, Info, Source
 from megatron_lite.config import LoRAConfig, ModelConfig
 from megatron_lite.data.ends import named_ends, with_ends
-from megatron_lite.distributed.shard import Tile
+from megatron_lite.dist.shard import Tile
 from megatron_lite.errors import CheckpointError
 
 

@@ -21,7 +21,7 @@ from megatron_lite.checkpoint.storage import new_folder, write_file
 from megatron_lite.checkpoint.tensor_file import TensorFile
 from megatron_lite.config import PeftConfig, parse_peft
 from megatron_lite.data.tokenizer import GENERATION
-from megatron_lite.distributed.shard import Tile
+from megatron_lite.dist.shard import Tile
 from megatron_lite.errors import CheckpointError, ConfigError
 from megatron_lite.faults import Faults
 from megatron_lite.models.huggingface import Part, tensor_parts

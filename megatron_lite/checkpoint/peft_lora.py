@@ -24,7 +24,7 @@ from megatron_lite.checkpoint.merge import Update, updates
 from megatron_lite.checkpoint.peft_folder import CONFIG, WEIGHTS, PeftSource, write_folder
 from megatron_lite.checkpoint.source import Info, Source
 from megatron_lite.config import LoRAConfig, ModelConfig
-from megatron_lite.distributed.shard import Tile
+from megatron_lite.dist.shard import Tile
 from megatron_lite.errors import CheckpointError
 from megatron_lite.models.huggingface import model_type, tensor_parts
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from megatron_lite.checkpoint.peft_folder import CONFIG, PeftSource, write_folder
 from megatron_lite.checkpoint.source import Info, Source
 from megatron_lite.config import ModelConfig, PrefixConfig
-from megatron_lite.distributed.shard import Tile
+from megatron_lite.dist.shard import Tile
 from megatron_lite.errors import CheckpointError
 from megatron_lite.models.huggingface import model_type
 

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from megatron_lite.config.tree import Config
 
 
-# Frozen weights in 8 or 4 bits (``distributed/packing.py``): so many numbers of a row share a float32 scale, and take
+# Frozen weights in 8 or 4 bits (``dist/packing.py``): so many numbers of a row share a float32 scale, and take
 # so many bytes with it.
 PACKED_BLOCK = 64
 PACKED_BYTES = {"int8": 64 + 4, "nf4": 32 + 4}

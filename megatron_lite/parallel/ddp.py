@@ -12,8 +12,8 @@ import torch.distributed as torch_dist
 from torch import Tensor, nn
 
 from megatron_lite.config import Config
-from megatron_lite.distributed import comm
-from megatron_lite.distributed.shard import Piece, materialize
+from megatron_lite.dist import comm
+from megatron_lite.dist.shard import Piece, materialize
 from megatron_lite.parallel.engine import Engine
 
 

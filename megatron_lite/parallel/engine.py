@@ -10,10 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from megatron_lite.config import Config, OptimConfig
-from megatron_lite.distributed import shard
-from megatron_lite.distributed.env import export_for_deepspeed
-from megatron_lite.distributed.mesh import Mesh
-from megatron_lite.distributed.shard import Piece
+from megatron_lite.dist import shard
+from megatron_lite.dist.env import export_for_deepspeed
+from megatron_lite.dist.mesh import Mesh
+from megatron_lite.dist.shard import Piece
 from megatron_lite.optim import build_adamw, gradient_norm, scale_gradients
 from megatron_lite.parallel.matrices import WholeMatrices
 

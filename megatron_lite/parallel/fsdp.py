@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
 from megatron_lite.config import Config
-from megatron_lite.distributed.shard import Piece
+from megatron_lite.dist.shard import Piece
 from megatron_lite.parallel.engine import Engine
 
 _DTYPES = {"float32": None, "float64": None, "bfloat16": torch.bfloat16}

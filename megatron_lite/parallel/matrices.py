@@ -16,9 +16,9 @@ import torch
 from torch import Tensor, nn
 
 from megatron_lite.config import OptimConfig
-from megatron_lite.distributed import comm
-from megatron_lite.distributed.mesh import Mesh
-from megatron_lite.distributed.shard import Piece, ShardSpec, Tile
+from megatron_lite.dist import comm
+from megatron_lite.dist.mesh import Mesh
+from megatron_lite.dist.shard import Piece, ShardSpec, Tile
 from megatron_lite.optim import decays, is_updated_whole
 
 Box = tuple[tuple[int, ...], tuple[int, ...]]  # offset in the parameter, shape

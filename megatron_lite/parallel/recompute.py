@@ -10,7 +10,7 @@ from torch.utils.checkpoint import checkpoint
 
 
 def _recomputed(function: Callable[..., Any]) -> Callable[..., Any]:
-    # Dropout masks are keyed by place (distributed/random.py), so no generator state has to be put back.
+    # Dropout masks are keyed by place (dist/random.py), so no generator state has to be put back.
     return partial(checkpoint, function, use_reentrant=False, preserve_rng_state=False)
 
 

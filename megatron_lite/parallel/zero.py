@@ -27,8 +27,8 @@ from deepspeed.runtime.zero.partition_parameters import Init
 from torch import Tensor
 
 from megatron_lite.config import Config, OptimConfig
-from megatron_lite.distributed.mesh import Mesh
-from megatron_lite.distributed.shard import Piece, materialize
+from megatron_lite.dist.mesh import Mesh
+from megatron_lite.dist.shard import Piece, materialize
 from megatron_lite.errors import ConfigError
 from megatron_lite.optim import build_adamw
 from megatron_lite.parallel.engine import Engine

@@ -22,7 +22,7 @@ os.environ["DS_ACCELERATOR"] = "cpu"
 
 import torch
 
-from megatron_lite.distributed.spawn import run_ranks
+from megatron_lite.dist.spawn import run_ranks
 from tests.benchmarks.train import LR, MODELS, PEFT, SEQ, Batches, batches, counted, llama, peft_lora
 
 BATCH, STEPS = 2, 3
@@ -50,7 +50,7 @@ def ours(
     from megatron_lite.allocator import keep_freed
     from megatron_lite.config import parse_config
     from megatron_lite.data.loader import Batch
-    from megatron_lite.distributed.mesh import build_mesh
+    from megatron_lite.dist.mesh import build_mesh
     from megatron_lite.faults import Faults
     from megatron_lite.parallel.plan import make_plan
     from megatron_lite.trainer import Trainer

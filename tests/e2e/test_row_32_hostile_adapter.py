@@ -413,7 +413,7 @@ OPEN = """from megatron_lite.checkpoint.formats import open_peft, open_source
 
 
 def test_300_mutations_load_or_are_refused(folder, tmp_path):
-    script = "import torch\nfrom megatron_lite.distributed.shard import Tile\n" + FUZZ.replace(
+    script = "import torch\nfrom megatron_lite.dist.shard import Tile\n" + FUZZ.replace(
         "load_model(HuggingFaceSource(folder))", OPEN
     )
     argv = [PYTHON, "-c", script, str(folder), "300", str(tmp_path / "base")]

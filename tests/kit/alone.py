@@ -11,8 +11,8 @@ from types import SimpleNamespace
 from typing import Any, cast
 
 from megatron_lite.config import load_config
-from megatron_lite.distributed.env import Rank
-from megatron_lite.distributed.mesh import solo_mesh
+from megatron_lite.dist.env import Rank
+from megatron_lite.dist.mesh import solo_mesh
 from megatron_lite.lifetime import StopRequest
 from megatron_lite.parallel.plan import make_plan
 from megatron_lite.train import Run

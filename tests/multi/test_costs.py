@@ -11,8 +11,8 @@ import torch
 
 from megatron_lite.config import Config, parse_config
 from megatron_lite.data.loader import Loader, build_dataset
-from megatron_lite.distributed.mesh import build_mesh
-from megatron_lite.distributed.spawn import run_ranks
+from megatron_lite.dist.mesh import build_mesh
+from megatron_lite.dist.spawn import run_ranks
 from megatron_lite.errors import PeerError
 from megatron_lite.faults import Faults
 from megatron_lite.parallel.plan import bytes_per_parameter, make_plan

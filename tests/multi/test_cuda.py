@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from megatron_lite.config import Config
-from megatron_lite.distributed.mesh import solo_mesh
+from megatron_lite.dist.mesh import solo_mesh
 from megatron_lite.generate import Sampling, generate
 from megatron_lite.prove import compare, record
 from tests.kit.jobs import PYTHON, run_job

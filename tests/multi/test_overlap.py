@@ -7,8 +7,8 @@ import torch
 
 from megatron_lite.config import parse_config
 from megatron_lite.data.loader import Loader, build_dataset
-from megatron_lite.distributed.mesh import build_mesh
-from megatron_lite.distributed.spawn import run_ranks
+from megatron_lite.dist.mesh import build_mesh
+from megatron_lite.dist.spawn import run_ranks
 from megatron_lite.faults import Faults
 from megatron_lite.parallel.plan import make_plan
 from megatron_lite.trainer import Trainer

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from megatron_lite.distributed.mesh import build_mesh
-from megatron_lite.distributed.spawn import run_ranks
+from megatron_lite.dist.mesh import build_mesh
+from megatron_lite.dist.spawn import run_ranks
 from megatron_lite.faults import Faults
 from megatron_lite.generate import Sampling, generate
 from megatron_lite.parallel.plan import make_plan

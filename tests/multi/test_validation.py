@@ -9,8 +9,8 @@ import torch
 
 from megatron_lite.data.indexed import IndexedWriter
 from megatron_lite.data.loader import build_dataset, once
-from megatron_lite.distributed.mesh import build_mesh, solo_mesh
-from megatron_lite.distributed.spawn import run_ranks
+from megatron_lite.dist.mesh import build_mesh, solo_mesh
+from megatron_lite.dist.spawn import run_ranks
 from megatron_lite.faults import Faults
 from megatron_lite.layers.loss import IGNORED
 from megatron_lite.parallel.plan import make_plan

@@ -15,36 +15,36 @@ M = "megatron_lite."
 # counts; what has no entry stands at the top and may import everything.
 ALLOWED: dict[str, tuple[str, ...]] = {
     "launch": (),
-    "data_tools": (M + "cli", M + "data", M + "distributed.env"),
+    "data_tools": (M + "cli", M + "data", M + "dist.env"),
     M + "errors": (),
     M + "cli": (),
     M + "config": (M + "cli", M + "targets", M + "data.tokenizer", M + "models.huggingface"),
     M + "targets": (M + "cli",),
-    M + "data": (M + "distributed.random", M + "layers.loss"),
-    M + "distributed": (),
-    M + "layers": (M + "distributed",),
-    M + "models": (M + "layers", M + "distributed"),
-    M + "peft": (M + "layers", M + "distributed"),
-    M + "optim": (M + "distributed",),
-    M + "parallel": (M + "cli", M + "distributed", M + "optim"),
+    M + "data": (M + "dist.random", M + "layers.loss"),
+    M + "dist": (),
+    M + "layers": (M + "dist",),
+    M + "models": (M + "layers", M + "dist"),
+    M + "peft": (M + "layers", M + "dist"),
+    M + "optim": (M + "dist",),
+    M + "parallel": (M + "cli", M + "dist", M + "optim"),
     M + "checkpoint": (
         M + "data.ends",
         M + "data.tokenizer",
         M + "data.hf_tokenizer",
-        M + "distributed",
+        M + "dist",
         M + "faults",
         M + "layers.positions",
         M + "models.huggingface",
     ),
-    M + "metrics": (M + "distributed",),
-    M + "faults": (M + "distributed",),
+    M + "metrics": (M + "dist",),
+    M + "faults": (M + "dist",),
 }
 EVERYONE = (M + "config", M + "errors")  # `launch` alone may not even import these
 THIRD_PARTY: dict[str, set[str]] = {  # besides the standard library; where there is no entry, anything
     "launch": {"fire"},
     M + "errors": set(),
     M + "cli": {"fire"},
-    M + "distributed.env": set(),
+    M + "dist.env": set(),
     M + "config": {"pydantic", "yaml"},
     M + "targets": set(),
 }
@@ -56,7 +56,7 @@ NO_TORCH = (
     M + "cli",
     M + "errors",
     M + "data.indexed",
-    M + "distributed.env",
+    M + "dist.env",
 )
 
 
@@ -128,7 +128,7 @@ def test_no_torch_where_start_up_has_to_be_quick(name: str) -> None:
 
 @pytest.mark.parametrize("name", SOURCES)
 def test_the_environment_is_read_in_one_place(name: str) -> None:
-    if within(name, "launch") or name == M + "distributed.env":
+    if within(name, "launch") or name == M + "dist.env":
         return
     for node in ast.walk(SOURCES[name]):
         reads = isinstance(node, ast.Attribute) and node.attr in ("environ", "environb", "getenv", "putenv")
@@ -161,7 +161,7 @@ def test_only_zero_imports_deepspeed(name: str) -> None:
 
 def test_no_pickle_and_no_shell() -> None:
     # The one refuses what would run, the other reads what its own children wrote.
-    allowed = (M + "checkpoint.pickles", M + "distributed.spawn")
+    allowed = (M + "checkpoint.pickles", M + "dist.spawn")
     for name in SOURCES:
         pickles = [t for t, _ in imports(name) if t in ("pickle", "dill", "cloudpickle")]
         assert not pickles or name in allowed, name

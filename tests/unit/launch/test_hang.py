@@ -22,7 +22,7 @@ SQUARE = {
 }
 IN_LAYER = [
     "torch/distributed/distributed_c10d.py:3252 (all_reduce)",
-    "megatron_lite/distributed/comm.py:33 (all_reduce)",
+    "megatron_lite/dist/comm.py:33 (all_reduce)",
     "megatron_lite/layers/linear.py:58 (backward)",
     "megatron_lite/trainer.py:103 (train_step)",
 ]

@@ -20,8 +20,8 @@ from megatron_lite.config import (
     to_yaml,
     yaml_text,
 )
-from megatron_lite.distributed.mesh import Axis
-from megatron_lite.distributed.shard import spec_of
+from megatron_lite.dist.mesh import Axis
+from megatron_lite.dist.shard import spec_of
 from megatron_lite.errors import ConfigError
 from megatron_lite.models.decoder import Decoder
 from megatron_lite.parallel.plan import checkpoint_bytes

@@ -12,9 +12,9 @@ import transformers
 from megatron_lite.config import PACKED_BYTES
 from megatron_lite.data.template import PLAIN
 from megatron_lite.data.tokenizer import load_tokenizer, tokenizer_files
-from megatron_lite.distributed.mesh import build_mesh, solo_mesh
-from megatron_lite.distributed.shard import spec_of
-from megatron_lite.distributed.spawn import run_ranks
+from megatron_lite.dist.mesh import build_mesh, solo_mesh
+from megatron_lite.dist.shard import spec_of
+from megatron_lite.dist.spawn import run_ranks
 from megatron_lite.errors import CheckpointError, ConfigError, NonFiniteError
 from megatron_lite.generate import Codec, choose, generate, generate_text, of_request, open_models
 from megatron_lite.requests import Request, Sampling

@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from megatron_lite.config import ModelConfig, OptimConfig
-from megatron_lite.distributed.mesh import Axis
-from megatron_lite.distributed.shard import ShardSpec, spec_of
+from megatron_lite.dist.mesh import Axis
+from megatron_lite.dist.shard import ShardSpec, spec_of
 from megatron_lite.models.decoder import Decoder
 from megatron_lite.optim import build_adamw, gradient_norm, learning_rate, scale_gradients
 

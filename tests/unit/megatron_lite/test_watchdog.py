@@ -7,10 +7,10 @@ from pathlib import Path
 import torch
 import torch.distributed as torch_dist
 
-from megatron_lite.distributed import comm
-from megatron_lite.distributed.env import Rank
-from megatron_lite.distributed.mesh import build_mesh, limit_waits, solo_mesh
-from megatron_lite.distributed.spawn import run_ranks
+from megatron_lite.dist import comm
+from megatron_lite.dist.env import Rank
+from megatron_lite.dist.mesh import build_mesh, limit_waits, solo_mesh
+from megatron_lite.dist.spawn import run_ranks
 from megatron_lite.watchdog import Stragglers, Watchdog, flight_record
 
 

@@ -8,8 +8,8 @@ from megatron_lite.checkpoint.deepspeed import DeepSpeedSource
 from megatron_lite.checkpoint.formats import open_source
 from megatron_lite.checkpoint.hf import read_model
 from megatron_lite.checkpoint.megatron import open_megatron
-from megatron_lite.distributed.shard import Piece
-from megatron_lite.distributed.spawn import run_ranks
+from megatron_lite.dist.shard import Piece
+from megatron_lite.dist.spawn import run_ranks
 from megatron_lite.errors import CheckpointError
 from megatron_lite.models.huggingface import tensor_parts
 from tests.kit.foreign import save_with_megatron, train_with_deepspeed

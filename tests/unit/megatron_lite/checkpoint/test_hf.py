@@ -9,8 +9,8 @@ from safetensors.torch import load_file
 from megatron_lite import convert
 from megatron_lite.checkpoint.formats import open_source
 from megatron_lite.checkpoint.hf import HuggingFaceSource
-from megatron_lite.distributed.mesh import Axis
-from megatron_lite.distributed.shard import materialize, pieces_of
+from megatron_lite.dist.mesh import Axis
+from megatron_lite.dist.shard import materialize, pieces_of
 from megatron_lite.errors import CheckpointError
 from megatron_lite.generate import Sampling, generate
 from megatron_lite.models.decoder import Decoder

@@ -10,7 +10,7 @@ import torch
 from megatron_lite import convert
 from megatron_lite.checkpoint.megatron import open_megatron
 from megatron_lite.checkpoint.megatron_args import model_section
-from megatron_lite.distributed.spawn import run_ranks
+from megatron_lite.dist.spawn import run_ranks
 from megatron_lite.errors import CheckpointError
 from tests.kit.foreign import GPT2, LLAMA, megatron_logits, megatron_model, run_megatron
 

@@ -12,8 +12,8 @@ from megatron_lite import convert
 from megatron_lite.checkpoint import open_source
 from megatron_lite.checkpoint.formats import open_peft
 from megatron_lite.checkpoint.hf import HuggingFaceSource
-from megatron_lite.distributed.mesh import build_mesh, solo_mesh
-from megatron_lite.distributed.spawn import run_ranks
+from megatron_lite.dist.mesh import build_mesh, solo_mesh
+from megatron_lite.dist.spawn import run_ranks
 from megatron_lite.errors import CheckpointError
 from megatron_lite.generate import Models
 from tests.kit.adapters import LENGTH, VOCAB, decoder, saved

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from megatron_lite.config import ModelConfig
-from megatron_lite.distributed.mesh import Axis
+from megatron_lite.dist.mesh import Axis
 from megatron_lite.models.decoder import Decoder
 from megatron_lite.parallel import offload
 from megatron_lite.parallel.recompute import apply_recompute

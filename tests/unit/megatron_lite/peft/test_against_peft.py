@@ -8,7 +8,7 @@ from megatron_lite.checkpoint.formats import open_peft
 from megatron_lite.checkpoint.hf import HuggingFaceSource
 from megatron_lite.config import parse_config
 from megatron_lite.data.loader import Batch
-from megatron_lite.distributed.mesh import solo_mesh
+from megatron_lite.dist.mesh import solo_mesh
 from megatron_lite.faults import Faults
 from megatron_lite.parallel.plan import make_plan
 from megatron_lite.trainer import Trainer

@@ -5,8 +5,8 @@ import torch
 
 from megatron_lite import peft
 from megatron_lite.config import parse_config
-from megatron_lite.distributed.mesh import Axis
-from megatron_lite.distributed.shard import initialize, inits_of, pieces_of
+from megatron_lite.dist.mesh import Axis
+from megatron_lite.dist.shard import initialize, inits_of, pieces_of
 from megatron_lite.generate import Sampling, generate
 from megatron_lite.layers.attention import KeyValueCache
 from megatron_lite.models.decoder import Decoder

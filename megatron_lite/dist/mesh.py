@@ -16,8 +16,8 @@ import torch
 import torch.distributed as torch_dist
 from torch.distributed.device_mesh import DeviceMesh
 
-from megatron_lite.distributed.env import Rank
-from megatron_lite.distributed.rendezvous import meet
+from megatron_lite.dist.env import Rank
+from megatron_lite.dist.rendezvous import meet
 from megatron_lite.errors import ConfigError
 
 AXES = ("pp", "dp_replicate", "dp_shard", "cp", "tp")

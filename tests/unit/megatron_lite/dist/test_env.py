@@ -4,7 +4,7 @@ import os
 
 import pytest
 
-from megatron_lite.distributed.env import Rank, export_for_deepspeed, read_rank
+from megatron_lite.dist.env import Rank, export_for_deepspeed, read_rank
 from megatron_lite.errors import ConfigError
 
 MEET = {"MASTER_ADDR": "node0", "MASTER_PORT": "29500"}

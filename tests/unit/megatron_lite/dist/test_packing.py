@@ -8,9 +8,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from megatron_lite.config import PACKED_BLOCK, PACKED_BYTES
-from megatron_lite.distributed.mesh import Axis
-from megatron_lite.distributed.packing import NF4, pack, unpack
-from megatron_lite.distributed.shard import Piece, ShardSpec, Tile, fill_normal
+from megatron_lite.dist.mesh import Axis
+from megatron_lite.dist.packing import NF4, pack, unpack
+from megatron_lite.dist.shard import Piece, ShardSpec, Tile, fill_normal
 
 # The largest error in parts of a block's largest number: half of the widest gap between levels.
 ERROR = {"int8": 0.5 / 127, "nf4": max(b - a for a, b in itertools.pairwise(NF4)) / 2}

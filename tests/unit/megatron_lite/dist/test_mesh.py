@@ -2,8 +2,8 @@
 
 import pytest
 
-from megatron_lite.distributed.env import Rank
-from megatron_lite.distributed.mesh import gpu_index
+from megatron_lite.dist.env import Rank
+from megatron_lite.dist.mesh import gpu_index
 from megatron_lite.errors import ConfigError
 
 

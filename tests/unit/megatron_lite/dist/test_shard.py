@@ -8,8 +8,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatron_lite.distributed.mesh import Axis
-from megatron_lite.distributed.shard import Piece, ShardSpec, fill_normal, rectangles
+from megatron_lite.dist.mesh import Axis
+from megatron_lite.dist.shard import Piece, ShardSpec, fill_normal, rectangles
 
 SPECS = [
     ShardSpec((16, 6), dim=0),
@@ -69,7 +69,7 @@ def test_a_stretch_of_elements_is_a_few_rectangles(shape, data):
 @pytest.mark.parametrize("size", [2, 4])
 @pytest.mark.parametrize("dp", [1, 2, 3])
 def test_initial_weights_are_parts_of_one_global_tensor(spec, size, dp, monkeypatch):
-    monkeypatch.setattr("megatron_lite.distributed.shard._INIT_BLOCK", 20)  # several blocks even for these small shapes
+    monkeypatch.setattr("megatron_lite.dist.shard._INIT_BLOCK", 20)  # several blocks even for these small shapes
     whole = torch.empty(spec.shape)
     fill_normal(Piece.whole(whole), "blocks.0.weight", seed=3, std=0.5)
     for piece in pieces(spec, size, dp):

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from megatron_lite.config import PACKED_BLOCK, PACKED_BYTES
-from megatron_lite.distributed.mesh import Axis
-from megatron_lite.distributed.packing import pack, unpack
+from megatron_lite.dist.mesh import Axis
+from megatron_lite.dist.packing import pack, unpack
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,7 @@
 
 import torch
 
-from megatron_lite.distributed.random import dropout, mix
+from megatron_lite.dist.random import dropout, mix
 
 
 def test_seeds_are_63_bits_and_differ_wherever_the_place_does():

@@ -23,7 +23,7 @@ import torch
 import torch.distributed as torch_dist
 from torch import Tensor
 
-from megatron_lite.distributed.mesh import Axis
+from megatron_lite.dist.mesh import Axis
 
 
 def all_reduce(tensor: Tensor, axis: Axis, op: Any = torch_dist.ReduceOp.SUM) -> Tensor:

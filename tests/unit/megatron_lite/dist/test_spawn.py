@@ -5,7 +5,7 @@ import os
 import pytest
 import torch
 
-from megatron_lite.distributed.spawn import run_ranks
+from megatron_lite.dist.spawn import run_ranks
 from megatron_lite.errors import DataError, PeerError
 
 

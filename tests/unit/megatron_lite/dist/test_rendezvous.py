@@ -6,8 +6,8 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from megatron_lite.distributed.env import Rank
-from megatron_lite.distributed.rendezvous import compare, meet, port_owner, shared_gpu
+from megatron_lite.dist.env import Rank
+from megatron_lite.dist.rendezvous import compare, meet, port_owner, shared_gpu
 from megatron_lite.errors import ConfigError, MegatronLiteError, PeerError
 from tests.kit.hosts import free_port
 

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import torch.distributed as torch_dist
 
-from megatron_lite.distributed.env import Rank
+from megatron_lite.dist.env import Rank
 from megatron_lite.errors import ConfigError, PeerError
 
 _OWN = ("host", "device")  # what ranks need not have in common

@@ -52,7 +52,7 @@ def run_ranks(fn: Callable[..., Any], size: int, *args: Any, timeout: float = 12
     # As bytes: multiprocessing's own way with tensors is to share memory, which ends with the process that made them.
     pickled = pickle.dumps(args)
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["torch.distributed", "megatron_lite.distributed.comm"])
+    context.set_forkserver_preload(["torch.distributed", "megatron_lite.dist.comm"])
     deadline = time.monotonic() + timeout
     with tempfile.TemporaryDirectory() as folder:
         store = str(Path(folder) / "store")

@@ -1,4 +1,4 @@
-"""How fast ranks can all-reduce: ``python -m megatron_lite.distributed.bandwidth OUT SECONDS``, a rank of any launcher.
+"""How fast ranks can all-reduce: ``python -m megatron_lite.dist.bandwidth OUT SECONDS``, a rank of any launcher.
 
 Rank 0 writes OUT, JSON: ``backend``; ``latency``, of 4 bytes among all ranks, in seconds; ``all``, the bus bandwidth
 among all of them, and ``pairs``, ``[a, b, bandwidth]`` for each two neighbours, in bytes a second. Nothing takes longer
@@ -16,8 +16,8 @@ from pathlib import Path
 import torch
 import torch.distributed as torch_dist
 
-from megatron_lite.distributed.env import read_rank
-from megatron_lite.distributed.mesh import pick_device, process_group
+from megatron_lite.dist.env import read_rank
+from megatron_lite.dist.mesh import pick_device, process_group
 
 _FIRST, _LARGEST = 1 << 20, 1 << 28  # bytes of a message
 _LONG_S = 0.02  # an all-reduce that takes this long is measured well enough
