@@ -24,6 +24,7 @@ from megatron_lite.dist.env import Rank
 from megatron_lite.dist.mesh import peer_failure
 from megatron_lite.errors import ConfigError, MegatronLiteError, PeerError, Preempted, StorageError
 
+_STOP = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
 _ONE_WISH_S = 0.5
 
 
@@ -103,7 +104,7 @@ class StopRequest:
         if relay is not None:
             os.set_blocking(relay, False)
         signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
-        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP):
+        for number in _STOP:
             if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:  # nohup's stays ignored
                 signal.signal(number, lambda *_: None)
         threading.Thread(target=self._listen, args=(reader,), daemon=True).start()
@@ -111,7 +112,8 @@ class StopRequest:
     def _listen(self, reader: int) -> None:
         _die_with_parent(self._attached)
         while received := os.read(reader, 1):
-            self._receive(received[0], time.monotonic())
+            if received[0] in _STOP:  # others have handlers, too
+                self._receive(received[0], time.monotonic())
 
     def _receive(self, number: int, now: float) -> None:
         if not self.begun:
