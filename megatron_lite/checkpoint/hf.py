@@ -262,6 +262,10 @@ class HuggingFaceSource(PartsSource):
             raise CheckpointError(f"{folder}: {ADAPTER_CONFIG} beside {CONFIG}: an adapter is to be in its own folder")
         model, self.notes = read_model(folder, vocab_multiple, strict=strict)
         files = _Folder(folder)
+        if model.num_layers > len(files.tensors):
+            raise CheckpointError(
+                f"{folder}: its config means {model.num_layers} layers, its files hold {len(files.tensors)} tensors"
+            )
         super().__init__(folder, model, tensor_parts(model), {"model": files})
         self.precision = "bfloat16" if self.tensors["model.norm.weight"].dtype == torch.bfloat16 else "float32"
         used = {part.name for _, parts in self._places.values() for part in parts}

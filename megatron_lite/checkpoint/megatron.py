@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_lite.checkpoint.megatron_args import model_section
+from megatron_lite.checkpoint.megatron_args import model_section, of_the_model
 from megatron_lite.checkpoint.pickles import SafeUnpickler, StoredTensor, load_torch
 from megatron_lite.checkpoint.source import Info, Source
 from megatron_lite.checkpoint.storage import open_regular
@@ -235,6 +235,13 @@ class LegacySource(MegatronSource):
         if len(trees) != self._tp * self._pp or not trees:
             raise CheckpointError(f"{path}: {len(trees)} rank folders for tp {self._tp} × pp {self._pp}")
         args = _args(trees[0, 0], path)
+        for (pp, tp), tree in trees.items():
+            if of_the_model(_args(tree, path)) != of_the_model(args) or tree.get("iteration") != trees[0, 0].get(
+                "iteration"
+            ):
+                raise CheckpointError(
+                    f"{path}: rank {tp} of stage {pp} has other args or another iteration than rank 0"
+                )
         version = trees[0, 0].get("checkpoint_version", 3.0)
         if not isinstance(version, (int, float)) or version < 2:
             raise CheckpointError(f"{path}: checkpoint_version {version!a}: queries and keys are in another order")
@@ -266,6 +273,8 @@ class LegacySource(MegatronSource):
         if any(sorted(names) != sorted(n for n, v in model.items() if isinstance(v, StoredTensor)) for model in ranks):
             raise CheckpointError(f"{path}: the tensor-parallel ranks of a pipeline stage hold different tensors")
         for name in names:
+            if name.startswith("module."):
+                raise CheckpointError(f"{path}: {name}: not a model of Megatron's core alone, but of what wrapped it")
             parts, layer = [model[name] for model in ranks], re.match(r"decoder\.layers\.(\d+)\.", name)
             if layer:
                 layers.add(int(layer[1]))

@@ -69,18 +69,36 @@ _HARMLESS = {
     *("use_grouped_gemm_for_shared_expert", "use_kitchen_attention", "use_mamba_mem_eff_path"),
     *("num_virtual_stages_per_pipeline_rank", "create_attention_mask_in_dataloader", "disable_mamba_mem_eff_path"),
     "use_te_activation_func",
+    *("linear_conv_kernel_dim", "linear_key_head_dim", "linear_value_head_dim", "linear_num_key_heads"),
+    *("linear_num_value_heads", "no_bias_dropout_fusion", "no_bias_gelu_fusion", "no_bias_swiglu_fusion"),
+    *("no_create_attention_mask_in_dataloader", "no_masked_softmax_fusion", "no_persist_layer_norm", "no_rope_fusion"),
+    *("no_position_embedding", "no_weight_decay_cond_type", "mamba_head_dim", "v_head_dim"),
 }
 _DEPENDENT = (
-    *("moe_", "mamba_", "dsa_", "gdp_", "mhc_", "mtp_", "mup_", "yarn_", "linear_", "relative_attention_", "retro_"),
-    *("bert_", "dino_", "ict_", "indexer_", "retriever_", "grpo_", "rl_", "inference_", "log_", "logits_", "fp8"),
+    *("moe_", "mamba_", "dsa_", "gdp_", "mhc_", "mtp_", "mup_", "yarn_", "relative_attention_", "retro_"),
+    *(
+        "bert_",
+        "dino_",
+        "ict_",
+        "indexer_",
+        "retriever_",
+        "grpo_",
+        "rl_",
+        "inference_",
+        "log_",
+        "logits_load_",
+        "logits_save_",
+        "fp8",
+    ),
     "fp4",
-    *("tokenizer_", "tiktoken_", "cpu_offloading", "recompute_", "save_", "muon_", "kitchen_", "qk_clip", "no_"),
+    *("tokenizer_", "tiktoken_", "cpu_offloading", "recompute_", "save_", "muon_", "kitchen_", "qk_clip"),
     "gtp_",
     *("ckpt_", "dist_", "fim_", "megatron_", "exit_", "data", "lr_", "optim", "vision_", "cuda_graph_", "use_torch"),
 )
 _ABOUT_THE_MODEL = re.compile(
     "rope|rotary|yarn|attention|attn|softmax|norm|activation|glu|gelu|relu|embed|logit|residual|qk|scal|mult|softcap"
     "|window|alibi|position|gate|clamp|latent|connection|clip|expert|moe|mamba|hybrid|heterogen|spec|variant|mtp"
+    "|causal|head_dim|hidden_act|linear_|no_bias"
 )
 
 
@@ -108,6 +126,11 @@ def model_section(args: Mapping[str, Any], where: Path, vocab_size: int | None) 
         refused.append("gelu without the tanh approximation (bias_gelu_fusion)")
     bias = not args["disable_bias_linear"] if "disable_bias_linear" in args else bool(args.get("add_bias_linear", True))
     untied = either("untie_embeddings_and_output_weights", default=None)
+    shared = args.get("share_embeddings_and_output_weights")
+    if untied is not None and shared is not None and bool(untied) == bool(shared):
+        refused.append(
+            f"untie_embeddings_and_output_weights={untied} with share_embeddings_and_output_weights={shared}"
+        )
     tied = bool(either("share_embeddings_and_output_weights", default=True)) if untied is None else not untied
     heads, padded = args["num_attention_heads"], args["padded_vocab_size"]
     dropout = args.get("hidden_dropout") or 0.0
@@ -150,6 +173,12 @@ def _rope(args: Mapping[str, Any], either: _Either, refused: list[str]) -> dict[
     elif linear not in (None, 1):
         found["rope_scaling"] = {"type": "linear", "factor": linear}
     return found
+
+
+def of_the_model(args: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments that decide a model: what all ranks of a checkpoint have in common."""
+    known = {name: value for name, value in args.items() if name in _HONOURED or name in _FIXED}
+    return {name: value for name, value in known.items() if value in _UNSET or _set(value)}
 
 
 class _Either:

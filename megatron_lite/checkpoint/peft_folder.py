@@ -48,7 +48,8 @@ class PeftSource(Source):
         self.path, self.base, self.model, self.precision = folder, base, base.model, base.precision
         self.tensors: dict[str, Info] = {}
         self.config = read_json(folder, CONFIG)
-        odd = [k for k, value in self.config.items() if k not in (*_ANY, *self.known) and value not in _NOTHING]
+        asked = {key: value for key, value in self.config.items() if not key.startswith("unsloth_")}
+        odd = [k for k, value in asked.items() if k not in (*_ANY, *self.known) and value not in _NOTHING]
         if odd:
             told = ", ".join(f"{ascii(key)[1:-1]}={self.config[key]!a}"[:200] for key in odd[:3])
             raise CheckpointError(f"{folder / CONFIG}: {told}: not done here")

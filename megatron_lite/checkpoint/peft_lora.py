@@ -151,6 +151,9 @@ class LoRASource(PeftSource):
                     odd.append(f"{a} has rank {stored.shape[0]}, r and rank_pattern mean {own}")
                 ranks |= dict.fromkeys(module.names, stored.shape[0])
                 alphas |= dict.fromkeys(module.names, _first(patterns["alpha_pattern"], name, alpha))
+        if not ranks and self._file.tensors:
+            first = next(iter(self._file.tensors))
+            raise CheckpointError(f"{self.path / WEIGHTS}: {first!a:.200} is no factor of a module of this model")
         config = self.section(
             method="lora",
             targets=list(ranks),

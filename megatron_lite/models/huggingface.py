@@ -274,7 +274,7 @@ def _scaling(values: Mapping[str, Any], where: str, tree: Any, refused: list[str
     if not isinstance(tree, dict):
         refused.append(f"{where}={tree!a:.100}")
         return None
-    kinds = [tree[key] for key in ("rope_type", "type") if key in tree] or ["default"]
+    kinds = [tree[key] for key in ("rope_type", "type") if tree.get(key) is not None] or ["default"]
     if kinds[0] != kinds[-1]:
         refused.append(f"{where}: rope_type={kinds[0]!a:.100} and type={kinds[-1]!a:.100}")
         return None

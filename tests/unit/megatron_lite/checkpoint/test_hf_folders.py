@@ -224,6 +224,15 @@ def test_what_says_something_else_is_named(sound, tmp_path, name):
     assert not (tmp_path / "ours").exists()
 
 
+def test_layers_without_number_are_no_wait(sound, tmp_path):
+    """A config's count is not believed before the files are seen to hold so many."""
+    folder = shutil.copytree(sound(LLAMA)[0], tmp_path / "llama")
+    tree = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(tree | {"num_hidden_layers": 10**7}))
+    with pytest.raises(CheckpointError, match="its config means 10000000 layers, its files hold"):
+        HuggingFaceSource(folder)
+
+
 def test_an_import_that_is_read_otherwise_than_theirs_is_not_committed(sound, tmp_path, monkeypatch, capsys):
     folder, theirs = sound(LLAMA)
     convert.import_hf(folder, tmp_path / "ours", 1, 128)

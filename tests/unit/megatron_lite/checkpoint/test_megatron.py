@@ -198,6 +198,26 @@ def test_ranks_that_disagree_are_named(saved, tmp_path):
     unfit(saved, tmp_path / "b", names, "tensor-parallel ranks of a pipeline stage hold different tensors")
 
 
+def test_ranks_of_two_checkpoints_are_told_apart(saved, tmp_path):
+    def later(tree, rank, stage):
+        tree["iteration"] = 9 if (rank, stage) == (1, 0) else 7
+
+    unfit(saved, tmp_path / "a", later, "rank 1 of stage 0 has other args or another iteration than rank 0")
+
+    def otherwise(tree, rank, stage):
+        if stage:
+            tree["args"].rotary_base = 5000
+
+    unfit(saved, tmp_path / "b", otherwise, "rank 0 of stage 1 has other args")
+
+
+def test_a_model_in_a_wrapper_is_refused(saved, tmp_path):
+    def wrapped(tree, rank, stage):
+        tree["model"] = {f"module.{name}": value for name, value in tree["model"].items()}
+
+    unfit(saved, tmp_path, wrapped, "not a model of Megatron's core alone")
+
+
 def test_an_embedding_that_the_last_stage_has_too_is_the_same(saved, tmp_path):
     def tied(tree, rank, stage):
         tree["args"].untie_embeddings_and_output_weights = False
@@ -239,12 +259,14 @@ OF_OTHER_MODELS = {
     **{"position_embedding_type": "yarn", "normalization": "LayerNorm", "gated_linear_unit": True, "use_mup": True},
     **{"apply_layernorm_1p": True, "layernorm_zero_centered_gamma": True, "squared_relu": True},
     **{"final_logit_softcapping": 30.0, "attention_logit_multiplier": 2.0, "rope_of_tomorrow": "x"},
+    **{"logits_scaling": 2.0, "linear_scale": 2.0, "no_bias": True, "hidden_act": "gelu", "head_dim": 4},
+    **{"share_embeddings_and_output_weights": True},
 }
 
 
 @pytest.mark.parametrize("name", OF_OTHER_MODELS)
 def test_an_argument_of_another_model_is_refused_by_name(name):
-    base = {**BASE, "swiglu": name != "gated_linear_unit"}
+    base = {**BASE, "swiglu": name != "gated_linear_unit", "untie_embeddings_and_output_weights": True}
     with pytest.raises(CheckpointError, match=name):
         model_section({**base, name: OF_OTHER_MODELS[name]}, Path("x"), None)
 

@@ -322,6 +322,17 @@ def test_embeddings_saved_along_are_those_of_the_base(adapter):
         changed(adapter, lambda tensors, name=name: {n: t for n, t in tensors.items() if n != name})
 
 
+def test_what_is_no_adapter_of_this_model_is_named(adapter):
+    changed(adapter, lambda tensors: {name.replace(".weight", ".default.weight"): t for name, t in tensors.items()})
+    with pytest.raises(CheckpointError, match=r"lora_\w\.default\.weight' is no factor of a module of this model"):
+        read(adapter)
+
+
+def test_a_note_of_others_beside_the_settings_is_harmless(adapter):
+    changed(adapter, unsloth_fixed=True)
+    assert open_peft(adapter / "theirs", open_source(adapter / "base")).peft.method == "lora"
+
+
 def test_a_rank_other_than_the_config_says_is_refused(adapter):
     changed(adapter, r=3)
     with pytest.raises(CheckpointError, match="has rank 4, r and rank_pattern mean 3"):

@@ -97,6 +97,7 @@ READ = {
         {"rope_scaling": {**LLAMA3, "original_max_position_embeddings": 16}, "original_max_position_embeddings": 16},
     ),
     "both types": ("llama", {"rope_scaling": {**LINEAR, "rope_type": "linear"}}),
+    "one type null": ("llama", {"rope_scaling": {"factor": 2.0, "rope_type": "linear", "type": None}}),
     "a factor of one": (
         "llama",
         {"rope_scaling": {"rope_type": "default", "factor": 1.0}, "partial_rotary_factor": 1.0},
