@@ -20,11 +20,11 @@ from typing import Any, BinaryIO, Generic, NamedTuple, TypeVar
 
 from data_tools import parquet
 from data_tools.sources import Span
+from megatron_lite.data.messages import decode, kind
 from megatron_lite.errors import DataError
 
 T = TypeVar("T")
 MAX_LINE_BYTES = 128 << 20
-_TYPES = {dict: "an object", list: "a list", str: "a string", bool: "a boolean", int: "a number", float: "a number"}
 
 
 class Record(NamedTuple, Generic[T]):
@@ -120,21 +120,6 @@ def _refused(line: int, nothing: T, error: str, raw: bytes) -> Record[T]:
     return Record(line, nothing, error, raw[:80].decode("utf-8", "backslashreplace"))
 
 
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) != len(pairs):
-        keys = [key for key, _ in pairs]
-        raise ValueError(f"duplicate key {json.dumps(next(key for key in found if keys.count(key) > 1))}")
-    return found
-
-
-def _no_constant(name: str) -> None:
-    raise ValueError(f"{name} is not JSON")
-
-
-_DECODER = json.JSONDecoder(object_pairs_hook=_unique, parse_constant=_no_constant)
-
-
 def parse_object(raw: bytes) -> dict[str, Any] | None:
     """The object in one line of jsonl, None for a blank one. Raises ValueError with the reason to refuse it."""
     try:
@@ -149,21 +134,6 @@ def parse_object(raw: bytes) -> dict[str, Any] | None:
     if not isinstance(found, dict):
         raise ValueError(f"expected an object, not {kind(found)}")
     return found
-
-
-def decode(text: str) -> Any:
-    """The value that a JSON text is. Raises ValueError with what is wrong with it."""
-    try:
-        return _DECODER.decode(text)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"invalid JSON at column {error.pos + 1}: {error.msg}") from None
-    except RecursionError:
-        raise ValueError("invalid JSON: nested too deeply") from None
-
-
-def kind(value: Any) -> str:
-    """What a JSON value is, in words."""
-    return _TYPES.get(type(value), "null")
 
 
 def parse(raw: bytes, text_key: str = "text") -> str:

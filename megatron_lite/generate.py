@@ -18,6 +18,7 @@ from megatron_lite.checkpoint import CheckpointSource, Source
 from megatron_lite.cli import nearest
 from megatron_lite.config import PrefixConfig
 from megatron_lite.data.ends import ends, named_ends, with_ends
+from megatron_lite.data.messages import present, read_message
 from megatron_lite.data.template import ChatTemplate, Message, find_template
 from megatron_lite.data.tokenizer import JSON, MODEL, carried_tokenizer
 from megatron_lite.dist import random
@@ -263,8 +264,7 @@ class Codec:
         """The tokens of a prompt or, in a ``chat``, of a conversation, perhaps one that the prompt begins as the user's
         message. Raises ConfigError, and CheckpointError for tokens that the model does not have."""
         try:
-            messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-            text = self.template.prompt(messages) if chat else str(prompt)
+            text = self.template.prompt(self._messages(prompt)) if chat else str(prompt)
             text.encode()
         except UnicodeEncodeError:
             raise ConfigError("the prompt is no text that UTF-8 can carry") from None
@@ -282,6 +282,12 @@ class Codec:
                 f"vocabulary has {self.vocab_size} entries; its tokenizer has {self.tokenizer.vocab_size}"
             )
         return tokens
+
+    def _messages(self, prompt: str | Sequence[Message]) -> list[Message]:
+        """As the template takes them, and as training has them."""
+        given = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+        calls = self.template.calls
+        return [read_message(present(each), f"message {i}: ", calls)[0] for i, each in enumerate(given, 1)]
 
     def write(self, prompt: list[int], produced: list[int], *, chat: bool) -> tuple[str, str]:
         """The text of a prompt and the text that follows it, which join into one; in a ``chat`` the latter alone."""

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from megatron_lite.cli import nearest
+from megatron_lite.data.messages import present, read_message
 from megatron_lite.data.template import Message
 from megatron_lite.errors import ConfigError, DataError
 
@@ -140,12 +141,10 @@ def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _check_messages(messages: Any) -> None:
-    if not isinstance(messages, list) or not messages:
+    if not isinstance(messages, list) or not messages or not all(isinstance(each, dict) for each in messages):
         raise ValueError("messages is a list of objects with role and content")
     for number, message in enumerate(messages, 1):
-        texts = [message.get(key) for key in ("role", "content")] if isinstance(message, dict) else [None]
-        if not all(isinstance(text, str) for text in texts):
-            raise ValueError(f"message {number}: role and content are texts")
+        read_message(present(message), f"message {number}: ", "objects")
 
 
 def _number(name: str, value: Any) -> int | float:

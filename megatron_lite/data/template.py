@@ -176,9 +176,12 @@ class ChatTemplate:
         return "objects"
 
     def prompt(self, messages: Sequence[Message]) -> str:
-        """What the assistant is to go on from. Raises ValueError where the template refuses the conversation."""
+        """What the assistant is to go on from. Raises ValueError where the template refuses the conversation or leaves
+        a message out."""
         _check_marks(messages)
-        return self._render(messages, prompt=True).text
+        text = self._render(messages, prompt=True).text
+        self._check_complete(messages, {}, text, prompt=True)
+        return text
 
     def end(self) -> int:
         """The token that it writes after an answer: a control token, or one like ``<end>`` that is no more; else -1."""
@@ -228,7 +231,9 @@ class ChatTemplate:
         wanted = [i for i in (turns[-1:] if loss == "last" else turns) if i not in untrained]
         return Rendered(whole, [self._turn(whole, messages, i, given) for i in wanted])
 
-    def _check_complete(self, messages: Sequence[Message], given: Mapping[str, Any], whole: str) -> None:
+    def _check_complete(
+        self, messages: Sequence[Message], given: Mapping[str, Any], whole: str, *, prompt: bool = False
+    ) -> None:
         """Raise ValueError for a message that makes no difference, as some templates ignore roles unknown to them, and
         for what an assistant says beside its calls where a template writes those alone."""
         for i, message in enumerate(messages):
@@ -237,7 +242,7 @@ class ChatTemplate:
             if message["role"] in ("user", "assistant") or not message["content"].strip() or len(messages) == 1:
                 continue
             with suppress(_RefusedError):
-                if self._render([*messages[:i], *messages[i + 1 :]], given).text == whole:
+                if self._render([*messages[:i], *messages[i + 1 :]], given, prompt=prompt).text == whole:
                     raise ValueError(f"the chat template leaves out message {i + 1}, of role {message['role']!a}")
 
     def _turn(self, whole: str, messages: Sequence[Message], i: int, given: Mapping[str, Any]) -> tuple[int, int]:

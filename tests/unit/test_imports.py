@@ -20,7 +20,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     M + "cli": (),
     M + "config": (M + "cli", M + "targets", M + "data.tokenizer", M + "models.huggingface"),
     M + "targets": (M + "cli",),
-    M + "data": (M + "dist.random", M + "layers.loss"),
+    M + "data": (M + "cli", M + "dist.random", M + "layers.loss"),
     M + "dist": (),
     M + "layers": (M + "dist",),
     M + "models": (M + "layers", M + "dist"),

@@ -236,6 +236,27 @@ def test_a_prompt_is_read_as_transformers_reads_it(tmp_path):
 CHAT = [{"role": "user", "content": "import os"}]
 
 
+def test_messages_are_read_as_training_reads_them(tmp_path):
+    files = tokenizer_files(write_json_tokenizer(tmp_path))
+
+    def read(template, *messages):
+        codec = Codec({**files, "chat_template.jinja": template.encode()}, tmp_path, 10**6)
+        return codec.tokenizer.decode(codec.read(messages, chat=True))
+
+    shown = (
+        "{% for m in messages %}{{ m.role }}:{{ m.name if m.name is defined }}:{{ m.content }}"
+        "{% for c in m.tool_calls or [] %}{{ c.function.arguments | tojson }}{% endfor %};{% endfor %}"
+    )
+    call = {"type": "function", "function": {"name": "f", "arguments": '{"é": 1}'}}
+    answer = {"role": "assistant", "content": None, "tool_calls": [call], "refusal": None}
+    assert read(shown, {**CHAT[0], "name": None}, answer) == 'user::import os;assistant::{"é": 1};'
+    deaf = "{% for m in messages if m.role != 'system' %}{{ m.content }}{% endfor %}"
+    with pytest.raises(ConfigError, match="the prompt: the chat template leaves out message 1, of role 'system'"):
+        read(deaf, {"role": "system", "content": "Count."}, *CHAT)
+    with pytest.raises(ConfigError, match="the prompt: message 2: the chat template leaves out its tool calls"):
+        read(deaf, *CHAT, answer)
+
+
 def speaking(folder, vocab=400, **tokenizer):
     """A base that has a tokenizer, and its small files."""
     files = tokenizer_files(write_json_tokenizer(folder / "hf", **tokenizer))

@@ -41,7 +41,7 @@ WRONG = {
     '{"prompt": "x", "prompt": "y"}': "a key is there twice",
     '{"prompt": "x", "messages": [{"role": "user", "content": "x"}]}': "and not both",
     '{"messages": []}': "messages is a list of objects with role and content",
-    '{"messages": [{"role": "user", "content": null}]}': "message 1: role and content are texts",
+    '{"messages": [{"role": "user", "content": null}]}': 'message 1: "content" is missing or null',
     '{"prompt": "x", "adapter": "loro"}': r"no adapter 'loro' \(did you mean 'lora'\?\)",
     '{"prompt": "x", "id": [1]}': "id is a text or a whole number",
     '{"prompt": "x", "top_k": 1.5}': r"top_k is a whole number, not 1\.5",
@@ -64,6 +64,20 @@ def test_all_lines_that_are_no_requests_are_named(tmp_path):
             raise DataError(told[number - 2])
         assert len(told[number - 2]) < 400, line
     assert told[20:] == ["and 4 lines more"]
+
+
+@pytest.mark.parametrize(
+    ("messages", "problem"),
+    [
+        (["hi"], "messages is a list of objects"),
+        ([{"role": "User", "content": "hi"}], "message 1: \"role\" is 'User'"),
+        ([*TURNS, {"role": "assistant", "tool_calls": [{"name": "f", "arguments": "{"}]}], 'message 2: "arguments"'),
+    ],
+)
+def test_messages_are_checked_as_those_of_training(tmp_path, messages, problem):
+    (tmp_path / "r.jsonl").write_text(json.dumps({"messages": messages}))
+    with pytest.raises(DataError, match=rf"r\.jsonl:1: {problem}"):
+        read_requests(tmp_path / "r.jsonl")
 
 
 def test_bytes_that_are_no_text_and_files_without_requests(tmp_path):
