@@ -175,6 +175,17 @@ class ChatTemplate:
                 return "none" if text == self._render([user, answer]).text else form
         return "objects"
 
+    @cached_property
+    def _prompts_always(self) -> bool:
+        """Whether what precedes an answer follows the last one too, where nobody asked for a generation prompt."""
+        user, answer = {"role": "user", "content": "a"}, {"role": "assistant", "content": _HERE}
+        with suppress(ValueError):
+            before, _, after = self._render([user, answer]).text.partition(_HERE)
+            going_on = self._render([user, answer, user]).text.partition(_HERE)[2]
+            header = after[_shared(after, going_on) :].rstrip()
+            return bool(header) and before.rstrip().endswith(header)
+        return False
+
     def prompt(self, messages: Sequence[Message]) -> str:
         """What the assistant is to go on from. Raises ValueError where the template refuses the conversation or leaves
         a message out."""
@@ -216,6 +227,11 @@ class ChatTemplate:
         """
         _check_marks(messages, dict(given))
         whole, spans = self._render(messages, given)
+        if self._prompts_always and (loss == "all" or not self.marks_generation):
+            raise ValueError(
+                "the chat template writes the header of an answer to come after every conversation: give a copy that "
+                "writes it {% if add_generation_prompt %} alone as --template=FILE"
+            )
         self._check_complete(messages, given, whole)
         turns = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
         if loss == "all":

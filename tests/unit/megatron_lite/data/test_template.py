@@ -312,6 +312,19 @@ def test_without_marks_a_turn_is_what_the_text_gains_by_it(tokenizer):
             assert unmarked.render(messages(pairs), loss) == marked.render(messages(pairs), loss)
 
 
+@pytest.mark.parametrize("header", ["assistant> ", "<|im_start|>assistant\n"])
+def test_a_header_after_every_conversation_is_refused(tokenizer, header):
+    turn = "{{ '" + header.replace("assistant", "' + m.role + '").replace("\n", "\\n") + "' + m.content + '\\n' }}"
+    source = "{% for m in messages %}" + turn + "{% endfor %}"
+    always, asked = source + header, source + "{% if add_generation_prompt %}" + header + "{% endif %}"
+    for loss in ("completions", "last", "all"):
+        with pytest.raises(ValueError, match="writes the header of an answer to come after every conversation"):
+            ChatTemplate(always, tokenizer).render(messages(CONVERSATIONS[0]), loss)
+        ChatTemplate(asked, tokenizer).render(messages(CONVERSATIONS[0]), loss)
+    for source in IN_USE.values():
+        assert not ChatTemplate(unmarked(source), tokenizer)._prompts_always
+
+
 def test_the_prompt_is_what_training_has_before_the_answer(tokenizer):
     for source in (CHATML, UNMARKED, PLAIN):
         compiled = ChatTemplate(source, tokenizer)
