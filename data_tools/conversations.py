@@ -11,7 +11,17 @@ from collections.abc import Callable, Mapping
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
-from megatron_lite.data.messages import MEDIA, Calls, decoded, kind, present, read_message, text_field
+from megatron_lite.data.messages import (
+    LOSS_MARKS,
+    MEDIA,
+    WEIGHTS,
+    Calls,
+    decoded,
+    kind,
+    present,
+    read_message,
+    text_field,
+)
 
 
 class Conversation(NamedTuple):
@@ -32,6 +42,7 @@ class Conversation(NamedTuple):
 
 _PREFERENCES = ("chosen", "rejected", "preferred_output", "non_preferred_output", "kto_tag")
 _BESIDE = ("system", "tools", "functions", "chat_template_kwargs")  # the messages of a line, in any form
+_UNREAD = ("system_prompt", "system_message", "documents", "context", "query")  # content, lost if it were passed over
 _TEMPLATE_ARGUMENTS = (  # what a line cannot say to a template in chat_template_kwargs
     *("messages", "conversation", "tools", "documents", "add_generation_prompt", "continue_final_message"),
     *("chat_template", "tokenize", "return_dict", "return_tensors", "return_assistant_tokens_mask"),
@@ -152,6 +163,13 @@ def conversation(found: dict[str, Any], form: str = "auto", calls: Calls = "obje
     for key in MEDIA:
         if found.get(key):
             raise ValueError(f"{json.dumps(key)} is not read: only text is trained on")
+    for key in (*LOSS_MARKS, *WEIGHTS):
+        if key in found:
+            raise ValueError(f'"{key}" is not read on a line; "weight" 0 or "train" false in a message holds it back')
+    for key in _UNREAD:
+        if found.get(key):
+            better = '"system" is' if key.startswith("system") else "what the model is to see stands in the messages"
+            raise ValueError(f'"{key}" is not read; {better}')
     fits = [name for name, each in FORMATS.items() if all(key in found for key in each.keys)]
     if form == "auto" and len(fits) == 1:
         form = fits[0]

@@ -6,6 +6,7 @@ A field that is null is absent: exports write null where another message has the
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from typing import Any, Literal
 
@@ -21,6 +22,8 @@ _ROLES = {
     **{"system": "system", "developer": "developer"},
 }
 MEDIA = ("image", "images", "video", "videos", "audio", "audios")
+LOSS_MARKS = ("loss", "loss_weight", "loss_scale", "masked", "mask", "trainable", "is_trainable", "ignore")
+WEIGHTS = ("weight", "train", "training")
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -35,7 +38,13 @@ def _no_constant(name: str) -> None:
     raise ValueError(f"{name} is not JSON")
 
 
-_DECODER = json.JSONDecoder(object_pairs_hook=_unique, parse_constant=_no_constant)
+def _finite(text: str) -> float:
+    if math.isinf(value := float(text)):
+        raise ValueError(f"{text:.40} is beyond what a number can be")
+    return value
+
+
+_DECODER = json.JSONDecoder(object_pairs_hook=_unique, parse_constant=_no_constant, parse_float=_finite)
 
 
 def decode(text: str) -> Any:
@@ -136,7 +145,10 @@ def _trained(message: dict[str, Any], role: str, where: str) -> bool:
     for key in ("training_detail", "train_detail"):
         if key in message:
             raise ValueError(f'{where}"{key}" is not read: a message is trained on as a whole ("train") or not at all')
-    said = {key: message[key] for key in ("weight", "train", "training") if key in message}
+    for key in LOSS_MARKS:
+        if key in message:
+            raise ValueError(f'{where}"{key}" is not read; "weight" 0 or "train" false holds a message back')
+    said = {key: message[key] for key in WEIGHTS if key in message}
     for key, value in said.items():
         if not isinstance(value, (bool, int, float)) or value not in (0, 1):
             expected = "0 or 1" if key == "weight" else "true or false"
@@ -175,7 +187,7 @@ def read_message(message: dict[str, Any], where: str, calls: Calls) -> tuple[dic
         listed = found if isinstance(found, list) else [found]
         called = [{"type": "function", "function": _function(each, where, calls)} for each in listed]
         content = ""
-    read = {"role", "from", "content", "value", "tool_calls", "function_call", "weight", "train", "training"}
+    read = {"role", "from", "content", "value", "tool_calls", "function_call", *WEIGHTS}
     rest = {key: value for key, value in message.items() if key not in read}
     as_read = {"role": role, "content": content, **rest, **({"tool_calls": called} if called else {})}
     return as_read, _trained(message, role, where)

@@ -121,7 +121,7 @@ def test_tools_come_in_every_form(line):
 
 def test_what_a_line_says_beside_its_messages():
     line = {"messages": [USER, ANSWER], "chat_template_kwargs": '{"enable_thinking": false}', "id": 0, "tags": []}
-    found = conversation({**line, "parallel_tool_calls": True})
+    found = conversation({**line, "parallel_tool_calls": True, "loss": None, "context": "", "weight": None})
     assert (found.given, found.unused) == ({"enable_thinking": False}, ("id", "parallel_tool_calls"))
     assert conversation({"prompt": [SYSTEM, USER, ANSWER, USER], "completion": [ANSWER], "system": None}).prompt == 4
     assert conversation({"prompt": [USER, ANSWER, USER], "completion": [ANSWER], "system": "Count."}).prompt == 4
@@ -186,6 +186,19 @@ def test_a_function_call_stays_text_where_the_template_knows_none():
         ({"messages": [USER], "chat_template_kwargs": [1]}, '"chat_template_kwargs" is a list, expected an object'),
         ({"prompt": "x", "chosen": "y", "rejected": "z"}, '"chosen", "rejected": preference data'),
         ({"prompt": "x", "completion": "y", "label": False}, '"label": preference data'),
+        *(
+            ({"messages": [USER, {**ANSWER, key: value}]}, f'message 2: "{key}" is not read; "weight" 0 or "train"')
+            for key, value in (("loss", False), ("loss_weight", 0), ("masked", True), ("trainable", False))
+        ),
+        *(
+            ({"messages": [USER, ANSWER], key: value}, f'^"{key}" is not read on a line; "weight" 0')
+            for key, value in (("mask", [0, 1]), ("ignore", True), ("train", False), ("weight", 0))
+        ),
+        ({"instruction": "x", "output": "y", "system_prompt": "z"}, '"system_prompt" is not read; "system" is'),
+        ({"messages": [USER], "system_message": "z"}, '"system_message" is not read; "system" is'),
+        ({"messages": [USER], "documents": [{"text": "z"}]}, '"documents" is not read; what the model is to see'),
+        ({"instruction": "x", "output": "y", "context": "z"}, '"context" is not read; what the model is to see'),
+        ({"messages": [{**CALLS, "tool_calls": [called('{"a": -1e999}')]}]}, '"arguments": -1e999 is beyond what'),
     ],
 )
 def test_what_is_wrong_with_a_line_is_said(line, message):
