@@ -198,7 +198,6 @@ def test_a_function_call_stays_text_where_the_template_knows_none():
         ({"messages": [USER], "system_message": "z"}, '"system_message" is not read; "system" is'),
         ({"messages": [USER], "documents": [{"text": "z"}]}, '"documents" is not read; what the model is to see'),
         ({"instruction": "x", "output": "y", "context": "z"}, '"context" is not read; what the model is to see'),
-        ({"messages": [{**CALLS, "tool_calls": [called('{"a": -1e999}')]}]}, '"arguments": -1e999 is beyond what'),
     ],
 )
 def test_what_is_wrong_with_a_line_is_said(line, message):
