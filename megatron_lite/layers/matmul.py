@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Mapping
 from functools import cache, partial
 from itertools import product
+from statistics import median
 
 import torch
 import torch.nn.functional as F
@@ -19,7 +20,7 @@ from torch import Tensor
 
 _FEW = 16  # rows
 _MARGIN = 1.4  # of a winner over the kernel that is the rule; true ratios met so far: below 1.15 or above 1.5
-_ROUNDS = 9
+_MEASUREMENTS, _TURNS = 3, 10
 
 Kernel = Callable[[Tensor, Tensor, Tensor | None], Tensor]
 
@@ -105,15 +106,23 @@ def _sample(dtype: torch.dtype, shape: tuple[int, ...], turned: bool) -> Tensor:
 
 
 def _fastest(candidates: Mapping[str, Callable[[], object]]) -> str:
-    """The first, which is the rule, or the second if it is faster by the margin: by their best times, in turns."""
-    best = dict.fromkeys(candidates, float("inf"))
+    """The first, which is the rule, or the second if it is faster by the margin in each of some measurements: on a busy
+    machine one alone may be far off."""
     rule, other = candidates
     with torch.inference_mode(False), torch.no_grad():
-        for turn in range(_ROUNDS):
-            for name, run in candidates.items():
-                start = time.perf_counter()
-                run()
-                best[name] = min(best[name], time.perf_counter() - start)
-            if turn and max(best.values()) > 4 * min(best.values()):
+        return other if all(_ratio(*candidates.values()) > _MARGIN for _ in range(_MEASUREMENTS)) else rule
+
+
+def _ratio(rule: Callable[[], object], other: Callable[[], object]) -> float:
+    """How much longer the one takes than the other: the median over turns, in which a busy moment meets both."""
+    ratios: list[float] = []
+    for turn in range(_TURNS):
+        start = time.perf_counter()
+        rule()
+        between = time.perf_counter()
+        other()
+        if turn:  # the first one prepares
+            ratios.append((between - start) / (time.perf_counter() - between))
+            if not 0.25 < ratios[-1] < 4:
                 break  # the slow one would take the most of a second
-    return other if best[rule] > _MARGIN * best[other] else rule
+    return median(ratios)
