@@ -20,7 +20,7 @@ from megatron_lite.config import PrefixConfig
 from megatron_lite.data.ends import ends, named_ends, with_ends
 from megatron_lite.data.messages import present, read_message
 from megatron_lite.data.template import ChatTemplate, Message, find_template
-from megatron_lite.data.tokenizer import JSON, MODEL, carried_tokenizer
+from megatron_lite.data.tokenizer import MAIN, carried_tokenizer
 from megatron_lite.dist import random
 from megatron_lite.dist.env import read_rank
 from megatron_lite.dist.mesh import Mesh, build_mesh, pick_device, process_group
@@ -216,7 +216,7 @@ def open_models(
         files: dict[str | None, dict[str, bytes]] = {None: source.extras()}
         for name, adapter in sources.items():
             files[name] = own = adapter.extras()
-            if not own.keys() & {JSON, MODEL}:  # its texts are the base's
+            if not own.keys() & {*MAIN}:  # its texts are the base's
                 files[name] = with_ends(files[None] | own, named_ends(files[None]))
         yield models, files, default
 

@@ -136,9 +136,7 @@ class DeepSpeedSource(PartsSource):
             if not torch.equal(weights.tensors[head].read(), weights.tensors[embedding].read()):
                 raise CheckpointError(f"{self.path}: {head} is not the embedding, which the config says it is")
             unused.remove(head)
-        if unused:
-            more = f" and {len(unused) - 3} more" if len(unused) > 3 else ""
-            raise CheckpointError(f"{self.path}: the model has no use for {', '.join(sorted(unused)[:3])}{more}")
+        self.refuse_unused(unused)
 
     @staticmethod
     def _tree(path: Path, key: str) -> Any:

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from megatron_lite.checkpoint.manifest import parse_json
 from megatron_lite.checkpoint.shards import buffer
-from megatron_lite.checkpoint.source import Info, Source
+from megatron_lite.checkpoint.source import Info, Source, shown
 from megatron_lite.checkpoint.storage import new_folder, open_regular, write_file
 from megatron_lite.checkpoint.tensor_file import TensorFile, header, row_blocks
 from megatron_lite.config import ModelConfig, parse_model
@@ -136,7 +136,7 @@ class PartsSource(Source):
             if name in file.tensors:
                 return Part(name, part.shape, part.transposed)
         near = sorted(name for name in file.tensors if name.startswith(part.name.removesuffix("weight")))[:3]
-        hint = f"; it has {', '.join(map(_shown, near))}" if near else ""
+        hint = f"; it has {', '.join(map(shown, near))}" if near else ""
         raise CheckpointError(f"{self.path} lacks {part.name}{hint}")
 
     def _info(self, name: str, parts: list[Part], file: Tensors) -> Info:
@@ -170,11 +170,6 @@ class PartsSource(Source):
     def close(self) -> None:
         for file, _ in self._places.values():
             file.close()
-
-
-def _shown(name: str) -> str:
-    """A name that a stranger gave, for a terminal."""
-    return ascii(name)[1:-1][:100]
 
 
 def _bare(name: str) -> str:
@@ -221,7 +216,7 @@ class _Folder:
         for tensor, (first, *others) in self._holders.items():
             for other in others:
                 if not _equal(self._files[first], tensor, self._files[other], tensor):
-                    raise CheckpointError(f"{self.path}: {_shown(tensor)} is another one in {first} than in {other}")
+                    raise CheckpointError(f"{self.path}: {shown(tensor)} is another one in {first} than in {other}")
 
     def close(self) -> None:
         for file in self._files.values():
@@ -278,10 +273,7 @@ class HuggingFaceSource(PartsSource):
 
     def _check_rest(self, files: _Folder, used: set[str]) -> None:
         files.check_copies()
-        rest = sorted(name for name in files.tensors if name not in used and not self._is_redundant(files, name))
-        if rest:
-            more = f" and {len(rest) - 3} more" if len(rest) > 3 else ""
-            raise CheckpointError(f"{self.path}: the model has no use for {', '.join(map(_shown, rest[:3]))}{more}")
+        self.refuse_unused([name for name in files.tensors.keys() - used if not self._is_redundant(files, name)])
 
     def _is_redundant(self, files: _Folder, name: str) -> bool:
         """Whether a tensor says what is said elsewhere. Raises CheckpointError where it says something else."""
@@ -331,7 +323,7 @@ class HuggingFaceSource(PartsSource):
             return []
         known = {*TOKEN_IDS, "transformers_version", "_from_model_config"}
         asked = {k: v for k, v in read_json(self.path, GENERATION).items() if k not in known and v is not None}
-        told = ", ".join(f"{_shown(key)}={value!a:.80}" for key, value in asked.items())
+        told = ", ".join(f"{shown(key)}={value!a:.80}" for key, value in asked.items())
         return [f"{GENERATION}: {told}: kept for exports; generate has flags of its own"] if asked else []
 
     def extras(self) -> dict[str, bytes]:

@@ -93,9 +93,7 @@ class MegatronSource(Source):
             unread.remove(_TOP["head.weight"])
             if not torch.equal(self._whole(_TOP["head.weight"]), self._whole(_TOP["embedding.weight"])):
                 raise CheckpointError(f"{path}: {_TOP['head.weight']} is not the embedding, which its args say it is")
-        if unread:
-            more = f" and {len(unread) - 3} more" if len(unread) > 3 else ""
-            raise CheckpointError(f"{path}: the model has no use for {', '.join(sorted(unread)[:3])}{more}")
+        self.refuse_unused(unread)
 
     @abstractmethod
     def _all(self) -> Collection[str]:

@@ -7,7 +7,7 @@ is not being resumed (conversion, comparison, averages, fine-tuning) reads one o
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -30,6 +30,11 @@ class Info(NamedTuple):
 
     dtype: torch.dtype
     shape: tuple[int, ...]
+
+
+def shown(name: str) -> str:
+    """A name that a stranger gave, for a terminal."""
+    return ascii(name)[1:-1][:100]
 
 
 class Source(ABC):
@@ -65,6 +70,14 @@ class Source(ABC):
         if owner.startswith(_PADDED) and len(shape) == 2:
             return (min(shape[0], self.model.vocab_size or shape[0]), shape[1])
         return shape
+
+    def refuse_unused(self, names: Collection[str]) -> None:
+        """Refuse tensors, by the names that their files give them, that the model has no use for. Raises
+        CheckpointError where there are any."""
+        if names:
+            more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+            first = ", ".join(map(shown, sorted(names)[:3]))
+            raise CheckpointError(f"{self.path}: the model has no use for {first}{more}")
 
     def close(self) -> None:  # noqa: B027 (most have nothing to close)
         """Close its files."""
