@@ -34,7 +34,15 @@ from megatron_lite.dist.mesh import Axis
 from megatron_lite.dist.shard import materialize, pieces_of
 from megatron_lite.errors import CheckpointError, ConfigError, MegatronLiteError
 from megatron_lite.generate import trained_shapes
-from megatron_lite.logits import in_silence, load_model, same_as_transformers, some_tokens, too_large
+from megatron_lite.logits import (
+    cannot_read,
+    in_silence,
+    load_model,
+    relative_gap,
+    same_as_transformers,
+    some_tokens,
+    too_large,
+)
 from megatron_lite.models.decoder import Decoder
 
 BLOCK_BYTES = 32 << 20
@@ -175,7 +183,7 @@ def _same_as_beside(written: Source, base: Source, adapter: CheckpointSource) ->
     tokens = some_tokens(base.model, base.model.max_seq_len)
     with torch.no_grad():
         ours, want = load_model(written)(tokens), _beside(base, adapter)(tokens)
-    gap = float((ours - want).abs().max() / want.abs().max())
+    gap = relative_gap(ours, want)
     exact = all(info.dtype == torch.float32 for info in written.tensors.values())
     if not gap < (1e-4 if exact else 0.1):
         raise CheckpointError(f"{written.path} computes other logits than its parts, by {gap:.2g} of the largest")
@@ -201,10 +209,9 @@ def _as_peft_computes(folder: Path, base: Source, adapter: Source) -> str:
             theirs = AutoModelForCausalLM.from_pretrained(base.path, dtype=torch.float32)
             want = PeftModel.from_pretrained(theirs, folder).eval()(tokens).logits[:, -1]
         except Exception as error:
-            first = (str(error).strip().splitlines() or [type(error).__name__])[0]
-            return f"its logits were not compared: the peft library cannot read it: {first:.200}"
+            return cannot_read("the peft library", error)
         ours = _beside(base, adapter)(tokens)
-    gap = float((ours - want).abs().max() / want.abs().max())
+    gap = relative_gap(ours, want)
     if not gap < 1e-4:
         raise CheckpointError(f"{folder}: the peft library computes other logits from it, by {gap:.2g} of the largest")
     return f"the peft library's logits are ours within {gap:.1g}"

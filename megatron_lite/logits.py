@@ -56,6 +56,17 @@ def in_silence() -> Iterator[None]:
         yield
 
 
+def cannot_read(library: str, error: Exception) -> str:
+    """Why logits are not compared with a library that raised this."""
+    first = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    return f"its logits were not compared: {library} cannot read it: {first:.200}"
+
+
+def relative_gap(ours: Tensor, want: Tensor) -> float:
+    """How far logits are apart, as a part of the largest."""
+    return float((ours - want).abs().max() / want.abs().max())
+
+
 def same_as_transformers(source: Source, folder: Path, dtype: torch.dtype | None = None) -> str:
     """Compare the logits of ``source``, its weights rounded to ``dtype``, with those that transformers computes from a
     Hugging Face folder: what was compared, for the user. No code of the folder runs, and nothing pickled is read.
@@ -78,15 +89,14 @@ def same_as_transformers(source: Source, folder: Path, dtype: torch.dtype | None
             theirs.config.return_dict = True
             want = theirs.eval()(tokens).logits[:, -1]
         except Exception as error:
-            first = (str(error).strip().splitlines() or [type(error).__name__])[0]
-            return f"its logits were not compared: transformers cannot read it: {first:.200}"
+            return cannot_read("transformers", error)
         del theirs
         model = load_model(source)
         if dtype is not None:
             for parameter in model.parameters():
                 parameter.copy_(parameter.to(dtype))
         ours = model(tokens)
-    gap = float((ours - want).abs().max() / want.abs().max())
+    gap = relative_gap(ours, want)
     if not gap < 1e-4:
         raise CheckpointError(f"{folder}: transformers computes other logits from it, by {gap:.2g} of the largest")
     return f"transformers' logits are ours within {gap:.1g}"

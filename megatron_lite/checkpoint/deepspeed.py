@@ -216,7 +216,7 @@ def _frozen(path: Path, models: Sequence[Any], shapes: Any, ranks: int) -> dict[
     module = models[0].get("module")
     for name, tensor in (module if isinstance(module, dict) else {}).items():
         if isinstance(tensor, StoredTensor) and name not in beside and 0 not in tensor.shape:
-            found[_bare(name)] = Flat(tensor.dtype, tensor.shape, [(tensor, 0, math.prod(tensor.shape))])
+            found[_bare(name)] = _joined(path, name, tensor.shape, [tensor])
     return found
 
 

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from megatron_lite.checkpoint.manifest import parse_json
 from megatron_lite.checkpoint.shards import buffer
-from megatron_lite.checkpoint.source import Info, Source, shown
+from megatron_lite.checkpoint.source import Info, Source, refuse_quantized, shown
 from megatron_lite.checkpoint.storage import new_folder, open_regular, write_file
 from megatron_lite.checkpoint.tensor_file import TensorFile, header, row_blocks
 from megatron_lite.config import ModelConfig, parse_model
@@ -145,8 +145,7 @@ class PartsSource(Source):
             if stored.shape != part.stored:
                 shape = stored.shape
                 raise CheckpointError(f"{self.path}: {part.name} has shape {shape}, its config means {part.stored}")
-            if not stored.dtype.is_floating_point or stored.dtype.itemsize == 1:
-                raise CheckpointError(f"{self.path}: {part.name} is {stored.dtype}: quantised weights are not read")
+            refuse_quantized(stored.dtype, f"{self.path}: {part.name}")
         rows = sum(part.shape[0] for part in parts)
         if name in ("embedding.weight", "head.weight"):
             rows = self.model.padded_vocab_size

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from megatron_lite.checkpoint.megatron_args import model_section, of_the_model
 from megatron_lite.checkpoint.pickles import SafeUnpickler, StoredTensor, load_torch
-from megatron_lite.checkpoint.source import Info, Source
+from megatron_lite.checkpoint.source import Info, Source, refuse_quantized
 from megatron_lite.checkpoint.storage import open_regular
 from megatron_lite.config import parse_model
 from megatron_lite.dist.shard import Tile
@@ -86,8 +86,7 @@ class MegatronSource(Source):
             meant = (rows, *parts[0].shape[1:])
             if shape != meant:
                 raise CheckpointError(f"{path}: {theirs} has shape {shape}, its args mean {meant}")
-            if not dtype.is_floating_point or dtype.itemsize < 2:
-                raise CheckpointError(f"{path}: {theirs} is {dtype}: quantised weights are not read")
+            refuse_quantized(dtype, f"{path}: {theirs}")
             self._names[f"model.{name}"], self.tensors[f"model.{name}"] = theirs, Info(dtype, shape)
         if model.tie_embeddings and _TOP["head.weight"] in unread:  # what the last pipeline stage has of it
             unread.remove(_TOP["head.weight"])
@@ -233,13 +232,11 @@ class LegacySource(MegatronSource):
         if len(trees) != self._tp * self._pp or not trees:
             raise CheckpointError(f"{path}: {len(trees)} rank folders for tp {self._tp} × pp {self._pp}")
         args = _args(trees[0, 0], path)
+        iteration, common = trees[0, 0].get("iteration"), of_the_model(args)
         for (pp, tp), tree in trees.items():
-            if of_the_model(_args(tree, path)) != of_the_model(args) or tree.get("iteration") != trees[0, 0].get(
-                "iteration"
-            ):
-                raise CheckpointError(
-                    f"{path}: rank {tp} of stage {pp} has other args or another iteration than rank 0"
-                )
+            if of_the_model(_args(tree, path)) != common or tree.get("iteration") != iteration:
+                where = f"{path}: rank {tp} of stage {pp}"
+                raise CheckpointError(f"{where} has other args or another iteration than rank 0")
         version = trees[0, 0].get("checkpoint_version", 3.0)
         if not isinstance(version, (int, float)) or version < 2:
             raise CheckpointError(f"{path}: checkpoint_version {version!a}: queries and keys are in another order")
@@ -250,8 +247,7 @@ class LegacySource(MegatronSource):
                 first += self._add_stage([trees[pp, tp].get(chunk) for tp in range(self._tp)], first, path)
         if first != args.get("num_layers"):
             raise CheckpointError(f"{path}: its stages hold {first} layers, its args mean {args.get('num_layers')}")
-        step = trees[0, 0].get("iteration", 0)
-        self.step = step if isinstance(step, int) else 0
+        self.step = iteration if isinstance(iteration, int) else 0
         super().__init__(path, args, vocab_size)
 
     @staticmethod

@@ -50,49 +50,33 @@ _HARMLESS = {
     *("account_for_embedding_in_pipeline_split", "activation_func_fp8_input_store", "activation_offload_fraction"),
     *("add_position_embedding", "apply_query_key_layer_scaling", "apply_rope_fusion", "apply_wd_to_qk_layernorm"),
     *("attention_backend", "attention_softmax_in_fp32", "batch_invariant_backend", "batch_invariant_mode"),
-    *("bias_activation_fusion", "bias_dropout_fusion", "bias_swiglu_fusion", "checkpoint_activations", "clip_grad"),
-    *("clone_scatter_output_in_embedding", "defer_embedding_wgrad_compute", "embedding_init_method"),
-    "distribute_saved_activations",
-    *("embedding_init_method_std", "embedding_path", "ep_overlap_early_attn_memory_release", "flash_attention_version"),
-    *("enable_cuda_graph", "expert_gtp_weight_remat_size", "expert_model_parallel_size", "expert_tensor_parallel_size"),
-    *("expert_tensor_parallel_num_weight_shards", "experimental_attention_variant_loss_scale_func"),
-    *("fine_grained_activation_offloading", "fp32_residual_connection", "fused_residual_rmsnorm"),
-    *("fused_single_qkv_rope", "grad_scale_func", "head_lr_mult", "hybrid_context_parallel", "initial_loss_scale"),
-    *("kitchen_attention_backend", "logit_dtype", "loss_scale", "loss_scale_window", "masked_softmax_fusion"),
-    *("memory_efficient_layer_norm", "min_loss_scale", "mscale", "mscale_all_dim", "offset_sampling_seed_by_dp_rank"),
-    *("num_microbatches_with_partial_activation_checkpoints", "num_speculative_tokens", "output_bert_embeddings"),
-    *("original_max_position_embeddings", "overlap_dispatch_backward_with_experts_wgrad", "qk_head_dim"),
-    *("overlap_moe_expert_parallel_comm", "persist_layer_norm", "qk_pos_emb_head_dim", "rotary_scaling_factor"),
-    *("reset_attention_mask", "reset_position_ids", "run_workload_inspector_server", "throughput_window_size"),
-    *("scatter_embedding_sequence_parallel", "special_token_ids", "special_tokens", "tp_comm_overlap_disable_qkv"),
-    *("multiple_validation_sets", "use_flash_attn", "use_flashinfer_fused_rope", "use_fused_weighted_squared_relu"),
+    *("bias_activation_fusion", "bias_swiglu_fusion", "checkpoint_activations", "clip_grad"),
+    *("clone_scatter_output_in_embedding", "create_attention_mask_in_dataloader", "defer_embedding_wgrad_compute"),
+    *("disable_mamba_mem_eff_path", "distribute_saved_activations", "embedding_init_method"),
+    *("embedding_init_method_std", "embedding_path", "ep_overlap_early_attn_memory_release"),
+    *("experimental_attention_variant_loss_scale_func", "expert_gtp_weight_remat_size", "expert_model_parallel_size"),
+    *("expert_tensor_parallel_num_weight_shards", "expert_tensor_parallel_size", "fine_grained_activation_offloading"),
+    *("flash_attention_version", "fp32_residual_connection", "fused_residual_rmsnorm", "fused_single_qkv_rope"),
+    *("grad_scale_func", "head_lr_mult", "hybrid_context_parallel", "initial_loss_scale", "linear_conv_kernel_dim"),
+    *("linear_key_head_dim", "linear_num_key_heads", "linear_num_value_heads", "linear_value_head_dim", "logit_dtype"),
+    *("loss_scale", "loss_scale_window", "masked_softmax_fusion", "memory_efficient_layer_norm", "min_loss_scale"),
+    *("mscale", "mscale_all_dim", "multiple_validation_sets", "no_bias_dropout_fusion", "no_bias_gelu_fusion"),
+    *("no_bias_swiglu_fusion", "no_create_attention_mask_in_dataloader", "no_masked_softmax_fusion"),
+    *("no_persist_layer_norm", "no_position_embedding", "no_rope_fusion"),
+    *("num_microbatches_with_partial_activation_checkpoints", "num_speculative_tokens"),
+    *("original_max_position_embeddings", "output_bert_embeddings", "overlap_dispatch_backward_with_experts_wgrad"),
+    *("overlap_moe_expert_parallel_comm", "persist_layer_norm", "qk_head_dim", "qk_pos_emb_head_dim"),
+    *("reset_attention_mask", "reset_position_ids", "rotary_scaling_factor", "run_workload_inspector_server"),
+    *("scatter_embedding_sequence_parallel", "special_token_ids", "special_tokens", "throughput_window_size"),
+    *("tp_comm_overlap_disable_qkv", "use_flash_attn", "use_flashinfer_fused_rope", "use_fused_weighted_squared_relu"),
     *("use_grouped_gemm_for_shared_expert", "use_kitchen_attention", "use_mamba_mem_eff_path"),
-    *("num_virtual_stages_per_pipeline_rank", "create_attention_mask_in_dataloader", "disable_mamba_mem_eff_path"),
-    "use_te_activation_func",
-    *("linear_conv_kernel_dim", "linear_key_head_dim", "linear_value_head_dim", "linear_num_key_heads"),
-    *("linear_num_value_heads", "no_bias_dropout_fusion", "no_bias_gelu_fusion", "no_bias_swiglu_fusion"),
-    *("no_create_attention_mask_in_dataloader", "no_masked_softmax_fusion", "no_persist_layer_norm", "no_rope_fusion"),
-    *("no_position_embedding", "no_weight_decay_cond_type", "mamba_head_dim", "v_head_dim"),
+    *("use_te_activation_func", "v_head_dim"),
 }
 _DEPENDENT = (
     *("moe_", "mamba_", "dsa_", "gdp_", "mhc_", "mtp_", "mup_", "yarn_", "relative_attention_", "retro_"),
-    *(
-        "bert_",
-        "dino_",
-        "ict_",
-        "indexer_",
-        "retriever_",
-        "grpo_",
-        "rl_",
-        "inference_",
-        "log_",
-        "logits_load_",
-        "logits_save_",
-        "fp8",
-    ),
-    "fp4",
-    *("tokenizer_", "tiktoken_", "cpu_offloading", "recompute_", "save_", "muon_", "kitchen_", "qk_clip"),
-    "gtp_",
+    *("bert_", "dino_", "ict_", "indexer_", "retriever_", "grpo_", "rl_", "inference_", "log_", "logits_load_"),
+    *("logits_save_", "fp8", "fp4", "tokenizer_", "tiktoken_", "cpu_offloading", "recompute_", "save_", "muon_"),
+    *("kitchen_", "qk_clip", "gtp_"),
     *("ckpt_", "dist_", "fim_", "megatron_", "exit_", "data", "lr_", "optim", "vision_", "cuda_graph_", "use_torch"),
 )
 _ABOUT_THE_MODEL = re.compile(
@@ -125,13 +109,13 @@ def model_section(args: Mapping[str, Any], where: Path, vocab_size: int | None) 
     if not swiglu and not args.get("bias_gelu_fusion"):
         refused.append("gelu without the tanh approximation (bias_gelu_fusion)")
     bias = not args["disable_bias_linear"] if "disable_bias_linear" in args else bool(args.get("add_bias_linear", True))
-    untied = either("untie_embeddings_and_output_weights", default=None)
+    untied = args.get("untie_embeddings_and_output_weights")
     shared = args.get("share_embeddings_and_output_weights")
     if untied is not None and shared is not None and bool(untied) == bool(shared):
         refused.append(
             f"untie_embeddings_and_output_weights={untied} with share_embeddings_and_output_weights={shared}"
         )
-    tied = bool(either("share_embeddings_and_output_weights", default=True)) if untied is None else not untied
+    tied = not untied if untied is not None else shared is None or bool(shared)
     heads, padded = args["num_attention_heads"], args["padded_vocab_size"]
     dropout = args.get("hidden_dropout") or 0.0
     section = {

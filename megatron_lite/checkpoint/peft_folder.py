@@ -16,7 +16,7 @@ from torch import Tensor
 
 from megatron_lite.checkpoint.fingerprint import fingerprint_of
 from megatron_lite.checkpoint.hf import own_file, read_json
-from megatron_lite.checkpoint.source import Info, Source
+from megatron_lite.checkpoint.source import Info, Source, refuse_quantized
 from megatron_lite.checkpoint.storage import new_folder, write_file
 from megatron_lite.checkpoint.tensor_file import TensorFile
 from megatron_lite.config import PeftConfig, parse_peft
@@ -32,7 +32,6 @@ _ANY = (  # decides nothing once there are weights
     *("peft_version", "runtime_config"),
 )
 _NOTHING: tuple[Any, ...] = (None, False, "none", [], {})
-_FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 
 class PeftSource(Source):
@@ -68,8 +67,7 @@ class PeftSource(Source):
         stored = self._file.tensors.get(theirs)
         if stored is None or stored.shape != shape:
             raise CheckpointError(f"{self.path / WEIGHTS}: {theirs} should be {shape}, is {stored and stored.shape}")
-        if stored.dtype not in _FLOATS:
-            raise CheckpointError(f"{self.path / WEIGHTS}: {theirs} is {stored.dtype}: quantised weights are not read")
+        refuse_quantized(stored.dtype, f"{self.path / WEIGHTS}: {theirs}")
         return torch.promote_types(stored.dtype, torch.float32)
 
     def check_all_used(self, used: Collection[str]) -> None:

@@ -140,7 +140,7 @@ class LoRASource(PeftSource):
         alpha, r = tree.get("lora_alpha", 8), tree.get("r", 8)
         patterns = {key: _patterns(tree.get(key), f"{where}: {key}") for key in ("alpha_pattern", "rank_pattern")}
         known = modules(self.model)
-        wanted = meant(tree, list(known), where)
+        wanted = _meant(tree, list(known), where)
         for name, module in known.items():
             a = f"{_TOP}{name}.{(_TABLE if module.table else _LINEAR)['a']}"
             if (stored := self._file.tensors.get(a)) is not None and len(stored.shape) == 2:
@@ -188,7 +188,7 @@ class LoRASource(PeftSource):
             into /= _lengths(self.base, part.weight, part.start + rows.start, held).to(into.device)
 
 
-def meant(config: Mapping[str, Any], names: Sequence[str], where: str) -> set[str]:
+def _meant(config: Mapping[str, Any], names: Sequence[str], where: str) -> set[str]:
     """The modules among ``names`` that a config of theirs is about. Raises CheckpointError."""
     targets, excluded = config.get("target_modules"), config.get("exclude_modules") or []
     if targets is None:

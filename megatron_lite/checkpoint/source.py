@@ -37,6 +37,12 @@ def shown(name: str) -> str:
     return ascii(name)[1:-1][:100]
 
 
+def refuse_quantized(dtype: torch.dtype, where: str) -> None:
+    """Refuse a weight of a dtype that means nothing without scales. Raises CheckpointError."""
+    if not dtype.is_floating_point or dtype.itemsize == 1:
+        raise CheckpointError(f"{where} is {dtype}: quantised weights are not read")
+
+
 class Source(ABC):
     """Global tensors by name. ``model``: what they are the weights of. ``precision``: what it is to be computed in.
     ``step``: of the optimizer. ``notes``: what a user should know. ``peft``: the section of the config, where the
