@@ -20,8 +20,8 @@ _ALONE = Axis("tp")
 
 
 def _plain(weight: Tensor, packing: str | None, dtype: torch.dtype) -> Tensor:
-    """A weight as a matrix, whatever it is stored in."""
-    return weight.to(dtype) if packing is None else unpack(weight, packing, dtype)
+    """A weight as a matrix: unpacked into ``dtype``, or as it is."""
+    return weight if packing is None else unpack(weight, packing, dtype)
 
 
 class _Product(torch.autograd.Function):
@@ -63,7 +63,7 @@ class _Product(torch.autograd.Function):
                 reducing = torch_dist.all_reduce(grad_x, group=tp.group, async_op=True)
         if gathering is not None:
             comm.wait(gathering)
-        grad_weight = matmul.linear(grad.t(), x.t()) if need_weight else None
+        grad_weight = matmul.linear(grad.t(), x.t(), rounded=False) if need_weight else None
         grad_bias = grad.sum(0) if need_bias else None
         if reducing is not None:
             comm.wait(reducing)
@@ -93,18 +93,20 @@ class _Linear(nn.Module):
 
     def matrix(self, dtype: torch.dtype) -> Tensor:
         """This rank's weight."""
-        return _plain(self.weight, self.packing, dtype)
+        return _plain(self.weight, self.packing, dtype).to(dtype)
+
+    def _weight(self, x: Tensor) -> Tensor:
+        return self.weight if self.packing else matmul.factor(self.weight, x)
 
     def product(self, x: Tensor, bias: Tensor | None) -> Tensor:
         """``x W^T + b``, without communication."""
         if self.packing is None:
-            return product(x, self.weight.to(x.dtype), bias)
+            return product(x, self._weight(x), bias)
         return self.multiply(x, bias, _ALONE, sp=False)
 
     def multiply(self, x: Tensor, bias: Tensor | None, tp: Axis, *, sp: bool) -> Tensor:
         """``x W^T + b``, with a column-parallel layer's collectives along ``tp``."""
-        weight = self.weight if self.packing else self.weight.to(x.dtype)
-        return comm.apply(_Product, x, weight, bias, tp, sp, self.packing)  # type: ignore[no-any-return]
+        return comm.apply(_Product, x, self._weight(x), bias, tp, sp, self.packing)  # type: ignore[no-any-return]
 
 
 class ColumnParallelLinear(_Linear):

@@ -39,6 +39,10 @@ class _LinearCrossEntropy(torch.autograd.Function):
         padding = max(0, first + rows - vocab_size)
         needed = [tensor is not None and tensor.requires_grad for tensor in (hidden, weight, factor)]
         precise = torch.promote_types(hidden.dtype, torch.float32)
+        formats = [None if tensor is None else tensor.dtype for tensor in (hidden, weight, low, factor)]
+        if matmul.through_float32(hidden, weight):
+            hidden = hidden.float()
+            low, factor = (None if tensor is None else tensor.float() for tensor in (low, factor))
         matrix = weight.to(hidden.dtype)
         grad_hidden = hidden.new_zeros(hidden.shape) if any(needed) else None
         grad_weight = weight.new_zeros(weight.shape, dtype=precise) if needed[1] else None
@@ -57,10 +61,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             here = kept & (local >= 0) & (local < rows)
             index = local.masked_fill(~here, 0).unsqueeze(1)
             product = products[: len(chunk)]
-            if matmul.through_float32(chunk, matrix):
-                product.copy_(matmul.linear(chunk, matrix))
-            else:
-                torch.mm(chunk, matrix.t(), out=product)
+            torch.mm(chunk, matrix.t(), out=product)
             if low is not None and factor is not None:
                 product.addmm_(low[part], factor.t())
             logits = product if precisely is None else precisely[: len(chunk)].copy_(product)
@@ -84,11 +85,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
             if low is not None and factor is not None and grad_low is not None and grad_factor is not None:
                 grad_low[part] = matmul.linear(grad, factor.t())
                 _accumulate(grad_factor, grad, low[part])
-        if grad_weight is not None:
-            grad_weight = grad_weight.to(weight.dtype)
-        if grad_factor is not None and factor is not None:
-            grad_factor = grad_factor.to(factor.dtype)
-        ctx.save_for_backward(grad_hidden, grad_weight, grad_low, grad_factor)
+        grads = (grad_hidden, grad_weight, grad_low, grad_factor)
+        ctx.save_for_backward(*(g if g is None else g.to(dtype) for g, dtype in zip(grads, formats, strict=True)))
         return total
 
     @staticmethod

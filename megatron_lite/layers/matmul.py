@@ -31,10 +31,14 @@ def _onednn(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 
 def _through_float32(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    return linear(x.float(), weight.float(), None if bias is None else bias.float()).to(x.dtype)
+    return linear(x.float(), weight.float(), None if bias is None else bias.float())
 
 
-_KERNELS: dict[str, Kernel] = {"torch": F.linear, "onednn": _onednn, "float32": _through_float32}
+def _torch(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return F.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
+
+
+_KERNELS: dict[str, Kernel] = {"torch": _torch, "onednn": _onednn, "float32": _through_float32}
 
 
 def chooses(x: Tensor) -> bool:
@@ -54,9 +58,17 @@ def measure(dtype: torch.dtype, device: torch.device) -> None:
             _attention_format()
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """``x @ weight.T + bias``: x [rows, in], weight [out, in], either in any strides. No gradient."""
-    return (_KERNELS[_chosen(x, weight)] if chooses(x) else F.linear)(x, weight, bias)
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, rounded: bool = True) -> Tensor:
+    """``x @ weight.T + bias``: x [rows, in], weight [out, in], either in any strides, weight and bias in x's format or
+    float32. Unless ``rounded``, what was multiplied in float32 stays so. No gradient."""
+    y = (_KERNELS[_chosen(x, weight)] if chooses(x) else _torch)(x, weight, bias)
+    return y.to(x.dtype) if rounded else y
+
+
+def factor(weight: Tensor, x: Tensor) -> Tensor:
+    """A weight as ``linear`` takes it for x: in x's format, or as it is where the product is made in float32, which
+    saves the conversions there and back."""
+    return weight if through_float32(x, weight) else weight.to(x.dtype)
 
 
 def through_float32(x: Tensor, weight: Tensor) -> bool:
@@ -106,23 +118,28 @@ def _sample(dtype: torch.dtype, shape: tuple[int, ...], turned: bool) -> Tensor:
 
 
 def _fastest(candidates: Mapping[str, Callable[[], object]]) -> str:
-    """The first, which is the rule, or the second if it is faster by the margin in each of some measurements: on a busy
-    machine one alone may be far off."""
+    """The first, which is the rule, or the second if it is faster by the margin in each of some measurements: by one
+    thread's own clock, since what else runs on a machine makes several threads wait for each other."""
     rule, other = candidates
-    with torch.inference_mode(False), torch.no_grad():
-        return other if all(_ratio(*candidates.values()) > _MARGIN for _ in range(_MEASUREMENTS)) else rule
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        with torch.inference_mode(False), torch.no_grad():
+            return other if all(_ratio(*candidates.values()) > _MARGIN for _ in range(_MEASUREMENTS)) else rule
+    finally:
+        torch.set_num_threads(threads)
 
 
 def _ratio(rule: Callable[[], object], other: Callable[[], object]) -> float:
     """How much longer the one takes than the other: the median over turns, in which a busy moment meets both."""
     ratios: list[float] = []
     for turn in range(_TURNS):
-        start = time.perf_counter()
+        start = time.thread_time()
         rule()
-        between = time.perf_counter()
+        between = time.thread_time()
         other()
         if turn:  # the first one prepares
-            ratios.append((between - start) / (time.perf_counter() - between))
+            ratios.append((between - start) / (time.thread_time() - between))
             if not 0.25 < ratios[-1] < 4:
                 break  # the slow one would take the most of a second
     return median(ratios)
