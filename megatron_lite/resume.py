@@ -5,14 +5,15 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import math
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from megatron_lite.checkpoint import Checkpoint, CheckpointSource
 from megatron_lite.config import Config, ModelConfig, OptimConfig, TrainConfig, parse_section
+from megatron_lite.data.loader import Dataset
 from megatron_lite.data.template import find_template
-from megatron_lite.data.tokenizer import TOKENIZER_FILES
+from megatron_lite.data.tokenizer import MAIN, TOKENIZER_FILES, Tokenizer, read_tokenizer
 from megatron_lite.errors import CheckpointError, ConfigError, DataError
 from megatron_lite.optim import learning_rate
 
@@ -58,6 +59,39 @@ def _template(files: Mapping[str, bytes]) -> str:
     with contextlib.suppress(DataError):  # what is none cannot be used either
         return find_template(files, "")
     return ""
+
+
+def check_tokenizers(
+    config: Config, datasets: Iterable[Dataset], ours: Tokenizer | None, carried: Mapping[str, bytes]
+) -> None:
+    """Refuse data that was made with another tokenizer than the run's, or with several, and a tokenizer with tokens
+    that the model has not, unless ``data.force_tokenizer``. ``carried``: the small files of what the run starts from,
+    whose tokenizer it has if none is configured. Raises DataError."""
+    sources = [source for dataset in datasets for source in dataset.sources if source.card.get("tokenizer_sha256")]
+    vocab = config.model.vocab_size or 0
+    too_large = ours is not None and ours.vocab_size > vocab
+    if config.data.force_tokenizer or not (sources or too_large):
+        return
+    goes_on, theirs = "; data.force_tokenizer=true goes on with it", None
+    if (ours is None or too_large) and carried.keys() & {*MAIN}:
+        with contextlib.suppress(DataError):  # one that cannot be read was no part of the run so far
+            theirs = read_tokenizer(carried, str(config.init.source))
+    if ours is not None and too_large and (theirs is None or theirs.sha256 != ours.sha256):
+        told = f"{config.data.tokenizer} has {ours.vocab_size} entries, the model's vocabulary {vocab}"
+        raise DataError(f"data.tokenizer: {told}{goes_on}")
+    tokenizer, name = (
+        (ours, f"data.tokenizer={config.data.tokenizer}") if ours else (theirs, f"the model's, {config.init.source}")
+    )
+    digest = tokenizer.sha256 if tokenizer else None
+    for source in sources:
+        made, there = f"{source.card.get('tokenizer')!a:.200}", str(source.card["tokenizer_sha256"])
+        if digest is None:
+            name, digest = f"{source.data.prefix}'s, {made}", there
+        elif there != digest:
+            raise DataError(
+                f"{source.data.prefix} was made with another tokenizer, {made} (sha {there:.8}), than {name} "
+                f"(sha {digest:.8}){goes_on}"
+            )
 
 
 def check_run(config: Config, found: Checkpoint, fingerprint: str, tokenizer: str | None) -> list[str]:

@@ -69,6 +69,7 @@ class Run:
             _note(resume.check_model(config.model, self.source.model, self.source.path, CHANGEABLE))
         self.adapter = self._open_adapter() if self.found is None else None
         self.extras = self._extras()
+        self._check_tokenizers()
         self.trainer = Trainer(config, mesh, plan, self.faults)
         limit_waits(config.train.hang_timeout + _GRACE_S)
         self.saver: checkpoint.BackgroundSaver | None = None
@@ -124,6 +125,12 @@ class Run:
         if self.found is not None:
             _note(resume.check_template(found, extras, self.found.path, self.config.checkpoint.allow_change))
         return extras
+
+    def _check_tokenizers(self) -> None:
+        """Refuse data and a tokenizer that do not fit each other or the model."""
+        datasets = [data for data in (self.train_data, self.validation_data) if data is not None]
+        carried = self.extras if self.source is None else self.source.extras()
+        resume.check_tokenizers(self.config, datasets, self.tokenizer, carried)
 
     def _open_adapter(self) -> checkpoint.Source | None:
         """What ``peft`` adds is to start as, checked against this config."""

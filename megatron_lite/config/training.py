@@ -41,7 +41,8 @@ class DataConfig(Section):
     ``tokenizer``: a sentencepiece .model, a tokenizer.json, or a folder with one of them. ``packing``: of datasets that
     ``data_tools chat`` made, samples are windows of whole conversations, masked from each other, and of longer ones the
     beginning (``long_conversations: truncate``) or nothing (``drop``).
-    ``allow_change``, ``force_tokenizer``: resume although the data, or the tokenizer, is not what it was.
+    ``allow_change``: resume although the data is not what it was. ``force_tokenizer``: train, or resume, although the
+    tokenizer is not that which the data was made with, or which the run had.
     """
 
     tokenizer: str | None = None
