@@ -88,7 +88,7 @@ def diff(a: Path, b: Path, tolerance: float, *, trust: bool) -> None:
                 source.tensors = {n: info for n, info in source.tensors.items() if n.startswith("model.")}
         with progress("comparing", _size(left) + _size(right)) as advance:
             odd, differences = compare(left, right, BLOCK_BYTES, advance)
-        count = len(left.tensors)
+        count = len(left.tensors.keys() | right.tensors.keys())
     beyond = [d for d in differences if not d.relative <= tolerance]
     for line in odd[:20]:
         print(line)
@@ -115,6 +115,9 @@ def reshard(source: Path, destination: Path, files: int, max_ram: int, *, trust:
 def import_hf(source: Path, destination: Path, files: int, vocab_multiple: int, *, strict: bool = False) -> None:
     """A checkpoint of ours from a Hugging Face folder, read as its owner reads it."""
     _positive(files)
+    if not is_hugging_face(source):
+        what = "no Hugging Face folder: it has no config.json" if source.is_dir() else "no such folder"
+        raise CheckpointError(f"{source}: {what}")
     with contextlib.closing(HuggingFaceSource(source, vocab_multiple, strict=strict)) as opened:
         checked = same_as_transformers(opened, source)
         _write(opened, destination, 0, *weights_only(opened), files, BLOCK_BYTES)
@@ -141,11 +144,12 @@ def average(paths: Sequence[Path], destination: Path, last: int, *, trust: bool)
     if last and len(paths) > 1:
         raise ConfigError("--last takes one run")
     if last:
-        folder = checkpoint.find(paths[0]).parent
-        steps = checkpoint.committed(folder)
+        latest = checkpoint.find(paths[0])
+        steps = list(checkpoint.committed(latest.parent).values())
+        steps = steps[steps.index(latest) :] if latest in steps else []  # later ones are of a branch that was left
         if len(steps) < last:
-            raise CheckpointError(f"{folder}: holds {len(steps)} checkpoints, not {last}")
-        paths = list(steps.values())[:last][::-1]
+            raise CheckpointError(f"{latest.parent}: holds {len(steps)} checkpoints up to {latest.name}, not {last}")
+        paths = steps[:last][::-1]
     if len(paths) < 2:
         raise ConfigError("ckpt average takes at least two checkpoints, with commas between them, or --last=N")
     with contextlib.ExitStack() as stack:
@@ -162,7 +166,11 @@ def merge_adapter(
         raise ConfigError(f"--to={to}: expected ours or hf")
     if dtype not in EXPORT_DTYPES or (to == "ours" and dtype not in ("stored", "float32")):
         raise ConfigError(f"--dtype={dtype}: expected {', '.join(EXPORT_DTYPES)}; float32 for a checkpoint of ours")
-    with _with_base(adapter, base, trust=trust) as (opened, under):
+    with _with_base(adapter, base, trust=trust) as (opened, under, other):
+        for key, there in other.items():
+            print(
+                f"note: model.{key} is {getattr(opened.model, key)}, as {opened.path} was trained; its base has {there}"
+            )
         merged = Merged(under, opened, sign=-1 if unmerge else 1)
         if to == "ours":
             _write(merged, destination, 0, *weights_only(merged), 1, BLOCK_BYTES)
@@ -248,12 +256,16 @@ def import_peft(source: Path, destination: Path, base: Path, *, trust: bool) -> 
 
 def export_peft(adapter: Path, destination: Path, base: Path | None, *, trust: bool) -> None:
     """A folder of the peft library's with an adapter of ours, read back and compared."""
-    with _with_base(adapter, base, trust=trust) as (opened, under):
-        kind = None if opened.peft is None else opened.peft.method
-        if kind not in EXPORTS:
+    with _with_base(adapter, base, trust=trust) as (opened, under, other):
+        if other:
+            told = ", ".join(f"model.{key}={getattr(opened.model, key)} (its base: {other[key]})" for key in other)
             raise CheckpointError(
-                f"{opened.path} holds {kind or 'no'} adapter; of {', '.join(EXPORTS)} there are theirs"
+                f"{opened.path} was trained with {told}, which their format cannot say; merge_adapter can"
             )
+        assert opened.peft is not None
+        kind = opened.peft.method
+        if kind not in EXPORTS:
+            raise CheckpointError(f"{opened.path}: peft.method={kind}: of {', '.join(EXPORTS)} there are theirs")
         written = EXPORTS[kind](opened, under, destination)
         with contextlib.closing(open_peft(destination, under)) as again:
             again.compare(written)
@@ -262,18 +274,21 @@ def export_peft(adapter: Path, destination: Path, base: Path | None, *, trust: b
 
 
 @contextlib.contextmanager
-def _with_base(adapter: Path, base: Path | None, *, trust: bool) -> Iterator[tuple[CheckpointSource, Source]]:
-    """An adapter and its base, from where that was at training or from ``base``."""
+def _with_base(
+    adapter: Path, base: Path | None, *, trust: bool
+) -> Iterator[tuple[CheckpointSource, Source, dict[str, Any]]]:
+    """An adapter and its base, from where that was at training or from ``base``, computing as the adapter was trained;
+    and what that was otherwise, by the model's keys."""
     with _opened(adapter, trust=trust) as opened:
-        if not isinstance(opened, CheckpointSource):
-            raise CheckpointError(f"{adapter} is no checkpoint of ours with an adapter")
+        if not isinstance(opened, CheckpointSource) or opened.peft is None:
+            raise CheckpointError(f"{opened.path} holds no adapter of ours")
         where = base or (Path(opened.base) if opened.base else None)
         if where is None or not where.exists():
             raise CheckpointError(f"{adapter} is an adapter of {where}, which is not there; --base=PATH says where")
         with _opened(where, trust=trust, like=opened) as under:
-            if opened.peft is not None:
-                opened.check_adapter(trained_shapes(_adapted(under, opened.peft)))
-            yield opened, under
+            opened.check_adapter(trained_shapes(_adapted(under, opened.peft)))
+            found, (under.model, keys) = under.model, under.model.computing_as(opened.model)
+            yield opened, under, {key: getattr(found, key) for key in keys}
 
 
 def export_hf(source: Path, destination: Path, dtype: str, shard_bytes: int, *, trust: bool) -> None:
@@ -281,6 +296,11 @@ def export_hf(source: Path, destination: Path, dtype: str, shard_bytes: int, *, 
     if dtype not in EXPORT_DTYPES:
         raise ConfigError(f"--dtype={dtype}: expected {', '.join(EXPORT_DTYPES)}")
     with _opened(source, trust=trust) as opened:
+        if opened.peft is not None:
+            raise CheckpointError(
+                f"{opened.path} holds a {opened.peft.method} adapter, no model: ckpt merge_adapter --to=hf writes it "
+                "into its base, ckpt export_peft beside it"
+            )
         digests = export(opened, destination, EXPORT_DTYPES[dtype], shard_bytes)
         with contextlib.closing(HuggingFaceSource(destination, opened.model.vocab_multiple)) as written:
             for name, digest in digests.items():

@@ -16,7 +16,7 @@ from torch import Tensor
 from megatron_lite import checkpoint, peft
 from megatron_lite.checkpoint import CheckpointSource, Source
 from megatron_lite.cli import nearest
-from megatron_lite.config import PrefixConfig
+from megatron_lite.config import ModelConfig, PrefixConfig
 from megatron_lite.data.ends import ends, named_ends, with_ends
 from megatron_lite.data.messages import present, read_message
 from megatron_lite.data.template import ChatTemplate, Message, find_template
@@ -126,7 +126,7 @@ class Models:
         if mistakes := packing_mistakes(base.model, mesh.tp.size, packing):
             raise ConfigError("\n".join(mistakes))
         self.mesh, self.compute, self.packing = mesh, compute, packing
-        model = self._build(base)
+        model = self._build(base.model)
         if adapters or packing:
             model.requires_grad_(False).to(compute)  # as it was when they were trained on it
             peft.pack_base(model, packing)
@@ -144,13 +144,13 @@ class Models:
             checkpoint.check_base(adapter.checkpoint, fingerprint, base.path)
             self.by_name[name] = self._adapted(base, adapter)
 
-    def _build(self, base: Source) -> Decoder:
+    def _build(self, model: ModelConfig) -> Decoder:
         with torch.device("meta"):
-            return Decoder(base.model, self.mesh.tp, sp=False)
+            return Decoder(model, self.mesh.tp, sp=False)
 
     def _adapted(self, base: Source, adapter: CheckpointSource) -> Decoder:
         assert adapter.peft is not None
-        model = self._build(base)
+        model = self._build(base.model.computing_as(adapter.model)[0])  # which it was trained with
         peft.apply(model, adapter.peft.model_copy(update={"base_dtype": self.packing}), self.compute)
         adapter.check_adapter(trained_shapes(model))
         materialize(model, self.mesh.device, dict(self.by_name[None].named_parameters()))

@@ -25,7 +25,7 @@ from megatron_lite.dist.mesh import peer_failure
 from megatron_lite.errors import ConfigError, MegatronLiteError, PeerError, Preempted, StorageError
 
 _STOP = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
-_ONE_WISH_S = 0.5
+_ONE_WISH_S = 0.5  # between the signals to two processes of one job, at most
 
 
 @contextlib.contextmanager
@@ -48,7 +48,7 @@ def locked(folder: Path, rank: Rank) -> Iterator[None]:
             file.flush()
             yield
     except OSError as error:
-        raise StorageError(f"cannot use the run folder {folder}: {error.strerror}") from None
+        raise StorageError(f"cannot use the run folder: {error.filename or folder}: {error.strerror}") from None
 
 
 def identity(config: Config) -> dict[str, str]:
@@ -87,18 +87,20 @@ class StopRequest:
     """SIGTERM, SIGINT, SIGUSR1 or SIGHUP ask to save and stop after the current step; a second wish ends the process
     now, and before training has begun (``begun``) the first one does.
 
-    One wish may come more than once: a scheduler signals every process of a job, and those above this one pass it on.
-    What comes within ``_ONE_WISH_S`` of the first is the same wish, and so is what the shim passes on; it says so with
-    a byte in the pipe ``relay``. Signals are read by a thread: their time is that of their coming, also while a
-    collective or a rendezvous keeps the main thread.
+    One wish may come more than once: a scheduler signals every process of a job, one after another, and those above
+    this one pass it on. What the shim passes on is no second wish; it says so with a byte in the pipe ``relay``.
+    Without a shim nothing tells what a launcher passed on, and no second wish is what comes while a scheduler may still
+    be on its way through this host's launcher and ``local_size`` ranks. Signals are read by a thread: their time is
+    that of their coming, also while a collective or a rendezvous keeps the main thread.
 
     No rank (``attached``) trains on after its launcher has died. One that was asked to save does save: of the two it is
     often the launcher that signals end first.
     """
 
-    def __init__(self, relay: int | None = None, *, attached: bool = False) -> None:
+    def __init__(self, relay: int | None = None, *, attached: bool = False, local_size: int = 1) -> None:
         self.asked = self.begun = False
         self._relay, self._attached, self._since = relay, attached, 0.0
+        self._one_wish_s = _ONE_WISH_S * (1 if relay is not None or not attached else 1 + local_size)
         reader, writer = os.pipe()
         os.set_blocking(writer, False)
         if relay is not None:
@@ -123,7 +125,7 @@ class StopRequest:
         _die_with_parent(False)
         if self._relayed():
             return
-        if self._since and now - self._since > _ONE_WISH_S:
+        if self._since and now - self._since > self._one_wish_s:
             os._exit(128 + number)
         self._since = self._since or now
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import resource
 import sys
 import time
@@ -87,6 +88,9 @@ class Reporter:
         from torch.utils.tensorboard import SummaryWriter
 
         self.path = folder / "metrics.jsonl"
+        with self.path.open("ab+") as file:
+            if file.tell() and file.seek(-1, os.SEEK_END) >= 0 and file.read() != b"\n":
+                file.write(b"\n")  # after a line that was cut short
         self.writer = SummaryWriter(str(folder / "tb"), purge_step=done + 1 if done else None)
         self.broken = False
         self.progress: Progress | None = None

@@ -9,7 +9,7 @@ from collections.abc import Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from megatron_lite.checkpoint import Checkpoint, CheckpointSource
+from megatron_lite.checkpoint import Checkpoint, CheckpointSource, Source
 from megatron_lite.config import Config, ModelConfig, OptimConfig, TrainConfig, parse_section
 from megatron_lite.data.loader import Dataset
 from megatron_lite.data.template import find_template
@@ -94,10 +94,21 @@ def check_tokenizers(
             )
 
 
-def check_run(config: Config, found: Checkpoint, fingerprint: str, tokenizer: str | None) -> list[str]:
+def check_optimizer(source: Source, wanted: Collection[str], name: str) -> None:
+    """Refuse ``init.optimizer`` of a source that lacks some of the state that is ``wanted``. Raises CheckpointError."""
+    if not any(tensor.startswith("optimizer.") for tensor in source.tensors):
+        raise CheckpointError(f"init.optimizer: {source.path} has no optimizer state")
+    if missing := next((tensor for tensor in wanted if tensor not in source.tensors), None):
+        raise CheckpointError(f"init.optimizer: {source.path} lacks {missing}: its optimizer is not optim.name={name}")
+
+
+def check_run(
+    config: Config, found: Checkpoint, fingerprint: str, tokenizer: str | None, validation: str | None = None
+) -> list[str]:
     """Refuse a checkpoint of another model, vocabulary, tokenizer, adapter or optimizer, and training data, of this
-    ``fingerprint``, that changed under it; a line for each thing else that is not as it was, for the log. Raises
-    CheckpointError, DataError, and ConfigError for a schedule that does not fit what is left."""
+    ``fingerprint``, that changed under it; a line for each thing else that is not as it was, for the log, the
+    ``validation`` data among them. Raises CheckpointError, DataError, and ConfigError for a schedule that does not fit
+    what is left."""
     path, content, vocab = found.path, found.state(), config.model.vocab_size
     if "train" not in content:
         raise CheckpointError(f"{path} holds weights, no run to resume; start one with --init.from={path}")
@@ -129,6 +140,8 @@ def check_run(config: Config, found: Checkpoint, fingerprint: str, tokenizer: st
             "starts from these weights with --init.from"
         )
     notes = [f"changed since the checkpoint: {key} {a!s:.200} → {b!s:.200}" for key, (a, b) in changed.items()]
+    if validation is not None and content.get("validation") not in (None, validation):
+        notes.append("changed since the checkpoint: the validation data (files, weights, split, seq_len or seed)")
     notes += [f"{_ALLOW}: {k} is as it was" for k in allowed if k.startswith("model.") and k not in changed]
     if any(key.startswith("optim.") or key == "train.steps" for key in changed):
         notes += _schedule(config, saved, found.step)

@@ -22,7 +22,7 @@ from megatron_lite.data.tokenizer import GENERATION, TEMPLATE, load_tokenizer, t
 from megatron_lite.dist.env import Rank
 from megatron_lite.dist.mesh import Mesh, build_mesh, limit_waits, peer_failure, pick_device, process_group
 from megatron_lite.dist.shard import Piece
-from megatron_lite.errors import CheckpointError, Preempted
+from megatron_lite.errors import CheckpointError, Preempted, StorageError
 from megatron_lite.faults import Faults
 from megatron_lite.generate import Sampling, generate
 from megatron_lite.lifetime import StopRequest, die, identity, locked
@@ -95,6 +95,7 @@ class Run:
             "train": dict(vars(state)),
             "seed": config.run.seed,
             "dataset": self.train_data.fingerprint,
+            "validation": self.validation_data.fingerprint if self.validation_data is not None else None,
             "vocab_size": config.model.vocab_size,
             "padded_vocab_size": config.model.padded_vocab_size,
             "tokenizer_sha256": self.tokenizer_digest,
@@ -150,8 +151,11 @@ class Run:
     def _saved(self, path: Path) -> None:
         """A checkpoint is committed; with ``checkpoint.async`` this runs beside training."""
         if self.lead:
-            checkpoint.prune(self.checkpoints, self.config.checkpoint.keep, self.config.checkpoint.keep_every)
             logger.info("saved %s", path)
+            try:
+                checkpoint.prune(self.checkpoints, self.config.checkpoint.keep, self.config.checkpoint.keep_every)
+            except StorageError as error:
+                logger.warning("warning: an older checkpoint could not be removed: %s", error)
 
     def _find(self, *, lazy: bool) -> checkpoint.Checkpoint | None:
         """The checkpoint to go on from, checked against this config before a model is made. ``lazy``: its tensors are
@@ -163,7 +167,13 @@ class Run:
         elif wanted != "none":
             found = checkpoint.open_checkpoint(checkpoint.find(Path(wanted)), world, trust=trust, lazy=lazy)
         if found is not None:
-            self.changes = resume.check_run(self.config, found, self.train_data.fingerprint, self.tokenizer_digest)
+            self.changes = resume.check_run(
+                self.config,
+                found,
+                self.train_data.fingerprint,
+                self.tokenizer_digest,
+                self.validation_data.fingerprint if self.validation_data is not None else None,
+            )
         return found
 
     def start(self) -> None:
@@ -183,6 +193,8 @@ class Run:
             with contextlib.closing(self.source) as source:
                 optimizer = self.config.init.optimizer
                 wanted = {n: p for n, p in engine.pieces().items() if optimizer or n.startswith("model.")}
+                if optimizer:
+                    resume.check_optimizer(source, wanted, self.config.optim.name)
                 checkpoint.agree(world, lambda: source.load(wanted), source.path)
             self.trainer.state.updates = source.num_updates if optimizer else 0
             engine.loaded(self.trainer.state.updates)
@@ -370,6 +382,11 @@ class Run:
         self.start()
         self._open_reporter()
         saved = trainer.state.step
+        if self.lead:
+            # Here, since a start that was refused is not to be mistaken for the run.
+            (self.folder / "config.yaml").write_text(to_yaml(self.config), encoding="utf-8")
+            if saved >= train.steps:
+                logger.info("nothing to train: it is at step %d of train.steps=%d", saved, train.steps)
         profiler = self._profiler()
         gc.freeze()
         gc.disable()  # all ranks collect at the same steps: each at a time of its own would keep the others waiting
@@ -401,7 +418,8 @@ class Run:
                 if result.stop and step < train.steps:
                     if self.saver is not None:
                         self.saver.wait()
-                    raise Preempted(f"stopped at step {step} on request, saved; run again to continue")
+                    anew = "" if self.config.checkpoint.resume == "auto" else ", with checkpoint.resume=auto,"
+                    raise Preempted(f"stopped at step {step} on request, saved; run again{anew} to continue")
         if saved < trainer.state.step:
             self.save()
         if self.saver is not None:
@@ -429,11 +447,8 @@ def _note(lines: Sequence[str]) -> None:
         logger.info("%s", line)
 
 
-def _prepare_folder(config: Config, rank: Rank) -> None:
-    """The run folder's files that say what runs, and the log of this rank."""
+def _prepare_logs(config: Config, rank: Rank) -> None:
     (config.folder / "logs").mkdir(parents=True, exist_ok=True)
-    if rank.rank == 0:
-        (config.folder / "config.yaml").write_text(to_yaml(config), encoding="utf-8")
     logging.basicConfig(format="%(message)s", stream=sys.stdout)
     logger.setLevel(logging.INFO if rank.rank == 0 else logging.WARNING)
 
@@ -443,8 +458,8 @@ def train(config: Config, plan: Plan, rank: Rank) -> None:
     Faults.parse(rank.faults)
     try:
         with locked(config.folder, rank):
-            _prepare_folder(config, rank)
-            stop = StopRequest(rank.relay, attached=rank.size > 1)
+            _prepare_logs(config, rank)
+            stop = StopRequest(rank.relay, attached=rank.size > 1, local_size=rank.local_size)
             device = pick_device(rank)
             if device.type == "cpu":
                 allocator.keep_freed()

@@ -11,6 +11,7 @@ import json
 import os
 import re
 import shutil
+import sys
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -134,13 +135,16 @@ def write(
 def _put_in_place(temporary: Path, final: Path, faults: Faults) -> None:
     """Give a finished checkpoint its name and point ``latest`` at it."""
     replaced = final.with_name(f"{final.name}.old-{nonce()}")
-    if final.exists():  # a damaged one, which a run that fell back has reached again
+    if final.is_symlink() or final.exists():  # a damaged one, which a run that fell back has reached again
         rename(final, replaced, faults)  # _remove_leftovers takes it back if the next rename never happens
     rename(temporary, final, faults)
     sync_folder(final.parent, faults)
     replace_file(final.with_name(LATEST), f"{final.name}\n".encode(), faults)
-    if replaced.exists():
-        discard(replaced)
+    if replaced.is_symlink() or replaced.exists():
+        try:
+            discard(replaced)
+        except OSError as error:  # the new one is there; the old one is a leftover
+            warn(f"{error.filename or replaced} could not be removed: {error.strerror}")
 
 
 def prepare(folder: Path, world: Axis) -> None:
@@ -154,6 +158,8 @@ def prepare(folder: Path, world: Axis) -> None:
     def write_shared() -> None:
         if world.rank == 0:
             folder.mkdir(parents=True, exist_ok=True)
+            if (folder / LATEST).is_dir():
+                raise StorageError(f"{folder / LATEST}: is a directory")
             _remove_leftovers(folder)
             write_file(shared, [b"probe"], Faults.none())
 
@@ -171,24 +177,40 @@ def prepare(folder: Path, world: Axis) -> None:
 
 
 def _remove_leftovers(folder: Path) -> None:
-    """Delete what interrupted saves left, and undo half-made swaps; whatever a live process is writing stays."""
+    """Delete what interrupted saves left, and undo half-made swaps; whatever a live process is writing stays, and what
+    cannot be removed is named and stays, too."""
     for path in list(folder.iterdir()):
         name, _, kind = path.name.partition(".")
-        if path.name.startswith((".probe.", f".{LATEST}.")):
-            path.unlink(missing_ok=True)
-        elif step_of(name) is not None and kind.startswith(("old-", "tmp-")):
+        swapped = step_of(name) is not None and kind.startswith(("old-", "tmp-"))
+        if not swapped and not path.name.startswith((".probe.", f".{LATEST}.")):
+            continue
+        try:
             if kind.startswith("old-") and not (folder / name).exists():
                 path.rename(folder / name)
-                continue
-            with contextlib.suppress(BlockingIOError), open_folder(path, lock=True):
-                shutil.rmtree(path)
+            elif path.is_symlink() or not path.is_dir():
+                path.unlink(missing_ok=True)
+            else:
+                with open_folder(path, lock=True):
+                    shutil.rmtree(path)
+        except BlockingIOError:
+            continue
+        except OSError as error:
+            warn(f"{error.filename or path} is left over, and could not be removed: {error.strerror}")
+
+
+def warn(line: str) -> None:
+    """Tell of what does not end the run."""
+    print(f"warning: {line}", file=sys.stderr, flush=True)
 
 
 def discard(path: Path) -> None:
     """Delete a checkpoint; interrupted at any point, nothing is left that looks like one."""
     doomed = path.with_name(f"{path.name.partition('.')[0]}.tmp-{nonce()}")
     path.rename(doomed)
-    shutil.rmtree(doomed)
+    if doomed.is_symlink() or not doomed.is_dir():
+        doomed.unlink()
+    else:
+        shutil.rmtree(doomed)
 
 
 def step_name(step: int) -> str:

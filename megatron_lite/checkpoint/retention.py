@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from megatron_lite.checkpoint.commit import LATEST, committed, discard, step_name, step_of
+from megatron_lite.checkpoint.commit import LATEST, committed, discard, step_name, step_of, warn
 from megatron_lite.checkpoint.manifest import NAME as MANIFEST
 from megatron_lite.checkpoint.reading import Checkpoint, open_checkpoint
 from megatron_lite.checkpoint.storage import storage_errors
@@ -15,14 +14,11 @@ from megatron_lite.dist.mesh import Axis
 from megatron_lite.errors import CheckpointError, MegatronLiteError, StorageError
 
 
-def _warn(line: str) -> None:
-    print(f"warning: {line}", file=sys.stderr, flush=True)
-
-
 def newest(
-    folder: Path, world: Axis, warn: Callable[[str], None] = _warn, *, trust: bool = False, lazy: bool = False
+    folder: Path, world: Axis, warn: Callable[[str], None] = warn, *, trust: bool = False, lazy: bool = False
 ) -> Checkpoint | None:
-    """The checkpoint to resume from: what ``latest`` names if it verifies, else the newest one before it that does.
+    """The checkpoint to resume from: what ``latest`` names if it verifies, else the newest one before it that does. A
+    later one than ``latest`` is of a branch that was left, or was committed just before a crash: it is no way back.
 
     None when there is none at all. Collective over ``world``; every rank verifies a share of each candidate, of which
     ``lazy`` leaves the tensors to ``load``. Rank 0 hands every checkpoint that had to be passed over to ``warn``.
@@ -42,7 +38,9 @@ def newest(
                 tell(f"falling back to {checkpoint.path}")
             return checkpoint
     if problems:
-        raise CheckpointError(f"{folder}: none of {len(problems)} checkpoints is sound; the first: {problems[0]}")
+        raise CheckpointError(
+            f"{folder}: none of {len(problems)} checkpoints up to the latest is sound; the first: {problems[0]}"
+        )
     return None
 
 
@@ -61,17 +59,13 @@ def find(path: Path) -> Path:
 
 
 def _candidates(folder: Path, warn: Callable[[str], None]) -> list[Path]:
-    """Committed checkpoints, the pointed one first, then older ones from the last, then newer ones.
-
-    Newer ones than ``latest`` belong to a branch that the user left by resuming from an earlier step, or were committed
-    just before a crash; either way they come last.
-    """
+    """The checkpoint that ``latest`` names, then older ones from the last; all, where it names none that is there."""
     steps = committed(folder)
     pointed = pointer(folder)
     if steps and (pointed is None or pointed not in steps):
         warn(f"{folder / LATEST} does not name a checkpoint; looking at all of them")
     limit = pointed if pointed in steps else max(steps, default=0)
-    return [steps[step] for step in sorted(steps, key=lambda step: (step > limit, -step))]
+    return [path for step, path in steps.items() if step <= limit]
 
 
 def pointer(folder: Path) -> int | None:

@@ -55,7 +55,9 @@ def storage_errors(path: Path, need: int = 0) -> Iterator[None]:
     except OSError as error:
         if error.errno in _FULL:
             raise disk_full(path, need) from error
-        raise StorageError(f"{error.filename or path}: {(error.strerror or str(error)).lower()}") from error
+        raise StorageError(
+            f"{error.filename2 or error.filename or path}: {(error.strerror or str(error)).lower()}"
+        ) from error
 
 
 def disk_full(folder: Path, need: int) -> StorageError:

@@ -102,6 +102,11 @@ class ModelConfig(Section):
         unlike = [key for key in type(self).model_fields if getattr(self, key) != getattr(there, key)]
         return [k for k in unlike if k in shapes], [k for k in unlike if k not in shapes and k not in without]
 
+    def computing_as(self, there: ModelConfig) -> tuple[ModelConfig, list[str]]:
+        """This model with what another computes otherwise with the same tensors, dropout apart, and the keys."""
+        keys = [key for key in self.differences(there)[1] if "dropout" not in key]
+        return self.model_copy(update={key: getattr(there, key) for key in keys}), keys
+
     @property
     def padded_vocab_size(self) -> int:
         """``vocab_size`` rounded up to a multiple of ``vocab_multiple``."""

@@ -176,7 +176,7 @@ def model_section(source: str) -> dict[str, Any]:
             raise ConfigError(f"{path}/config.json: {error}") from None
     latest = (path / "latest", path / "checkpoints" / "latest")
     names = (file.parent / file.read_text(encoding="utf-8").strip()[:100] for file in latest if file.is_file())
-    for folder in (path, *names):
+    for folder in (*names, path):  # a run's own config.yaml is that of its last start
         if (folder / "config.yaml").is_file() and isinstance(
             found := read_yaml(folder / "config.yaml").get("model"), dict
         ):

@@ -28,10 +28,12 @@ def decoder(
     seed: int = 1,
     hidden: int = 32,
     vocab: int = VOCAB,
+    **keys: Any,
 ) -> Decoder:
-    """A model in float64; with ``method`` the same one frozen, and its adapter beside it."""
+    """A model in float64, with other ``keys`` of its config if any; with ``method`` the same one frozen, and its
+    adapter beside it."""
     sizes = {"vocab_size": vocab, "vocab_multiple": 8, "hidden_size": hidden, "num_layers": 2, "num_heads": 4}
-    config = ModelConfig(**sizes, ffn_size=4 * hidden, max_seq_len=LENGTH, init_std=0.3, **FAMILIES[family])
+    config = ModelConfig(**sizes, ffn_size=4 * hidden, max_seq_len=LENGTH, init_std=0.3, **FAMILIES[family], **keys)
     axis = tp or Axis("tp")
     model = Decoder(config, axis, sp=sp).double()
     peft.apply(model, parse_peft(method, ""), torch.float64)
@@ -45,6 +47,7 @@ def saved(
     seed: int,
     method: dict[str, Any] | None = None,
     files: Mapping[str, bytes] | None = None,
+    step: int = 1,
 ) -> Path:
     """A checkpoint of a base, or of an adapter on what lies in ``base`` beside it, whose numbers depend on ``seed``;
     with small ``files`` beside them."""
@@ -66,4 +69,4 @@ def saved(
     }
     checkpoint.prepare(folder, Axis("world"))
     named = {f"model.{name}": piece for name, piece in pieces.items()}
-    return checkpoint.save(folder, 1, named, state, extras, Axis("world"), Faults.none())
+    return checkpoint.save(folder, step, named, state, extras, Axis("world"), Faults.none())

@@ -16,15 +16,16 @@ def child(begun):
     if pid := os.fork():
         os.read(ready, 1)
         return pid, relay, end
-    stop = StopRequest(relayed)
-    stop.begun = begun
+    alone = begun == "without a shim"
+    stop = StopRequest(None if alone else relayed, attached=alone, local_size=2)
+    stop.begun = begun != "early"
     signal.signal(signal.SIGVTALRM, lambda *_: None)
     os.write(tell, b"1")
     os.read(over, 1)  # the main thread is busy, as in a collective
     os._exit(75 if stop.asked else 1)
 
 cases = json.loads(sys.argv[1])
-children = [child(case[0][0] != "early") for case in cases]
+children = [child(case[0][0]) for case in cases]
 began, due = time.monotonic(), sorted((at, i, name) for i, case in enumerate(cases) for name, at in case[1:])
 for at, i, name in due:
     time.sleep(max(0, began + at - time.monotonic()))
@@ -46,13 +47,15 @@ ONE_WISH = [
     [("TERM", 0), ("relayed", 1.2)],
 ]
 TWO_WISHES = {143: [("TERM", 0), ("TERM", 0.8)], 138: [("relayed", 0), ("INT", 0.1), ("USR1", 1.2)]}
+WITHOUT_A_SHIM = {75: [("TERM", 0), ("TERM", 1.2)], 143: [("TERM", 0), ("INT", 0.1), ("TERM", 1.8)]}
 
 
 def test_signals_that_are_one_wish_and_a_second_wish() -> None:
     wishes = [*ONE_WISH, *TWO_WISHES.values()]
     cases = [*([["begun"], *case] for case in wishes), [["early"], ("TERM", 0)], [["begun"], ("VTALRM", 0)]]
+    cases += [[["without a shim"], *case] for case in WITHOUT_A_SHIM.values()]
     result = run_job([PYTHON, "-c", SCRIPT, json.dumps(cases)], timeout=60).expect(exit_code=0)
-    assert json.loads(result.stdout) == [75] * len(ONE_WISH) + [*TWO_WISHES, 75, 1]
+    assert json.loads(result.stdout) == [75] * len(ONE_WISH) + [*TWO_WISHES, 75, 1, *WITHOUT_A_SHIM]
     assert result.stderr == "SIGTERM: stopped before training had begun\n"
 
 

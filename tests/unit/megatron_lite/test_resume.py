@@ -2,17 +2,19 @@
 
 import json
 import re
+from types import SimpleNamespace
 
 import pytest
 import yaml
 
-from megatron_lite.config import CHANGEABLE, ModelConfig, load_config
+from megatron_lite.config import CHANGEABLE, ModelConfig, load_config, model_section
 from megatron_lite.config.model import _SHAPES, _WITHOUT_EFFECT
-from megatron_lite.data.tokenizer import SETTINGS
-from megatron_lite.errors import CheckpointError, ConfigError
+from megatron_lite.data.tokenizer import SETTINGS, load_tokenizer, tokenizer_files
+from megatron_lite.errors import CheckpointError, ConfigError, DataError
+from megatron_lite.resume import check_optimizer, check_tokenizers
 from tests.kit.alone import moments_step, run_alone
 from tests.kit.corpora import write_json_tokenizer
-from tests.kit.tiny import losses, tiny_config, tiny_data
+from tests.kit.tiny import append_document, losses, tiny_config, tiny_data
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
@@ -174,3 +176,97 @@ def test_a_source_of_another_function_is_noted_and_an_adapter_of_one_refused(tmp
     _, log = run_alone(config, *further, *other, "checkpoint.allow_change=[model.rope_theta]")
     assert len(re.findall(r"\n".join(told), log)) == 2  # of the base, and of the adapter
     assert losses(tmp_path / "further").keys() == {1, 2}
+
+
+def test_a_start_that_was_refused_leaves_no_trace_in_what_comes_from_the_run(tmp_path):
+    config = tiny_config(tmp_path, tiny_data(tmp_path), train__steps=2)
+    run_alone(config)
+    written = (tmp_path / "run" / "config.yaml").read_bytes()
+    with pytest.raises(CheckpointError, match="rope_theta"):
+        run_alone(config, "train.steps=3", "model.rope_theta=3")
+    assert (tmp_path / "run" / "config.yaml").read_bytes() == written
+    tree = yaml.safe_load(written)
+    tree["model"]["rope_theta"] = 3.0  # a start that is no more than that is not what the checkpoints are of
+    (tmp_path / "run" / "config.yaml").write_text(yaml.safe_dump(tree))
+    assert model_section(str(tmp_path / "run"))["rope_theta"] == 10000.0
+
+
+def test_a_run_at_its_end_or_beyond_says_that_there_is_nothing_to_train(tmp_path):
+    config = tiny_config(tmp_path, tiny_data(tmp_path), train__steps=3)
+    run_alone(config)
+    for steps in (3, 2):
+        log = run_alone(config, f"train.steps={steps}", "optim.schedule=constant")[1]
+        assert f"nothing to train: it is at step 3 of train.steps={steps}\n" in log
+
+
+def test_other_validation_data_is_said(tmp_path):
+    for name in ("train", "validation"):
+        (tmp_path / name).mkdir()
+    train, validation = tiny_data(tmp_path / "train"), tiny_data(tmp_path / "validation", descending=True)
+    config = tiny_config(tmp_path, train, train__steps=2, train__eval_every=2)
+    tree = yaml.safe_load(config.read_text())
+    tree["data"] |= {"validation": [{"path": str(validation)}]}
+    config.write_text(yaml.safe_dump(tree))
+    run_alone(config)
+    assert "validation data" not in run_alone(config, "train.steps=3")[1]
+    append_document(validation)
+    assert "changed since the checkpoint: the validation data (" in run_alone(config, "train.steps=4")[1]
+
+
+def test_numbers_are_written_after_a_line_that_was_cut_short(tmp_path):
+    config = tiny_config(tmp_path, tiny_data(tmp_path), train__steps=2)
+    run_alone(config)
+    metrics = tmp_path / "run" / "metrics.jsonl"
+    metrics.write_bytes(metrics.read_bytes()[:-5])
+    run_alone(config, "train.steps=3")
+    first, cut, third = metrics.read_text().splitlines()
+    assert [json.loads(line)["step"] for line in (first, third)] == [1, 3] and not cut.endswith("}")
+
+
+def _made(prefix, sha):
+    """What a dataset's sources know of themselves."""
+    card = {"tokenizer": f"{prefix}.model", "tokenizer_sha256": sha}
+    return SimpleNamespace(sources=[SimpleNamespace(card=card, data=SimpleNamespace(prefix=prefix))])
+
+
+def test_the_data_has_one_tokenizer_which_is_the_runs(begun):
+    config, ours = load_config(str(begun[0]), {}), SimpleNamespace(sha256="a" * 64, vocab_size=5)
+    named = load_config(str(begun[0]), {"data.tokenizer": "t.model"})
+    forced = load_config(str(begun[0]), {"data.force_tokenizer": "true"})
+    same, other = _made("same", "a" * 64), _made("other", "b" * 64)
+    check_tokenizers(named, [same], ours, {})
+    check_tokenizers(config, [same, _made("again", "a" * 64), _made("unknown", None)], None, {})
+    check_tokenizers(forced, [same, other], None, {})
+    for checked, data, tokenizer, than in (
+        (named, [same, other], ours, r"data\.tokenizer=t\.model \(sha aaaaaaaa\)"),
+        (config, [same, other], None, r"same's, 'same\.model' \(sha aaaaaaaa\)"),
+    ):
+        with pytest.raises(DataError) as refused:
+            check_tokenizers(checked, data, tokenizer, {})
+        assert re.fullmatch(
+            rf"other was made with another tokenizer, 'other\.model' \(sha bbbbbbbb\), than {than}; "
+            r"data\.force_tokenizer=true goes on with it",
+            str(refused.value),
+        )
+
+
+def test_a_tokenizer_has_no_more_tokens_than_the_model_unless_it_is_the_models_own(begun, tmp_path):
+    folder = write_json_tokenizer(tmp_path / "hf")
+    config = load_config(str(begun[0]), {"data.tokenizer": str(folder), "model.vocab_size": "50"})
+    ours, files = load_tokenizer(folder), tokenizer_files(folder)
+    assert ours.vocab_size > 50
+    check_tokenizers(config, [], ours, files)
+    with pytest.raises(DataError, match=rf"data\.tokenizer: {folder} has \d+ entries, the model's vocabulary 50; "):
+        check_tokenizers(config, [], ours, {})
+    with pytest.raises(DataError, match=r"x was made with another tokenizer, .* than the model's, "):
+        check_tokenizers(config, [_made("x", "b" * 64)], None, files)
+
+
+def test_an_optimizer_that_is_not_there_or_another_is_named():
+    with pytest.raises(CheckpointError, match=r"\Ainit\.optimizer: there has no optimizer state\Z"):
+        check_optimizer(SimpleNamespace(path="there", tensors={"model.x": 0}), ["optimizer.x.exp_avg"], "adamw")
+    source = SimpleNamespace(path="there", tensors={"optimizer.x.exp_avg": 0})
+    check_optimizer(source, ["optimizer.x.exp_avg"], "adamw")
+    told = r"init\.optimizer: there lacks optimizer\.x\.momentum_buffer: its optimizer is not optim\.name=muon"
+    with pytest.raises(CheckpointError, match=told):
+        check_optimizer(source, ["optimizer.x.momentum_buffer"], "muon")

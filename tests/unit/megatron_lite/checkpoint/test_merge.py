@@ -8,7 +8,9 @@ import torch
 from megatron_lite import convert
 from megatron_lite.checkpoint import open_source
 from megatron_lite.checkpoint.hf import HuggingFaceSource
+from megatron_lite.dist.mesh import solo_mesh
 from megatron_lite.errors import CheckpointError
+from megatron_lite.generate import open_models
 from tests.kit.adapters import decoder, saved
 
 METHODS = {
@@ -89,3 +91,46 @@ def test_what_cannot_be_merged_is_told(tmp_path):
     merged("base", "base", "holds no adapter")
     merged("lora", "other", "was trained on a base of fingerprint [0-9a-f]{12}, but .* has [0-9a-f]{12}")
     merged("lora", "none", "is an adapter of .*none, which is not there")
+    with pytest.raises(CheckpointError, match=r"holds a lora adapter, no model: ckpt merge_adapter --to=hf writes it"):
+        convert.export_hf(tmp_path / "lora", tmp_path / "out", "stored", 1 << 30, trust=False)
+    with pytest.raises(CheckpointError, match="no such folder"):
+        convert.import_hf(tmp_path / "none", tmp_path / "out", 1, 8)
+    with pytest.raises(CheckpointError, match=r"no Hugging Face folder: it has no config\.json"):
+        convert.import_hf(tmp_path / "base", tmp_path / "out", 1, 8)
+
+
+@pytest.mark.parametrize("to", ["ours", "hf"])
+def test_an_adapter_is_computed_with_as_it_was_trained(tmp_path, to, capsys):
+    """Its training may have had other keys of the model than its base."""
+    method = METHODS["rslora"]
+    saved(tmp_path / "base", decoder("llama"), 1)
+    beside = decoder("llama", method=method)
+    keys = {"rope_theta": 3.0, "norm_eps": 0.5}
+    other = decoder("llama", method=method, **keys)
+    saved(tmp_path / "adapter", other, 2, method)
+    beside.load_state_dict(other.state_dict())
+    with torch.no_grad():
+        want, as_base = (model(TOKENS, dtype=torch.float64) for model in (other, beside))
+    assert (want - as_base).abs().max() > 0.1
+    convert.merge_adapter(tmp_path / "adapter", tmp_path / "out", None, to, "float32", unmerge=False, trust=False)
+    out = capsys.readouterr().out
+    assert "note: model.rope_theta is 3.0, as " in out and "; its base has 10000.0\n" in out
+    torch.testing.assert_close(logits(open_source(tmp_path / "out")).double(), want, rtol=1e-4, atol=1e-4)
+    with open_models(tmp_path / "adapter", solo_mesh(), torch.float64, {}, None) as (models, _, name), torch.no_grad():
+        torch.testing.assert_close(models[name](TOKENS, dtype=torch.float64), want)
+    with pytest.raises(
+        CheckpointError, match=r"was trained with model\.norm_eps=0\.5 \(its base: 1e-05\), model\.rope"
+    ):
+        convert.export_peft(tmp_path / "adapter", tmp_path / "peft", None, trust=False)
+    assert not (tmp_path / "peft").exists()
+
+
+def test_the_last_checkpoints_are_those_up_to_the_latest(tmp_path):
+    for step in (1, 2, 3, 4):
+        saved(tmp_path / "checkpoints", decoder("llama", seed=step), 1, step=step)
+    (tmp_path / "checkpoints" / "latest").write_text("step_00000002\n")
+    convert.average([tmp_path], tmp_path / "mean", 2, trust=False)
+    convert.average([tmp_path / "checkpoints" / f"step_0000000{i}" for i in (1, 2)], tmp_path / "same", 0, trust=False)
+    convert.diff(tmp_path / "mean", tmp_path / "same", 0.0, trust=False)
+    with pytest.raises(CheckpointError, match="holds 2 checkpoints up to step_00000002, not 3"):
+        convert.average([tmp_path], tmp_path / "more", 3, trust=False)

@@ -43,6 +43,52 @@ def test_what_latest_names_and_what_is_newer_are_never_deleted(tmp_path):
     assert kept(folder) == [20, 30, 40, 50]
 
 
+def test_a_later_one_than_the_latest_is_no_way_back(tmp_path):
+    folder = ready(tmp_path, *STEPS)
+    (folder / "latest").write_text("step_00000010\n")
+    assert resume(folder)[0].step == 10
+    (folder / "step_00000010" / "state.json").write_bytes(b"{}")
+    with pytest.raises(CheckpointError, match="none of 1 checkpoints up to the latest is sound"):
+        resume(folder)
+
+
+@pytest.mark.parametrize(
+    "name", ["step_00000030", "step_00000030.tmp-x", "step_00000030.old-x", ".probe.x", ".latest.x"]
+)
+@pytest.mark.parametrize("kind", ["link", "file", "folder"])
+def test_whatever_has_a_name_of_ours_a_run_starts_and_saves(tmp_path, name, kind):
+    folder, elsewhere = ready(tmp_path / "here", 10, 20), ready(tmp_path / "elsewhere", 30) / "step_00000030"
+    if kind == "link":
+        (folder / name).symlink_to(elsewhere)
+    elif kind == "file":
+        (folder / name).write_text("")
+    else:
+        shutil.copytree(elsewhere, folder / name)
+    for step in (30, 40):
+        assert resume(folder)[0] is not None
+        commit(folder, step)
+    assert resume(folder)[0].step == 40
+    assert names(folder) == ["latest", *(f"step_000000{step}" for step in (10, 20, 30, 40))]
+    assert not (folder / "step_00000030").is_symlink() and "step 30" in verify(elsewhere)
+
+
+def test_what_cannot_be_removed_is_named_and_stays(tmp_path, monkeypatch, capsys):
+    folder = ready(tmp_path, 10)
+    shutil.copytree(folder / "step_00000010", folder / "step_00000020.tmp-x")
+
+    def fail(path):
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(shutil, "rmtree", fail)
+    assert resume(folder)[0].step == 10
+    told = f"warning: {folder}/step_00000020.tmp-x is left over, and could not be removed: Permission denied\n"
+    assert capsys.readouterr().err == told
+    (folder / "latest").unlink()
+    (folder / "latest").mkdir()
+    with pytest.raises(StorageError, match=r"latest: is a directory\Z"):
+        ready(folder)
+
+
 def test_an_interrupted_deletion_leaves_nothing_that_looks_like_a_checkpoint(tmp_path, monkeypatch):
     folder = ready(tmp_path, *STEPS)
 
