@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -103,6 +104,8 @@ def generate(
     if requests:
         read = read_requests(Path(requests), {*named, "default"})
         asked = [replace(request, adapter=request.adapter or adapter) for request in read]
+    elif named and adapter is None:
+        print(f"note: without --adapter={'|'.join(named)} the answer is {checkpoint}'s own", file=sys.stderr)
     from megatron_lite.generate import generate_text
 
     where = Path(base) if base else None

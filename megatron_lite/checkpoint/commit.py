@@ -158,8 +158,6 @@ def prepare(folder: Path, world: Axis) -> None:
     def write_shared() -> None:
         if world.rank == 0:
             folder.mkdir(parents=True, exist_ok=True)
-            if (folder / LATEST).is_dir():
-                raise StorageError(f"{folder / LATEST}: is a directory")
             _remove_leftovers(folder)
             write_file(shared, [b"probe"], Faults.none())
 

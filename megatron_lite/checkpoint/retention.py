@@ -38,9 +38,7 @@ def newest(
                 tell(f"falling back to {checkpoint.path}")
             return checkpoint
     if problems:
-        raise CheckpointError(
-            f"{folder}: none of {len(problems)} checkpoints up to the latest is sound; the first: {problems[0]}"
-        )
+        raise CheckpointError(f"{folder}: none of {len(problems)} checkpoints is sound; the first: {problems[0]}")
     return None
 
 

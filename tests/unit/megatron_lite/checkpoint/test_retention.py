@@ -48,7 +48,7 @@ def test_a_later_one_than_the_latest_is_no_way_back(tmp_path):
     (folder / "latest").write_text("step_00000010\n")
     assert resume(folder)[0].step == 10
     (folder / "step_00000010" / "state.json").write_bytes(b"{}")
-    with pytest.raises(CheckpointError, match="none of 1 checkpoints up to the latest is sound"):
+    with pytest.raises(CheckpointError, match="none of 1 checkpoints is sound"):
         resume(folder)
 
 
@@ -73,7 +73,7 @@ def test_whatever_has_a_name_of_ours_a_run_starts_and_saves(tmp_path, name, kind
 
 
 def test_what_cannot_be_removed_is_named_and_stays(tmp_path, monkeypatch, capsys):
-    folder = ready(tmp_path, 10)
+    folder = ready(tmp_path / "checkpoints", 10)
     shutil.copytree(folder / "step_00000010", folder / "step_00000020.tmp-x")
 
     def fail(path):
@@ -85,8 +85,8 @@ def test_what_cannot_be_removed_is_named_and_stays(tmp_path, monkeypatch, capsys
     assert capsys.readouterr().err == told
     (folder / "latest").unlink()
     (folder / "latest").mkdir()
-    with pytest.raises(StorageError, match=r"latest: is a directory\Z"):
-        ready(folder)
+    with pytest.raises(StorageError, match=r"checkpoints/latest: is a directory\Z"):
+        commit(folder, 20)
 
 
 def test_an_interrupted_deletion_leaves_nothing_that_looks_like_a_checkpoint(tmp_path, monkeypatch):
