@@ -261,12 +261,14 @@ def make_job(
     where: Mapping[str, Any],
 ) -> Job:
     """The run as a job: what every rank is to run, with which variables, and where its files are."""
-    launch, folder = settings["launch"], settings["run"]
+    launch, folder, wanted = settings["launch"], settings["run"], settings["checkpoint"].get("resume", "auto")
+    kept = overrides if wanted == "auto" else {key: overrides[key] for key in overrides if key != "checkpoint.resume"}
     job = Job(
-        program=(sys.executable, "-m", "megatron_lite", "train", config, *_flags(overrides)),
+        program=(sys.executable, "-m", "megatron_lite", "train", config, *_flags(kept)),
         hosts=hosts,
         run_dir=Path(folder["dir"]) / folder["name"],
-        resume=() if "checkpoint.resume" in overrides else ("--checkpoint.resume=auto",),
+        resume=("--checkpoint.resume=auto",),
+        begin=() if wanted == "auto" else (f"--checkpoint.resume={wanted}",),
         name=folder["name"],
         nonce="" if where["node_rank"] is not None else f"-{os.urandom(4).hex()}",
         node=where["node_rank"],

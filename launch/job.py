@@ -59,9 +59,10 @@ class Job:
     ``node``: start the ranks of this host alone, because somebody else starts the others'. ``rendezvous``: the address
     and port at which ranks meet, where that is decided beforehand; its name may take ``rendezvous_wait`` seconds to
     resolve. ``attempt`` counts automatic restarts from 0; from the first restart on, ``resume`` is appended to the
-    program. ``name`` with ``nonce`` tells this job from every other one; hosts that start their own ranks share no
-    nonce, and each counts its own restarts: there the name is all. ``runner``: what DeepSpeed's launcher reaches hosts
-    with. ``mpirun``: the one to use, where it is not the one that ``launch/mpirun.py`` finds.
+    program, but as long as nothing has been saved ``begin``, if any: where the config has it begin. ``name`` with
+    ``nonce`` tells this job from every other one; hosts that start their own ranks share no nonce, and each counts its
+    own restarts: there the name is all. ``runner``: what DeepSpeed's launcher reaches hosts with. ``mpirun``: the one
+    to use, where it is not the one that ``launch/mpirun.py`` finds.
     """
 
     program: tuple[str, ...]
@@ -69,6 +70,7 @@ class Job:
     run_dir: Path
     env: Mapping[str, str] = field(default_factory=dict)
     resume: tuple[str, ...] = ()
+    begin: tuple[str, ...] = ()
     attempt: int = 0
     name: str = ""
     nonce: str = ""
@@ -108,12 +110,20 @@ class Job:
         return self.run_dir / "logs"
 
     @property
+    def lock(self) -> Path:
+        """Held while it runs, and written when it begins."""
+        return self.log_dir / f"launcher{'' if self.node is None else f'_{self.node}'}.lock"
+
+    @property
     def wish(self) -> Path:
         """The file that tells ranks on other machines what their launcher wants of them (``launch/rank.py``)."""
         return self.log_dir / "wish"
 
     def next_attempt(self) -> Job:
-        return replace(self, attempt=self.attempt + 1)
+        """The same again, after this start, which goes on from what this one has saved."""
+        latest, started = self.run_dir / "checkpoints" / "latest", self.lock
+        saved = latest.is_file() and latest.stat().st_mtime_ns > started.stat().st_mtime_ns
+        return replace(self, attempt=self.attempt + 1, begin=() if saved else self.begin)
 
     @property
     def rank_env(self) -> dict[str, str]:
@@ -128,7 +138,7 @@ class Job:
 
     def rank_argv(self, *options: str) -> list[str]:
         """The argv, after the Python executable, of one rank: the program inside its shim (``launch/rank.py``)."""
-        program = self.program + (self.resume if self.attempt else ())
+        program = self.program + (self.begin or (self.resume if self.attempt else ()))
         wish = [f"--wish={self.wish}"] if self.distributed else []
         return ["-m", "launch.rank", f"--log-dir={self.log_dir}", *wish, *options, "--", *program]
 

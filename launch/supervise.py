@@ -49,7 +49,7 @@ def supervise(job: Job, launcher: Callable[[Job], Launch], max_restarts: int = 0
     own = "" if job.node is None else f"_{job.node}"
     try:
         job.log_dir.mkdir(parents=True, exist_ok=True)
-        with _exclusive(job.log_dir / f"launcher{own}.lock") as holder, _cursor_shown(), _signals() as signals:
+        with _exclusive(job.lock) as holder, _cursor_shown(), _signals() as signals:
             if holder:
                 return Outcome(_USAGE, f"{job.run_dir} is in use by {holder}; choose another --run.name")
             process.adopt_orphans()
@@ -85,7 +85,8 @@ class _Supervisor:
                 job = replace(job, hosts=hosts)
             if job.attempt:
                 on = f" on {', '.join(host.name for host in job.hosts)}" if self.pool is not None else ""
-                say(f"restarting from the last checkpoint{on}, attempt {job.attempt + 1}")
+                start = f"as at first ({job.begin[0]})" if job.begin else "from the last checkpoint"
+                say(f"restarting {start}{on}, attempt {job.attempt + 1}")
             if early := self._wait_for_name(job):
                 return early
             began = time.monotonic()

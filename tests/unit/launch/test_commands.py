@@ -1,6 +1,7 @@
 """What each launcher starts, as pure functions of a job."""
 
 import json
+import os
 import shlex
 import sys
 from pathlib import Path
@@ -75,6 +76,22 @@ def test_a_restart_says_so_to_the_ranks_and_resumes() -> None:
     assert before.argv[-1] == "a b"
     assert after.argv[-1] == "--checkpoint.resume=auto"
     assert (after.env["MLITE_ATTEMPT"], after.env["MLITE_JOB"]) == ("1", "run-1.1")
+
+
+def test_a_restart_begins_as_the_config_says_until_something_is_saved(tmp_path: Path) -> None:
+    resume, begin = "--checkpoint.resume=auto", "--checkpoint.resume=none"
+    first = job(resume=(resume,), begin=(begin,), name="run-1", run_dir=tmp_path)
+    latest = tmp_path / "checkpoints" / "latest"
+    for folder in (first.log_dir, latest.parent):
+        folder.mkdir()
+    latest.write_text("of another run")
+    os.utime(latest, (1, 1))
+    first.lock.write_text("")
+    again = first.next_attempt()
+    os.utime(latest)
+    for attempt, end in ((first, begin), (again, begin), (again.next_attempt(), resume)):
+        (command,) = LAUNCHERS["torchrun"](attempt).commands
+        assert command.argv[-1] == end
 
 
 def test_open_mpi_places_ranks_by_contexts() -> None:

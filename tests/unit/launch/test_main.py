@@ -25,7 +25,9 @@ if command == "config":
         print("error: optim.lr=-1: must be greater than 0", file=sys.stderr)
         sys.exit(2)
     launch = {"env": {}, "forward": [], "tp_across_hosts": False, "ssh": {"port": None, "options": []}}
-    print(json.dumps({"run": {"dir": "runs", "name": "a run"}, "launch": launch, "mesh": {"tp": 1}}))
+    checkpoint = {"resume": "auto"}
+    run = {"dir": "runs", "name": "a run"}
+    print(json.dumps({"run": run, "launch": launch, "checkpoint": checkpoint, "mesh": {"tp": 1}}))
 else:
     print(json.dumps([os.environ["RANK"], config, flags]))
     sys.exit(6)
