@@ -24,7 +24,7 @@ from data_tools.conversations import FORMATS, Conversation, conversation
 from data_tools.documents import MAX_LINE_BYTES, check_text, read_objects
 from data_tools.encode import Part, cached_tokenizer, named_tokenizer
 from data_tools.sources import Span, similar
-from megatron_lite.cli import nearest
+from megatron_lite.cli import nearest, several
 from megatron_lite.data.indexed import IndexedWriter, token_dtype
 from megatron_lite.data.packing import CONVERSATIONS
 from megatron_lite.data.template import MAX_TEMPLATE, ChatTemplate, Loss, Rendered, find_template
@@ -123,9 +123,12 @@ def chat(
         if merger.long:
             lost = f"{tally['lost_tokens']:,} tokens lost"
             done = "truncated to" if long_documents == "truncate" else "left out, longer than"
-            print(f"{merger.long:,} conversations {done} {max_document_tokens:,} tokens: {lost}")
+            print(f"{several(merger.long, 'conversation')} {done} {max_document_tokens:,} tokens: {lost}")
         if tally["without_target"]:
-            print(f"{tally['without_target']:,} conversations left out: nothing in them to train on")
+            print(f"{several(tally['without_target'], 'conversation')} left out: nothing to train on")
+        if tally["begun_untrained"]:
+            begun = several(tally["begun_untrained"], "conversation")
+            print(f"not trained on, as nothing stands before it: the first token of {begun}; see --add_bos=true")
         if not merger.ends:
             print("no answer ends with a token of its own: a model trained on them will not know where to stop")
         if merger.unused:
@@ -165,7 +168,7 @@ def encode(spans: list[Span], prefix: str, tokenizer: str, options: ChatOptions)
     """As ``ChatOptions.encode``. With ``on_error`` "stop", stops at a refused line."""
     model, part = (
         cached_tokenizer(tokenizer),
-        Part(prefix, spans, tally=Counter(trained_tokens=0, lost_tokens=0, without_target=0)),
+        Part(prefix, spans, tally=Counter(trained_tokens=0, lost_tokens=0, without_target=0, begun_untrained=0)),
     )
     dtype, template = token_dtype(model.vocab_size), _template(options.chat_template, tokenizer, options.date)
     named = {token for text, token in model.special.items() if text in template.source}
@@ -186,11 +189,13 @@ def encode(spans: list[Span], prefix: str, tokenizer: str, options: ChatOptions)
             if not len(tokens):
                 part.empty += 1
                 continue
+            begun = bool(mask[0]) and options.loss != "all"
             mask[0] = False  # the first token of a document is nobody's target
             if not mask.any():
                 part.tally["without_target"] += 1
                 continue
             part.documents += 1
+            part.tally["begun_untrained"] += begun
             part.tally["trained_tokens"] += int(mask.sum())
             writer.add_document(tokens.astype(dtype), alternating(mask))
     return part

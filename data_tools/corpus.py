@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 
 from data_tools.documents import read
 from data_tools.sources import find_sources, spans
+from megatron_lite.cli import several
 from megatron_lite.data.files import storage_errors, sync
 from megatron_lite.errors import ConfigError, DataError
 
@@ -92,7 +93,7 @@ def corpus(source: str, out: str, shards: int = 1, license: str = "", text_key: 
             shutil.rmtree(folder)
         temporary.rename(folder)
         sync(folder.parent)
-    print(f"{count:,} documents, {size:,} characters in {shards} shard{'s' * (shards > 1)}: {folder}")
+    print(f"{several(count, 'document')}, {size:,} characters in {several(shards, 'shard')}: {folder}")
 
 
 def standard_library() -> Iterator[Text]:

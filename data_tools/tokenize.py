@@ -23,7 +23,7 @@ from data_tools.documents import MAX_LINE_BYTES
 from data_tools.encode import Options, Part, around, named_tokenizer
 from data_tools.progress import Progress
 from data_tools.sources import Source, Span, find_sources, units
-from megatron_lite.cli import nearest
+from megatron_lite.cli import nearest, several
 from megatron_lite.data.files import storage_errors
 from megatron_lite.data.indexed import IndexedWriter, dataset_file, token_dtype
 from megatron_lite.data.tokenizer import Tokenizer
@@ -134,9 +134,10 @@ def build(
             processes.run(todo, work, merger.add, max(1, min(count, total // _UNIT_BYTES + 1)))
         found = merger.finish(sources, max_bad)
         writer.card = facts | found | {"options": asdict(options) | {"max_bad": max_bad}}
-    print(f"{writer.num_documents:,} documents, {writer.num_tokens:,} tokens ({writer.dtype}): {writer.prefix}.bin")
+    documents = several(writer.num_documents, "document")
+    print(f"{documents}, {writer.num_tokens:,} tokens ({writer.dtype}): {writer.prefix}.bin")
     if merger.rejected:
-        print(f"{merger.rejected:,} of {merger.lines:,} lines refused: {merger.rejects}")
+        print(f"{merger.rejected:,} of {several(merger.lines, 'line')} refused: {merger.rejects}")
     return merger
 
 
@@ -258,10 +259,17 @@ class Merger:
             else:
                 self.rejects.unlink(missing_ok=True)
         if self.rejected > _allowed(max_bad, self.lines):
-            share = f"{self.rejected:,} of {self.lines:,} lines ({self.rejected / self.lines:.2%})"
+            share = f"{self.rejected:,} of {several(self.lines, 'line')} ({self.rejected / self.lines:.2%})"
             raise DataError(f"{share} were refused, more than --max_bad={max_bad}; see {self.rejects}")
         if not self.kept:
-            raise DataError(f"no documents in {self.lines:,} lines of {len(sources):,} files ({self.empty:,} empty)")
+            where = f"{several(self.lines, 'line')} of {several(len(sources), 'file')}"
+            left_out = {
+                "refused": self.rejected,
+                "longer than --max_document_tokens": self.long,
+                "with nothing to train on, such as a message of the assistant": self.tally["without_target"],
+            }
+            counts = [f"{self.empty:,} empty", *(f"{count:,} {why}" for why, count in left_out.items() if count)]
+            raise DataError(f"no documents in {where} ({'; '.join(counts)})")
         for source in sources:
             source.check_unchanged()
         files = [{"file": s.path, "size": s.size, "sha256": self._digest(s.path)} for s in sources]

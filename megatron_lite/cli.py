@@ -32,6 +32,11 @@ def nearest(name: str, known: typing.Iterable[str]) -> str:
     return f" (did you mean {matches[0]!r}?)" if matches else ""
 
 
+def several(count: int, noun: str) -> str:
+    """``1 document``, ``2,000 documents``."""
+    return f"{count:,} {noun}{'s' * (count != 1)}"
+
+
 def convert(name: str, text: str, annotation: Any) -> Any:
     """Read ``text`` as ``annotation``: ``str``, ``int``, ``float``, ``bool`` or one of these ``| None`` (``auto``)."""
     options = typing.get_args(annotation) if isinstance(annotation, types.UnionType) else (annotation,)

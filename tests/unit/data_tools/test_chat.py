@@ -226,7 +226,38 @@ def test_what_is_stored_is_text_by_text_context_and_completion(tmp_path, folder,
         assert (card["content"], card["lines"], card["empty"], card["without_target"]) == ("conversations", 4, 1, 1)
         assert card["trained_tokens"] == sum(IndexedDataset(tmp_path / name).lengths[[1, 3, 6]])
         assert card["options"]["chat_template"] == (CHATML if name == "hf" else UNMARKED)
-        assert "1 conversations left out: nothing in them to train on" in capsys.readouterr().out
+        assert "1 conversation left out: nothing to train on" in capsys.readouterr().out
+
+
+def test_a_completion_that_begins_in_the_first_token_is_counted(tmp_path, folder, capsys):
+    source = write(tmp_path / "x.jsonl", {"prompt": "i", "completion": "n"}, {"prompt": "def i", "completion": "n"})
+    model = load_tokenizer(folder / "hf")
+    assert [len(model.encode(text)) for text in ("in", "def in")] == [1, 2]  # tokens across the seams
+    for loss, count in (("completions", 1), ("all", 0)):
+        chat(str(source), str(folder / "hf"), f"{tmp_path}/out", workers=1, loss=loss)
+        assert read_card(tmp_path / "out")["begun_untrained"] == count
+        said = "not trained on, as nothing stands before it: the first token of 1 conversation; see --add_bos=true"
+        assert (said in capsys.readouterr().out) == bool(count)
+    chat(str(source), str(folder / "hf"), f"{tmp_path}/out", workers=1)
+    assert stored(tmp_path / "out", model) == [["in", "<|im_end|>"], ["def", " in<|im_end|>"]]
+
+
+@pytest.mark.parametrize(
+    ("line", "flags", "counts"),
+    [
+        ({"messages": [USER]}, {}, "1 with nothing to train on, such as a message of the assistant"),
+        (
+            {"messages": [USER, ANSWER]},
+            {"max_document_tokens": 2, "long_documents": "drop"},
+            "1 longer than --max_document_tokens",
+        ),
+        ("{", {"on_error": "skip", "max_bad": "100%"}, "1 refused"),
+    ],
+)
+def test_where_nothing_is_left_it_is_said_why(tmp_path, folder, line, flags, counts):
+    source = write(tmp_path / "x.jsonl", line, "")
+    with pytest.raises(DataError, match=rf"no documents in 2 lines of 1 file \(1 empty; {counts}\)$"):
+        chat(str(source), str(folder / "hf"), f"{tmp_path}/out", workers=1, **flags)
 
 
 def test_golden_tokens_of_a_sentencepiece_model(tmp_path, folder):
