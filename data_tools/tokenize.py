@@ -268,8 +268,8 @@ class Merger:
                 "longer than --max_document_tokens": self.long,
                 "with nothing to train on, such as a message of the assistant": self.tally["without_target"],
             }
-            counts = [f"{self.empty:,} empty", *(f"{count:,} {why}" for why, count in left_out.items() if count)]
-            raise DataError(f"no documents in {where} ({'; '.join(counts)})")
+            told = [f"{self.empty:,} empty", *(f"{count:,} {why}" for why, count in left_out.items() if count)]
+            raise DataError(f"no documents in {where} ({'; '.join(told)})")
         for source in sources:
             source.check_unchanged()
         files = [{"file": s.path, "size": s.size, "sha256": self._digest(s.path)} for s in sources]

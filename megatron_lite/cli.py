@@ -8,8 +8,10 @@ checked before anything runs. Standard library and fire only, so a mistake costs
 from __future__ import annotations
 
 import difflib
+import errno
 import gc
 import inspect
+import os
 import re
 import sys
 import types
@@ -18,7 +20,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NoReturn
 
-from megatron_lite.errors import ConfigError, MegatronLiteError
+from megatron_lite.errors import ConfigError, MegatronLiteError, StorageError
 
 Command = Callable[..., Any]
 Commands = Mapping[str, "Command | Commands"]  # a group of commands is one, too
@@ -171,17 +173,36 @@ def fail(error: MegatronLiteError) -> NoReturn:
     raise SystemExit(error.exit_code)
 
 
+def _drop_unwritten() -> None:
+    """Forget what was printed and cannot be written: Python would try again at its end."""
+    try:
+        print(end="", flush=True)
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
 def main(commands: Commands, prog: str) -> None:
-    """Run the command named in ``sys.argv``: parse with fire, check, convert, call; errors exit with their code."""
+    """Run the command named in ``sys.argv``: parse with fire, check, convert, call; errors exit with their code.
+
+    Output into a pipe that is closed ends it with 141, as SIGPIPE would.
+    """
     gc.set_threshold(50_000, 20, 20)  # importing torch makes a million objects, of which none is garbage
     try:
         _run(commands, prog, sys.argv[1:])
+        print(end="", flush=True)
     except MegatronLiteError as error:
         fail(error)
+    except BrokenPipeError:  # who reads what we print has seen enough
+        raise SystemExit(141) from None
+    except OSError as error:
+        if error.errno != errno.ENOSPC:
+            raise
+        fail(StorageError(f"{error.filename or 'standard output'}: {error.strerror}"))
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         raise SystemExit(130) from None
     finally:
+        _drop_unwritten()
         gc.freeze()  # the interpreter's last collections have nothing to look at: with torch, they take half a second
 
 
