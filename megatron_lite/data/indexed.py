@@ -92,6 +92,8 @@ class IndexedDataset:
 
     def __init__(self, prefix: str | Path) -> None:
         self.prefix = str(dataset_file(prefix, ""))
+        if Path(prefix).is_file() and not dataset_file(prefix, ".idx").exists():
+            raise DataError(f"{prefix}: no dataset, which is PREFIX.idx and PREFIX.bin; data_tools tokenize makes one")
         self._idx = MappedFile(dataset_file(prefix, ".idx"))
         self._bin = MappedFile(dataset_file(prefix, ".bin"))
         if self._idx.size < _HEADER.size:

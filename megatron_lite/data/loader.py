@@ -321,15 +321,19 @@ def build_dataset(data: DataConfig, seed: int, split: Split, vocab_size: int | N
     packing = data.long_conversations if data.packing == "conversations" else None
     sources: list[Source] = []
     for config in configs:
-        if packing is None:
-            sources.append(Source(config.path, data.seq_len, fractions))
-        else:
-            sources.append(Conversations(config.path, data.seq_len, fractions, truncate=packing == "truncate"))
+        try:
+            if packing is None:
+                sources.append(Source(config.path, data.seq_len, fractions))
+            else:
+                sources.append(Conversations(config.path, data.seq_len, fractions, truncate=packing == "truncate"))
+        except DataError as error:
+            raise DataError(f"data.{'train' if configs is data.train else 'validation'}: {error}") from None
     for source in sources:
         if source.num_samples:
             continue
         cut = "" if own else f" (data.split={list(data.split)})"
-        without = "; train.eval_every=0 goes without" if split == "validation" else ""
+        more = "" if own else "; give it more of data.split, or data.validation"
+        without = f"{more}; train.eval_every=0 goes without" if split == "validation" else ""
         if isinstance(source, Conversations):
             raise DataError(f"nothing in the {split} split{cut}: {source.note}{without}")
         raise DataError(

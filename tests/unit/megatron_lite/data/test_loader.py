@@ -198,9 +198,19 @@ def test_too_little_data_is_named(tmp_path):
         build_dataset(data_config(path), 0, "train")
 
 
+@pytest.mark.parametrize("key", ["train", "validation"])
+def test_a_dataset_that_is_none_is_named_by_its_key(tmp_path, key):
+    (tmp_path / "raw.jsonl").write_text("{}")
+    for name, said in (("none", r"none\.idx: no such file"), ("raw.jsonl", r"raw\.jsonl: no dataset, .*tokenize")):
+        config = data_config("d").model_copy(update={key: [SourceConfig(path=str(tmp_path / name))]})
+        with pytest.raises(DataError, match=rf"^data\.{key}: .*{said}"):
+            build_dataset(config, 0, key)
+
+
 def test_validation_without_a_window_says_what_to_do(tmp_path):
     path = write(tmp_path / "d", [100])
-    with pytest.raises(DataError, match=r"\(data\.split=\[0\.9, 0\.1, 0\.0\]\); train\.eval_every=0 goes without\Z"):
+    fix = r"give it more of data\.split, or data\.validation; train\.eval_every=0 goes without\Z"
+    with pytest.raises(DataError, match=rf"\(data\.split=\[0\.9, 0\.1, 0\.0\]\); {fix}"):
         build_dataset(data_config(path, split=(0.9, 0.1, 0)), 0, "validation")
     own = data_config(path, validation=[SourceConfig(path=write(tmp_path / "v", [5]))])
     with pytest.raises(
