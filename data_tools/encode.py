@@ -14,6 +14,7 @@ import numpy as np
 
 from data_tools.documents import MAX_LINE_BYTES, read
 from data_tools.sources import Span, similar
+from megatron_lite.cli import of_the_hub
 from megatron_lite.data.indexed import IndexedWriter, token_dtype
 from megatron_lite.data.tokenizer import JSON, MAIN, MODEL, Tokenizer, load_tokenizer
 from megatron_lite.errors import ConfigError
@@ -73,7 +74,7 @@ def named_tokenizer(path: str) -> Tokenizer:
     """What --tokenizer names: a .model, a tokenizer.json, or a folder with one of them. Raises ConfigError where there
     is none, DataError where it does not load."""
     if not Path(path).exists():
-        raise ConfigError(f"--tokenizer={path}: no such file{similar(Path(path))}")
+        raise ConfigError(f"--tokenizer={path}: no such file{similar(Path(path)) or of_the_hub(path)}")
     if Path(path).is_dir() and not any((Path(path) / name).is_file() for name in MAIN):
         raise ConfigError(f"--tokenizer={path}: a folder without {JSON} or {MODEL}")
     return load_tokenizer(path)

@@ -34,6 +34,13 @@ def nearest(name: str, known: typing.Iterable[str]) -> str:
     return f" (did you mean {matches[0]!r}?)" if matches else ""
 
 
+def of_the_hub(name: str) -> str:
+    """How to get what is not there, where ``name`` may be one of the Hugging Face hub, or an empty string."""
+    if not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?(?<!\.json)(?<!\.model)", name, re.ASCII):
+        return ""
+    return f"; nothing is downloaded here; from the hub: hf download {name} --local-dir DIR"
+
+
 def several(count: int, noun: str) -> str:
     """``1 document``, ``2,000 documents``."""
     return f"{count:,} {noun}{'s' * (count != 1)}"
@@ -118,7 +125,9 @@ def bind(command: Command, args: tuple[str, ...], flags: Mapping[str, str]) -> t
     overrides: dict[str, str] = {}
 
     if len(args) > len(required):
-        mistakes.append(f"unexpected argument {args[len(required)]!r}; see --help")
+        word = args[len(required)]
+        fix = f"write --{word}" if re.match(r"[\w.]+=", word) else "see --help"
+        mistakes.append(f"unexpected argument {word!r}; {fix}")
     typed = list(zip(required, args, strict=False))
     for name, text in flags.items():
         if name in parameters:

@@ -188,18 +188,35 @@ _OTHERWISE = {
     "per_device_eval_batch_size eval_batch_size eval_micro_batch_size": "as in training: train.micro_batch_size",
 }
 
+# What others call values of ours.
+_VALUES = {
+    "is peft.dora=true with peft.method=lora here": "dora",
+    "is peft.base_dtype=nf4 with peft.method=lora here": "qlora",
+    "is nf4 here": "int4 4bit fp4",
+    "is bfloat16 here": "bf16",
+    "is float32 here": "fp32",
+    "there is no float16; bfloat16 has its size": "fp16 half float16",
+    "comes with init.from, as one of family llama": "mistral qwen2 qwen3",
+}
+
 _HINTS = {name: f"is {ours} here" for ours, theirs in _THEIRS.items() for name in theirs.split()} | {
     name: told for names, told in _OTHERWISE.items() for name in names.split()
 }
+_VALUE_HINTS = {name: f" ({told})" for told, names in _VALUES.items() for name in names.split()}
 
 
 def meant(name: str) -> str:
     """`` (is optim.lr here)`` for a key that is another's name of ours, or ours in another section; or nothing."""
     name = name.lower().replace("-", "_")
-    hint = _HINTS.get(name)
+    hint = "is a section here" if name in Config.model_fields else _HINTS.get(name)
     if hint is None and (places := _ours().get(name)):
         hint = f"is {' or '.join(places)} here"
     return f" ({hint})" if hint else ""
+
+
+def meant_value(name: str) -> str:
+    """`` (is nf4 here)`` for a value that is another's name of one of ours; or nothing."""
+    return _VALUE_HINTS.get(name.lower(), "")
 
 
 @cache

@@ -10,10 +10,10 @@ from typing import Any, get_args
 
 from pydantic import BaseModel, TypeAdapter, ValidationError
 
-from megatron_lite.cli import nearest
+from megatron_lite.cli import nearest, of_the_hub
 from megatron_lite.config import yaml_text
 from megatron_lite.config.model import ModelConfig
-from megatron_lite.config.peers import meant
+from megatron_lite.config.peers import meant, meant_value
 from megatron_lite.config.peft import METHODS, PeftConfig
 from megatron_lite.config.tree import Config
 from megatron_lite.errors import ConfigError
@@ -74,7 +74,8 @@ def apply_overrides(tree: dict[str, Any], overrides: Mapping[str, str]) -> list[
                 node[part] = {}
             node = node[part]
             if not isinstance(node, dict):
-                mistakes.append(f"{dotted}: {part} is not a section")
+                kind = "a list, which is given as a whole" if isinstance(node, list) else "not a section"
+                mistakes.append(f"{dotted}: {part} is {kind}")
                 break
         else:
             try:
@@ -128,14 +129,18 @@ def load_config(name: str, overrides: Mapping[str, str]) -> Config:
     if isinstance(model, dict) and isinstance(model.get("preset"), str):
         tree["model"] = model = {**read_yaml(find_file(model["preset"], "models")), **model}
     init = tree.get("init")
-    if isinstance(init, dict) and isinstance(init.get("from"), str) and isinstance(model, (dict, type(None))):
-        tree["model"] = {**model_section(init["from"]), **(model or {})}
+    source = init.get("from") if isinstance(init, dict) else None
+    if isinstance(source, str) and isinstance(model, (dict, type(None))):
+        try:
+            tree["model"] = {**model_section(source), **(model or {})}
+        except ConfigError as error:
+            raise ConfigError(f"init.from: {error}") from None
+    if tree.get("peft") is not None and source is None:
+        mistakes.append("peft: init.from is missing: the model that is to be adapted")
     try:
         config = parse_config(tree)
     except ConfigError as error:
         raise ConfigError("\n".join([*mistakes, str(error)])) from None
-    if config.peft is not None and config.init.source is None:
-        mistakes.append("peft: init.from is missing: the model that is to be adapted")
     if config.peft is not None and config.init.optimizer:
         mistakes.append("init.optimizer: what peft trains is new, and that optimizer knows nothing of it")
     if config.peft is None and config.init.adapter is not None:
@@ -181,7 +186,7 @@ def model_section(source: str) -> dict[str, Any]:
             found := read_yaml(folder / "config.yaml").get("model"), dict
         ):
             return found
-    raise ConfigError(f"{source}: no checkpoint and no Hugging Face folder")
+    raise ConfigError(f"{source}: no checkpoint and no Hugging Face folder{of_the_hub(source)}")
 
 
 def _tokenizer_size(path: str | None) -> int:
@@ -198,27 +203,41 @@ def _describe(error: Any) -> str:
     if location[0] == "peft":  # the method is named in between
         location[1:2] = []
     key = ".".join(location)
+    hint = " (a flag without a value is true)" if error["input"] is True else ""
     given, message = error["input"], error["msg"].removeprefix("Value error, ")
     match error["type"]:
         case "union_tag_not_found":
             return f"{key}.method: missing; one of {', '.join(METHODS)}"
         case "union_tag_invalid":
             tag = error["ctx"]["tag"]
-            return f"{key}.method: expected {', '.join(METHODS)}, not {tag!r}{nearest(tag, METHODS)}"
+            hint = meant_value(tag) or nearest(tag, METHODS)
+            return f"{key}.method: expected {', '.join(METHODS)}, not {tag!r}{hint}"
         case "extra_forbidden":
             known = _keys(error["loc"][:-1])
-            hint = meant(location[-1]) or nearest(location[-1], known)
+            owners = [name for name in METHODS if location[0] == "peft" and location[-1] in METHODS[name].model_fields]
+            of_another = f" (belongs to peft.method={' or '.join(owners)})" if owners else ""
+            hint = of_another or meant(location[-1]) or nearest(location[-1], known)
             return f"{key}: unknown key{hint}; known: {', '.join(known)}"
         case "missing":
             return f"{key}: missing"
+        case "list_type" | "tuple_type":
+            message = f"expected a list such as {_example(error['loc'])}"
+        case "model_type" if isinstance(error["loc"][-1], int):
+            message = f"expected {_example(error['loc'][:-1]).strip('[]')}"
         case "model_type" | "dict_type":
             message = "expected a section"
         case "literal_error":
             message = f"expected {error['ctx']['expected']}"
-            given_text = nearest(str(given), re.findall(r"'(.*?)'", message))
-            return f"{key}: {message}, not {given!r:.200}{given_text}"
+            hint = hint or meant_value(str(given)) or nearest(str(given), re.findall(r"'(.*?)'", message))
     message = message[0].lower() + message[1:]
-    return f"{key}: {message}" if isinstance(given, (dict, BaseModel)) else f"{key}: {message}, not {given!r:.200}"
+    told = "" if isinstance(given, (dict, BaseModel)) else f", not {given!r:.200}{hint}"
+    return f"{key}: {message}{told}"
+
+
+def _example(location: tuple[str | int, ...]) -> str:
+    """How the list at ``location`` may be written."""
+    field = _keys(location[:-1])[str(location[-1])]
+    return field.examples[0] if field.examples else json.dumps(field.default or ["a", "b"])
 
 
 def _keys(location: tuple[str | int, ...]) -> Mapping[str, Any]:

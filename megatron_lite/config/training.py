@@ -46,8 +46,8 @@ class DataConfig(Section):
     """
 
     tokenizer: str | None = None
-    train: Annotated[list[SourceConfig], Field(min_length=1)]
-    validation: list[SourceConfig] | None = None
+    train: Annotated[list[SourceConfig], Field(min_length=1, examples=["[{path: PREFIX}]"])]
+    validation: Annotated[list[SourceConfig] | None, Field(examples=["[{path: PREFIX}]"])] = None
     split: tuple[NonNegativeFloat, NonNegativeFloat, NonNegativeFloat] = (0.98, 0.01, 0.01)
     seq_len: Positive = 256
     document_mask: bool = False

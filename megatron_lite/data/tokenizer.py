@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from sentencepiece import SentencePieceProcessor
 
+from megatron_lite.cli import of_the_hub
 from megatron_lite.errors import CheckpointError, ConfigError, DataError
 
 MODEL, JSON, SETTINGS, TEMPLATE = "tokenizer.model", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"
@@ -217,7 +218,8 @@ def tokenizer_path(path: str | Path) -> Path:
     path = Path(path)
     found = next((path / name for name in MAIN if (path / name).is_file()), None) if path.is_dir() else path
     if found is None or not found.is_file():
-        raise ConfigError(f"data.tokenizer: no {'tokenizer' if path.is_dir() else 'file'} {path}")
+        kind, fix = ("tokenizer in", "") if path.is_dir() else ("file", of_the_hub(str(path)))
+        raise ConfigError(f"data.tokenizer: no {kind} {path}{fix}")
     return found
 
 

@@ -331,8 +331,11 @@ def parse_side(text: str, config: Config, dtype: str) -> Side:
     settings: dict[str, str] = {}
     for part in filter(None, text.replace(" ", "").split(",")):
         key, equals, value = part.partition("=")
-        if key not in _SIDE_KEYS or not equals or not value:
-            raise ConfigError(f"layout {text!r}: {part!r}{cli.nearest(key, _SIDE_KEYS)}; keys: {', '.join(_SIDE_KEYS)}")
+        if not equals or not value:
+            raise ConfigError(f"layout {text!r}: expected KEY=VALUE such as tp=2, not {part!r}")
+        if key not in _SIDE_KEYS:
+            hint = cli.nearest(key, _SIDE_KEYS)
+            raise ConfigError(f"layout {text!r}: unknown key {key!r}{hint}; known: {', '.join(_SIDE_KEYS)}")
         settings[key] = value
     dp, accumulation = (cli.convert(k, settings.pop(k, "1"), int) for k in ("dp", "accumulation"))
     overrides = {f"train.{k}" if k == "compile" else f"parallel.{k}": v for k, v in settings.items()}

@@ -21,6 +21,7 @@ NO_CONSTRUCTOR = "could not determine a constructor for the tag"
 NAMES = "string should match pattern '^[A-Za-z0-9][A-Za-z0-9._-]*$'"
 NUL = "no path, argument or variable can hold a NUL character"
 INTEGER = "input should be a valid integer, unable to parse string as an integer"
+NO_BASE = "peft: init.from is missing: the model that is to be adapted"
 ZERO_1 = (
     "parallel.zero=1: FSDP2 divides gradients wherever it divides optimizer state; parallel.zero=2 does both, sends as "
     "many bytes and needs less memory; or parallel.engine=deepspeed"
@@ -59,6 +60,7 @@ FILES = {  # a file and what is said about it
     f"{BASE}run: {{name: '${{oc.env:HOME}}'}}\n": NOT_FILLED,
     f"{BASE}run: {{dir: '${{run.name}}'}}\n": NOT_FILLED,
     "data: {train: [{path: x}]}\n": "model: missing",
+    "data: {train: [{path: x}]}\npeft: {method: lora}\n": f"{NO_BASE}\nmodel: missing",
     "model: {vocab_size: 100}\n": "data: missing",
     "model: 3\ndata: {train: [{path: x}]}\n": "model: expected a section, not 3",
     f"{BASE}train: [1]\n": "train: expected a section, not [1]",
@@ -89,7 +91,7 @@ FLAGS = {  # what is typed after the name of a good config, and what is said abo
     "--parallel.tp=1.5": "parallel.tp: input should be a valid integer, got a number with a fractional part, not 1.5",
     "--parallel.tp=two": f"parallel.tp: {INTEGER}, not 'two'",
     "--parallel.tp=": f"parallel.tp: {INTEGER}, not ''",
-    "--parallel.tp=true": "parallel.tp: expected a number, not True",
+    "--parallel.tp=true": "parallel.tp: expected a number, not True (a flag without a value is true)",
     "--parallel.tp=[2]": "parallel.tp: input should be a valid integer, not [2]",
     "--parallel.tp=null": "parallel.tp: input should be a valid integer, not None",
     "--parallel.sp=maybe": "parallel.sp: input should be a valid boolean, unable to interpret input, not 'maybe'",
@@ -108,15 +110,16 @@ FLAGS = {  # what is typed after the name of a good config, and what is said abo
     "--ranks=0": "--ranks=0: expected at least 1",
     "--ranks=x": "--ranks=x: expected int",
     "--train.steps=nan": "train.steps: input should be a finite number, not nan",
-    "--train.precision=fp16": "train.precision: expected 'float32', 'bfloat16' or 'float64', not 'fp16'",
+    "--train.precision=fp16": "train.precision: expected 'float32', 'bfloat16' or 'float64', not 'fp16' (there is "
+    "no float16; bfloat16 has its size)",
     "--train.global_batch_size=9": ("config: train.global_batch_size=9 must be a multiple of train.micro_batch_size=8"),
     "--train.stesp=1": f"train.stesp: unknown key (did you mean 'steps'?); known: {TRAIN_KEYS}",
     "--trian.steps=1": f"trian: unknown key (did you mean 'train'?); known: {SECTIONS}",
     "--optim.lr=1e-4x": "optim.lr: input should be a valid number, unable to parse string as a number, not '1e-4x'",
     "--optim.lr=inf": "optim.lr: input should be a finite number, not 'inf'",
     "--optim.lr=0": "optim.lr: input should be greater than 0, not '0'",
-    "--optim.lr": "optim.lr: expected a number, not True",
-    "--optim.lr --train.steps=2": "optim.lr: expected a number, not True",
+    "--optim.lr": "optim.lr: expected a number, not True (a flag without a value is true)",
+    "--optim.lr --train.steps=2": "optim.lr: expected a number, not True (a flag without a value is true)",
     "--optim.lr=1e-4 --optim.lr=1e-5": "--optim.lr is given twice",
     "--optim.betas=[0.9]": "optim.betas.1: missing",
     "--optim.betas=[0.9,1.0]": "optim.betas.1: input should be less than 1, not 1.0",
@@ -137,6 +140,9 @@ FLAGS = {  # what is typed after the name of a good config, and what is said abo
     "--model.num_kv_heads=3": "model: num_kv_heads=3 must divide num_heads=4",
     "--model.head_dim=63": "model: head_dim=63 must be even for rotary positions",
     "--model.family=lama": "model.family: expected 'llama' or 'gpt2', not 'lama' (did you mean 'llama'?)",
+    "--model.family=qwen3": (
+        "model.family: expected 'llama' or 'gpt2', not 'qwen3' (comes with init.from, as one of family llama)"
+    ),
     "--model.preset=llama-7": (
         "no config 'llama-7' (did you mean 'llama-7b'?); shipped with the package: gpt2-small, gpt2-xl, llama-160m, "
         "llama-1b, llama-70b, llama-7b, llama-8b, tiny"
@@ -145,11 +151,19 @@ FLAGS = {  # what is typed after the name of a good config, and what is said abo
         "model.vocab_size is unknown: set data.tokenizer (its size is used) or model.vocab_size"
     ),
     "--model.vocab_size=null --data.tokenizer=none.model": "data.tokenizer: no file none.model",
+    "--model.vocab_size=null --data.tokenizer=gpt2": (
+        "data.tokenizer: no file gpt2; nothing is downloaded here; from the hub: hf download gpt2 --local-dir DIR"
+    ),
     "--model.vocab_size.x=1": "model.vocab_size.x: vocab_size is not a section",
-    "--model=3": "unknown flag --model; config keys are written --section.key=value",
+    "--model=3": "unknown flag --model (is a section here); config keys are written --section.key=value",
     "--data.seq_len=4096": "config: data.seq_len=4096 exceeds model.max_seq_len=2048",
     "--data.train=[]": "data.train: list should have at least 1 item after validation, not 0, not []",
-    "--data.train=x": "data.train: input should be a valid list, not 'x'",
+    "--data.train=x": "data.train: expected a list such as [{path: PREFIX}], not 'x'",
+    "--data.train=[x]": "data.train.0: expected {path: PREFIX}, not 'x'",
+    "--data.train.0.path=x": "data.train.0.path: train is a list, which is given as a whole",
+    "--data.validation=x": "data.validation: expected a list such as [{path: PREFIX}], not 'x'",
+    "--data.split=969,30,1": "data.split: expected a list such as [0.98, 0.01, 0.01], not '969,30,1'",
+    "--launch.ssh.options=x": 'launch.ssh.options: expected a list such as ["a", "b"], not \'x\'',
     "--data.document_mask=2": (
         "data.document_mask: input should be a valid boolean, unable to interpret input, not '2'"
     ),
@@ -171,6 +185,20 @@ FLAGS = {  # what is typed after the name of a good config, and what is said abo
     ),
     "--zero_optimization.stage=2": f"zero_optimization: unknown key (is parallel.zero here); known: {SECTIONS}",
     "extra": "unexpected argument 'extra'; see --help",
+    "train.steps=30": "unexpected argument 'train.steps=30'; write --train.steps=30",
+    "--peft=null": "unknown flag --peft (is a section here); config keys are written --section.key=value",
+    "--peft.method=dora": (
+        f"{NO_BASE}\npeft.method: expected lora, adapter, prefix, not 'dora' "
+        "(is peft.dora=true with peft.method=lora here)"
+    ),
+    "--peft.method=lora --peft.base_dtype=int4": (
+        f"{NO_BASE}\npeft.base_dtype: expected 'float32', 'bfloat16', 'int8' or 'nf4', not 'int4' (is nf4 here)"
+    ),
+    "--peft.method=prefix --peft.r=8 --peft.dropout=0.1": (
+        f"{NO_BASE}\npeft.r: unknown key (belongs to peft.method=lora); known: base_dtype, method, length, "
+        "reparameterize\npeft.dropout: unknown key (belongs to peft.method=lora); known: base_dtype, method, length, "
+        "reparameterize"
+    ),
     "-x": "unknown flag --x; config keys are written --section.key=value",
     "-- --x": "unexpected argument '--'; see --help",
 }
@@ -183,9 +211,10 @@ COMMANDS = {
     "train c.yaml --parallel.tp=2": "parallel.tp=2 does not divide the 1 rank of this job",
     "prove c.yaml --a=tp=0": "parallel.tp: input should be greater than 0, not '0'",
     "prove c.yaml --b=tpp=2": (
-        "layout 'tpp=2': 'tpp=2' (did you mean 'tp'?); keys: tp, sp, engine, zero, dp_replicate, recompute, "
+        "layout 'tpp=2': unknown key 'tpp' (did you mean 'tp'?); known: tp, sp, engine, zero, dp_replicate, recompute, "
         "offload_activations, dp, accumulation, compile"
     ),
+    "prove c.yaml --b=tp:2": "layout 'tp:2': expected KEY=VALUE such as tp=2, not 'tp:2'",
     "prove c.yaml --a=dp=3": "layout 'dp=3': dp 3 × accumulation 1 must divide train.global_batch_size=8",
     "prove c.yaml --dtype=fp8": "train.precision: expected 'float32', 'bfloat16' or 'float64', not 'fp8'",
     "generate": "missing CHECKPOINT; see --help",
@@ -197,7 +226,11 @@ COMMANDS = {
     ),
     "ckpt reshard x y --max_ram=lots": "--max_ram=lots: expected a size such as 256M or 5G, and at least 64M",
     "ckpt reshard x y --max_ram=63M": "--max_ram=63M: expected a size such as 256M or 5G, and at least 64M",
-    "train c.yaml --init.from=nowhere": "nowhere: no checkpoint and no Hugging Face folder",
+    "train c.yaml --init.from=a/b-1.5": (
+        "init.from: a/b-1.5: no checkpoint and no Hugging Face folder; nothing is downloaded here; from the hub: "
+        "hf download a/b-1.5 --local-dir DIR"
+    ),
+    "train c.yaml --init.from=../nowhere": "init.from: ../nowhere: no checkpoint and no Hugging Face folder",
 }
 
 IN_ONE_PROCESS = """

@@ -38,6 +38,7 @@ MISTAKES = {
     TOKENIZE + "--add_bos=maybe": (2, "--add_bos=maybe: expected true, false or auto"),
     TOKENIZE + "--on_error=skipp": (2, "--on_error=skipp: expected stop or skip (did you mean 'skip'?)"),
     "tokenize x.jsonl t.modl o": (2, "--tokenizer=t.modl: no such file (did you mean 't.model'?)"),
+    "tokenize x.jsonl gpt2 o": (2, "--tokenizer=gpt2: no such file; nothing is downloaded here; from the hub: hf"),
     "tokenize x.jsonl full o": (2, "--tokenizer=full: a folder without tokenizer.json or tokenizer.model"),
     "inspect": (2, "missing PREFIX; see --help"),
     "inspect o --sample=3": (2, "unknown flag --sample (did you mean 'samples'?)"),
@@ -50,7 +51,7 @@ MISTAKES = {
     "tokenizer blank.txt o": (3, "blank.txt: no documents"),
     "tokenize x.jsonl x.jsonl o": (3, "x.jsonl is not a sentencepiece model: "),
     "inspect none": (3, "none.idx: no such file"),
-    "inspect x.jsonl": (3, "x.jsonl.idx: no such file"),
+    "inspect x.jsonl": (3, "x.jsonl: no dataset, which is PREFIX.idx and PREFIX.bin; data_tools tokenize makes one"),
     "inspect bad": (3, "bad.idx: not a Megatron index (bad magic bytes)"),
     **{f"{command} o": (3, 'nokey.jsonl:2: no key "text" (--text_key); its keys are: "body"')
        for command in ("corpus nokey.jsonl", "tokenizer nokey.jsonl", "tokenize nokey.jsonl t.model")},

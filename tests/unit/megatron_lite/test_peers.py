@@ -5,7 +5,7 @@ import re
 import pytest
 
 from megatron_lite.config import Config, load_config, parse_config
-from megatron_lite.config.peers import _OTHERWISE, _THEIRS, keys, meant
+from megatron_lite.config.peers import _OTHERWISE, _THEIRS, _VALUES, keys, meant, meant_value
 from megatron_lite.errors import ConfigError
 
 PATHS = {*Config.model_fields, *keys(Config)}
@@ -31,6 +31,12 @@ def test_every_answer_is_a_key_with_a_value_that_it_takes(ours):
 @pytest.mark.parametrize("told", _OTHERWISE.values())
 def test_every_explanation_names_keys_that_there_are(told):
     assert set(re.findall(rf"\b(?:{'|'.join(Config.model_fields)})\.[a-z_.]*[a-z]", told)) <= PATHS
+
+
+@pytest.mark.parametrize("told", _VALUES)
+def test_so_do_those_for_values(told):
+    assert set(re.findall(r"\b\w+\.\w+", told)) <= PATHS
+    assert all(meant_value(name.upper()) == f" ({told})" for name in _VALUES[told].split())
 
 
 def test_a_name_has_one_meaning_and_none_that_it_has_here():
