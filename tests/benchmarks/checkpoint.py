@@ -44,6 +44,7 @@ from megatron_lite.dist.spawn import run_ranks
 from megatron_lite.faults import Faults
 from megatron_lite.models.decoder import Decoder
 from megatron_lite.models.huggingface import config_json, tensor_parts
+from tests.benchmarks.help import answer_help
 
 TENSORS, COLUMNS = 32, 1024
 EXTRAS = {"config.yaml": b"model: {vocab_size: 64}\n"}
@@ -301,6 +302,7 @@ def main(gigabytes: float = 1.0, rounds: int = 3, folder: str = "") -> None:
 
 
 if __name__ == "__main__":
+    answer_help(__doc__)
     pairs = (argument.lstrip("-").split("=") for argument in sys.argv[1:])
     kinds = {"gigabytes": float, "rounds": int, "folder": str}
     main(**{key: kinds[key](value) for key, value in pairs})

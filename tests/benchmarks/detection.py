@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+from tests.benchmarks.help import answer_help
 from tests.kit.cluster import Cluster
 from tests.kit.hosts import Unavailable
 from tests.kit.jobs import PYTHON, RunningJob, start_job
@@ -78,4 +79,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    answer_help(__doc__)
     main()

@@ -18,6 +18,8 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+from tests.benchmarks.help import answer_help
+
 os.environ["DS_ACCELERATOR"] = "cpu"
 
 import torch
@@ -158,5 +160,6 @@ def main(rounds: int = 3, contenders: str = "", dtype: str = "float32", model: s
 
 
 if __name__ == "__main__":
+    answer_help(__doc__)
     pairs = (argument.lstrip("-").split("=") for argument in sys.argv[1:])
     main(**{key: int(value) if value.isdigit() else value for key, value in pairs})  # type: ignore[arg-type]

@@ -15,6 +15,7 @@ import time
 
 import torch
 
+from tests.benchmarks.help import answer_help
 from tests.benchmarks.train import ours
 
 MODEL = {"vocab_size": 8000, "hidden_size": 512, "num_layers": 2, "num_heads": 8, "ffn_size": 1376}
@@ -38,5 +39,6 @@ def main(rounds: int, mode: str, tokens: int) -> None:
 
 
 if __name__ == "__main__":
+    answer_help(__doc__)
     given = dict(argument.removeprefix("--").split("=") for argument in sys.argv[1:])
     main(int(given.get("rounds", 5)), given.get("mode", "plain"), int(given.get("tokens", 256)))

@@ -17,6 +17,8 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+from tests.benchmarks.help import answer_help
+
 REPOSITORY = Path(__file__).resolve().parents[2]
 CONFIG = """
 model: {vocab_size: 64, hidden_size: 32}
@@ -73,4 +75,5 @@ sys.exit(launch.main())
 
 
 if __name__ == "__main__":
+    answer_help(__doc__)
     main()

@@ -27,6 +27,7 @@ from megatron_lite.lifetime import StopRequest
 from megatron_lite.parallel.plan import make_plan
 from megatron_lite.train import Run
 from megatron_lite.watchdog import Watchdog
+from tests.benchmarks.help import answer_help
 from tests.benchmarks.train import LR, MODELS, SEQ
 
 BATCH = 2
@@ -101,5 +102,6 @@ def main(rounds: int = 8, engines: str = "fsdp-0,fsdp-2,fsdp-3,deepspeed-1,deeps
 
 
 if __name__ == "__main__":
+    answer_help(__doc__)
     pairs = (argument.lstrip("-").split("=") for argument in sys.argv[1:])
     main(**{key: int(value) if value.isdigit() else value for key, value in pairs})  # type: ignore[arg-type]

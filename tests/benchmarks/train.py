@@ -22,6 +22,8 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+from tests.benchmarks.help import answer_help
+
 MODELS: dict[str, dict[str, Any]] = {
     "small": {"vocab_size": 32000, "hidden_size": 512, "num_layers": 8, "num_heads": 8, "ffn_size": 1376},
     "wide": {
@@ -270,5 +272,6 @@ def main(
 
 
 if __name__ == "__main__":
+    answer_help(__doc__)
     pairs = (argument.lstrip("-").split("=") for argument in sys.argv[1:])
     main(**{key: int(value) if value.isdigit() else value for key, value in pairs})
