@@ -21,7 +21,8 @@ from megatron_lite.config.section import (
 
 
 class RunConfig(Section):
-    """Where the run lives: ``dir/name``. ``seed`` fixes weights, sample order and dropout at every layout."""
+    """Where the run lives: ``dir/name``. ``seed`` fixes weights and sample order at every layout, and dropout at every
+    one of the same tp, sp and micro batch, which masks are drawn for."""
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")] = "run"
     dir: str = "runs"
