@@ -21,6 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from megatron_lite.cli import several
 from megatron_lite.config import DataConfig, SourceConfig
 from megatron_lite.data.ends import check_ends
 from megatron_lite.data.indexed import IndexedDataset, read_card
@@ -164,7 +165,8 @@ class Conversations(Source):
             f"{len(lengths) - len(kept) - (0 if truncate else long.sum()):,} without a target left out",
         ]
         self.note = (
-            f"{self.data.prefix}: {len(kept):,} conversations in {self.num_samples:,} windows of {seq_len:,}, "
+            f"{self.data.prefix}: {several(len(kept), 'conversation')} in "
+            f"{several(self.num_samples, 'window')} of {seq_len:,}, "
             f"{filled:.1%} filled; {', '.join(dropped)}"
             + ("; its card names no token that ends an answer" if self.card.get("options") and not self.ends else "")
         )

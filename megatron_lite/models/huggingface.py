@@ -164,8 +164,9 @@ def model_section(tree: Mapping[str, Any], where: str, *, strict: bool = False) 
         window = _window(values, family, refused)
         if window is not None and window < section.get("max_seq_len", 0):
             section["max_seq_len"] = window
-            notes.append(f"attention is over all tokens, which is the same within sliding_window={window}: so long are "
-                         "the sequences it takes (model.max_seq_len)")  # fmt: skip
+            notes.append(
+                f"model.max_seq_len is cut to sliding_window={window}: attention over all tokens is the same there"
+            )
     read = {*family.fields, *family.defaults, *family.fixed, *family.aliases, *family.harmless}
     read |= set() if kind == "gpt2" else _WINDOW | _ROPE
     unknown = {ascii(key)[1:-1]: tree[key] for key in sorted(tree.keys() - read - _HARMLESS - _GENERATION)}

@@ -37,7 +37,7 @@ class Plan:
         elif config.parallel.zero > 0 or (config.parallel.engine == "deepspeed" and self.dp == 1):
             sharded = " (nothing to divide: trained as engine=fsdp, zero=0)"
         return (
-            f"{_ranks(self.tp * self.dp)} = dp {self.dp}{sharded} × tp {self.tp}{sp}; "
+            f"{cli.several(self.tp * self.dp, 'rank')} = dp {self.dp}{sharded} × tp {self.tp}{sp}; "
             f"global batch {size} = dp {self.dp} × {self.accumulation} × micro {micro} "
             f"({size * config.data.seq_len:,} tokens)"
         )
@@ -112,10 +112,6 @@ def picture(plan: Plan, limit: int = 8) -> str:
             name += f" (part {part + 1}/{plan.dp_shard}" + (f", copy {copy + 1})" if plan.dp_shard < plan.dp else ")")
         lines.append(row(name, ("…" if tp is None else dp * plan.tp + tp for tp in columns)))
     return "\n".join(lines)
-
-
-def _ranks(count: int) -> str:
-    return f"{count} rank{'s'[: count != 1]}"
 
 
 def degrees_that_fit(model: ModelConfig, limit: int = 64) -> list[int]:
@@ -259,7 +255,7 @@ def make_plan(config: Config, world_size: int) -> Plan:
     tp, train = config.parallel.tp, config.train
     mistakes = []
     if world_size % tp:
-        mistakes.append(f"parallel.tp={tp} does not divide the {_ranks(world_size)} of this job")
+        mistakes.append(f"parallel.tp={tp} does not divide the {cli.several(world_size, 'rank')} of this job")
     try:
         check_tp(config.model, tp)
     except ConfigError as error:

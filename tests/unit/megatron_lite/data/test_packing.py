@@ -145,7 +145,7 @@ def test_the_note_counts(tmp_path):
     ]
     (dropped,) = dataset(f"{tmp_path}/d", policy="drop").notes
     assert dropped.endswith(
-        "2 conversations in 1 windows of 16, 87.5% filled; 2 too long left out, 1 without a target left out"
+        "2 conversations in 1 window of 16, 87.5% filled; 2 too long left out, 1 without a target left out"
     )
 
 

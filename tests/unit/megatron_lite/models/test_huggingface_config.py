@@ -75,6 +75,12 @@ def test_what_is_missing_is_what_their_class_says(kind):
         assert "rope_scaling" not in section
 
 
+def test_what_a_window_cuts_is_said():
+    section, notes = model_section({**small_config("mistral"), "sliding_window": 9}, "config.json")
+    assert section["max_seq_len"] == 9
+    assert notes == ["model.max_seq_len is cut to sliding_window=9: attention over all tokens is the same there"]
+
+
 LINEAR = {"type": "linear", "factor": 2.0}
 READ = {
     "old": ("llama", {"rope_theta": 500.0, "rope_scaling": LINEAR}),
