@@ -85,8 +85,9 @@ def chat(
     --loss=completions trains on what the assistant wrote, end markers included; last on its last turn alone; all on
     everything; none on a message of "weight" 0 or "train" false, and the first two on no prompt's. Longer ones than
     --max_document_tokens=N are cut (--long_documents=truncate) or left out (drop). Conversations with nothing to train
-    on are left out and counted. The tokens that answers end with (<|im_end|>, say) are kept in the card: they end what
-    is generated. --on_error, --max_bad, --workers: as for tokenize.
+    on are left out and counted. Counted, too, is an answer that begins in the first token of all, which nothing stands
+    before and so is not trained on. The tokens that answers end with (<|im_end|>, say) are kept in the card: they end
+    what is generated. --on_error, --max_bad, --workers: as for tokenize.
     Train on the dataset with data.packing=conversations.
     """
 
@@ -126,9 +127,9 @@ def chat(
             print(f"{several(merger.long, 'conversation')} {done} {max_document_tokens:,} tokens: {lost}")
         if tally["without_target"]:
             print(f"{several(tally['without_target'], 'conversation')} left out: nothing to train on")
-        if tally["begun_untrained"]:
-            begun = several(tally["begun_untrained"], "conversation")
-            print(f"not trained on, as nothing stands before it: the first token of {begun}; see --add_bos=true")
+        if tally["first_untrained"]:
+            those = several(tally["first_untrained"], "conversation")
+            print(f"not trained on, as nothing stands before it: the first token of {those}; see --add_bos=true")
         if not merger.ends:
             print("no answer ends with a token of its own: a model trained on them will not know where to stop")
         if merger.unused:
@@ -168,7 +169,7 @@ def encode(spans: list[Span], prefix: str, tokenizer: str, options: ChatOptions)
     """As ``ChatOptions.encode``. With ``on_error`` "stop", stops at a refused line."""
     model, part = (
         cached_tokenizer(tokenizer),
-        Part(prefix, spans, tally=Counter(trained_tokens=0, lost_tokens=0, without_target=0, begun_untrained=0)),
+        Part(prefix, spans, tally=Counter(trained_tokens=0, lost_tokens=0, without_target=0, first_untrained=0)),
     )
     dtype, template = token_dtype(model.vocab_size), _template(options.chat_template, tokenizer, options.date)
     named = {token for text, token in model.special.items() if text in template.source}
@@ -189,13 +190,13 @@ def encode(spans: list[Span], prefix: str, tokenizer: str, options: ChatOptions)
             if not len(tokens):
                 part.empty += 1
                 continue
-            begun = bool(mask[0]) and options.loss != "all"
+            first = bool(mask[0]) and options.loss != "all"
             mask[0] = False  # the first token of a document is nobody's target
             if not mask.any():
                 part.tally["without_target"] += 1
                 continue
             part.documents += 1
-            part.tally["begun_untrained"] += begun
+            part.tally["first_untrained"] += first
             part.tally["trained_tokens"] += int(mask.sum())
             writer.add_document(tokens.astype(dtype), alternating(mask))
     return part

@@ -18,6 +18,7 @@ import types
 import typing
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, NoReturn
 
 from megatron_lite.errors import ConfigError, MegatronLiteError, StorageError
@@ -35,8 +36,8 @@ def nearest(name: str, known: typing.Iterable[str]) -> str:
 
 
 def of_the_hub(name: str) -> str:
-    """How to get what is not there, where ``name`` may be one of the Hugging Face hub, or an empty string."""
-    if not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?(?<!\.json)(?<!\.model)", name, re.ASCII):
+    """How to get what is not there and may be a name of the Hugging Face hub, or an empty string."""
+    if Path(name).exists() or not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?(?<!\.json)(?<!\.model)", name, re.ASCII):
         return ""
     return f"; nothing is downloaded here; from the hub: hf download {name} --local-dir DIR"
 
@@ -204,7 +205,7 @@ def main(commands: Commands, prog: str) -> None:
     except BrokenPipeError:  # who reads what we print has seen enough
         raise SystemExit(141) from None
     except OSError as error:
-        if error.errno != errno.ENOSPC:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
         fail(StorageError(f"{error.filename or 'standard output'}: {error.strerror}"))
     except KeyboardInterrupt:

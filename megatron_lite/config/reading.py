@@ -203,8 +203,8 @@ def _describe(error: Any) -> str:
     if location[0] == "peft":  # the method is named in between
         location[1:2] = []
     key = ".".join(location)
-    hint = " (a flag without a value is true)" if error["input"] is True else ""
     given, message = error["input"], error["msg"].removeprefix("Value error, ")
+    hint = " (a flag without a value is true)" if given is True else ""
     match error["type"]:
         case "union_tag_not_found":
             return f"{key}.method: missing; one of {', '.join(METHODS)}"
@@ -215,8 +215,8 @@ def _describe(error: Any) -> str:
         case "extra_forbidden":
             known = _keys(error["loc"][:-1])
             owners = [name for name in METHODS if location[0] == "peft" and location[-1] in METHODS[name].model_fields]
-            of_another = f" (belongs to peft.method={' or '.join(owners)})" if owners else ""
-            hint = of_another or meant(location[-1]) or nearest(location[-1], known)
+            elsewhere = f" (belongs to peft.method={' or '.join(owners)})" if owners else meant(location[-1])
+            hint = elsewhere or nearest(location[-1], known)
             return f"{key}: unknown key{hint}; known: {', '.join(known)}"
         case "missing":
             return f"{key}: missing"

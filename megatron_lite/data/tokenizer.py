@@ -218,8 +218,9 @@ def tokenizer_path(path: str | Path) -> Path:
     path = Path(path)
     found = next((path / name for name in MAIN if (path / name).is_file()), None) if path.is_dir() else path
     if found is None or not found.is_file():
-        kind, fix = ("tokenizer in", "") if path.is_dir() else ("file", of_the_hub(str(path)))
-        raise ConfigError(f"data.tokenizer: no {kind} {path}{fix}")
+        raise ConfigError(
+            f"data.tokenizer: no {'tokenizer' if path.is_dir() else 'file'} {path}{of_the_hub(str(path))}"
+        )
     return found
 
 

@@ -230,6 +230,7 @@ COMMANDS = {
         "init.from: a/b-1.5: no checkpoint and no Hugging Face folder; nothing is downloaded here; from the hub: "
         "hf download a/b-1.5 --local-dir DIR"
     ),
+    "train c.yaml --init.from=c.yaml": "init.from: c.yaml: no checkpoint and no Hugging Face folder",
     "train c.yaml --init.from=../nowhere": "init.from: ../nowhere: no checkpoint and no Hugging Face folder",
 }
 
