@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Collection
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -13,6 +14,7 @@ from launch.hostfile import Host
 from launch.job import Job
 from launch.report import MEANING, PEER_LOST, PREEMPTED, Report, Reports, last_words, signal_name
 
+_USAGE = 2
 _SSH_FAILED = 255  # ssh's own exit code, where a remote command's is not
 
 
@@ -86,6 +88,8 @@ def judge(
         return Outcome(PEER_LOST, f"{lost} {how}; log: {_log(job, lost)}", lost.rank, lost.host, step)
     if unborn:
         log = launcher_log(job, launcher, None)
+        if misused := re.search(r'^(srun: .*)\nTry "srun --help"', _read(log), re.MULTILINE):
+            return Outcome(_USAGE, f"launch.slurm.srun_extra: {misused[1]}", step=step)
         cause = f"{launcher} ended before rank {unborn[0]} had started: {_refusal(log) or _end_of(log)}"
         return Outcome(PEER_LOST, f"{cause}; log: {log}", step=step)
     return _of_rank(job, failures[0], reports, step)
@@ -111,11 +115,15 @@ def _of_host(job: Job, host: Host, launcher: str, step: int | None, *, reachable
 
 def _refusal(log: Path) -> str:
     """The first word of an ssh that did not get through: pdsh goes on with the other hosts, which then fail, too."""
+    return next((line[:500] for line in _read(log).splitlines() if line.startswith("ssh: ")), "")
+
+
+def _read(log: Path) -> str:
+    """How it begins; nothing where it cannot be read."""
     try:
-        lines = log.read_bytes()[:65536].decode(errors="replace").splitlines()
+        return log.read_bytes()[:65536].decode(errors="replace")
     except OSError:
         return ""
-    return next((line[:500] for line in lines if line.startswith("ssh: ")), "")
 
 
 def _end_of(log: Path) -> str:

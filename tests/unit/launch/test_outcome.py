@@ -110,3 +110,12 @@ def test_a_host_that_pdsh_did_not_get_through_to_is_told_before_those_that_waite
         5,
         f"deepspeed ended before rank 0 had started: {refused}",
     )
+
+
+def test_an_option_that_srun_does_not_know_is_a_mistake_in_the_config(tmp_path: Path) -> None:
+    job = Job(("train",), (Host("node0", 1),), tmp_path)
+    job.log_dir.mkdir()
+    said = "srun: unrecognized option '--bogus'"
+    (job.log_dir / "srun.log").write_text(f'{said}\nTry "srun --help" for more information\n')
+    outcome = judge(job, "srun", [(None, 1)], stop_asked=False)
+    assert (outcome.exit_code, outcome.cause) == (2, f"launch.slurm.srun_extra: {said}")
