@@ -128,9 +128,8 @@ class Job:
     @property
     def rank_env(self) -> dict[str, str]:
         """Variables to add to the environment of every rank."""
-        env = {**self.env, "MLITE_ATTEMPT": str(self.attempt), "MLITE_JOB": f"{self.name}{self.nonce}.{self.attempt}"}
-        if self.node is not None:
-            env |= {"MLITE_JOB": self.name, "MLITE_RANKS": str(self.size)}
+        name = self.name if self.node is not None else f"{self.name}{self.nonce}.{self.attempt}"
+        env = {**self.env, "MLITE_ATTEMPT": str(self.attempt), "MLITE_JOB": name, "MLITE_RANKS": str(self.size)}
         if len(self.hosts) > 1:
             known = [host.address for host in self.hosts[:2]] if self.node is None else []
             env[HOSTS] = ",".join(dict.fromkeys([*(self.rendezvous or ())[:1], *known]))

@@ -26,17 +26,32 @@ _SPECIAL_STEPS = 0xFFFFFFF0  # from here on, SLURM_STEP_ID is that of a batch sc
 _PLAIN = re.compile(r"[\w.,:/=@%+*&|()\[\]-]*", re.ASCII)
 _TASK = "SLURM_ARRAY_TASK_ID"
 RESUME = "--checkpoint.resume=auto"
-# Options of sbatch which, said a second time, would part the script from what is run and read after it.
-_OWN = {
-    **dict.fromkeys(("-a", "--array"), "use launch.slurm.array"),
-    **dict.fromkeys(("-t", "--time"), "use launch.slurm.time"),
-    **dict.fromkeys(("-N", "--nodes"), "use --nodes=N of launch run"),
-    **dict.fromkeys(("-n", "--ntasks", "--ntasks-per-node"), "use --nproc=N of launch run"),
-    **dict.fromkeys(("-o", "--output", "-e", "--error", "--open-mode"), "logs are in the run folder"),
-    **dict.fromkeys(("-D", "--chdir"), "the job runs where it was submitted"),
-    "--signal": "use launch.slurm.signal_seconds",
-    **dict.fromkeys(("--requeue", "--no-requeue"), "use launch.slurm.requeue"),
+# Options of sbatch, and of srun, which would part the script and the ranks from what is run and read after them.
+_BOTH = {
+    "N nodes": "use --nodes=N of launch run",
+    "n ntasks ntasks-per-node": "use --nproc=N of launch run",
+    "o output e error open-mode": "logs are in the run folder",
+    "D chdir": "the job runs where it was submitted",
+    "test-only h help usage V version": "--dry_run shows what would be started",
 }
+_OWN = {
+    "extra": _BOTH
+    | {
+        "a array": "use launch.slurm.array",
+        "t time": "use launch.slurm.time",
+        "signal": "use launch.slurm.signal_seconds",
+        "requeue no-requeue": "use launch.slurm.requeue",
+        "W wait": "launch logs JOB --follow waits for its end",
+    },
+    "srun_extra": _BOTH
+    | {
+        "w nodelist x exclude F nodefile r relative m distribution jobid": "ranks fill the nodes of the job in order",
+        "c cpus-per-task": "use launch.slurm.cpus_per_task",
+        "i input export mpi multi-prog pty": "ranks get what the launcher has",
+        "K kill-on-bad-exit W wait": "the launcher ends the ranks",
+    },
+}
+_BARE = "EHIOQXZhklsuvV"  # short options without a value, behind which others may stand: -vn4
 # For all of an array, SLURM_JOB_ID of its last task means every task.
 _JOB_ID = f'"${{SLURM_ARRAY_JOB_ID:-$SLURM_JOB_ID}}${{{_TASK}:+_${_TASK}}}"'
 # A line of setup that fails, and not one within a file that it reads, ends the job.
@@ -134,6 +149,7 @@ def describe(options: Mapping[str, Any], env: Mapping[str, str]) -> Slurm:
     job = env.get("SLURM_JOB_ID", "0")
     port = 20000 + int(job) % 12000 if job.isdecimal() else 20000  # jobs that share a node seldom share it
     names = ("srun", "container", "container_mounts")
+    _refuse_own("srun_extra", options["srun_extra"])
     cpus = options["cpus_per_task"] or int(env.get("SLURM_CPUS_PER_TASK", "0")) or None
     return Slurm(
         port=port, cpus_per_task=cpus, srun_extra=tuple(options["srun_extra"]), **{n: options[n] for n in names}
@@ -314,11 +330,23 @@ def _directives(job: Job, options: Mapping[str, Any]) -> list[str]:
         asked["signal"] = f"B:USR1@{options['signal_seconds']}"
     flags = ["--exclusive"] if options["exclusive"] else []
     flags.append("--requeue" if options["requeue"] else "--no-requeue")
-    for line in options["extra"]:
-        name = re.split("[= ]", line)[0]
-        if where := _OWN.get(name):
-            raise UsageError(f"launch.slurm.extra: {name} is this program's to say; {where}")
+    _refuse_own("extra", options["extra"])
     return [*(f"--{name}={_quote(str(value))}" for name, value in asked.items()), *flags, *options["extra"]]
+
+
+def _refuse_own(key: str, options: Sequence[str]) -> None:
+    """Raises UsageError where ``launch.slurm.KEY`` holds an option that this program gives itself."""
+    for word in " ".join(options).split():
+        for own, instead in _OWN[key].items():
+            if any(_means(word, name) for name in own.split()):
+                raise UsageError(f"launch.slurm.{key}: {word.partition('=')[0]} is this program's to say; {instead}")
+
+
+def _means(word: str, option: str) -> bool:
+    """Whether ``word`` is an option as getopt reads it: its letter, perhaps behind others, or the start of its name."""
+    if len(option) == 1:
+        return re.match(f"-[{_BARE}]*{option}", word) is not None
+    return word.startswith("--") and f"--{option}".startswith(word.partition("=")[0])
 
 
 def _quote(value: str) -> str:

@@ -48,7 +48,7 @@ def submit(
     try:
         for folder in (job.log_dir, *tasks.values()):
             folder.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(os.fsencode(text))  # a path need not be UTF-8
+        _write(path, os.fsencode(text))  # a path need not be UTF-8
     except OSError as error:
         say(f"error: {error.filename}: {error.strerror}")
         return _STORAGE
@@ -63,22 +63,35 @@ def submit(
             argv += [f"--dependency={','.join(f'afternotok:{number}' for number in jobs)}", "--kill-on-invalid-dep=yes"]
         argv += [str(path), *([RESUME] if jobs else [])]
         asked = subprocess.run(argv, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False)
-        if asked.returncode:
+        number = asked.stdout.strip().partition(";")[0]
+        if asked.returncode or not number.isdecimal():
             for folder in tasks.values():
                 with contextlib.suppress(OSError):  # there are other things in it
                     folder.rmdir()
                     folder.parent.rmdir()
             raise UsageError(f"sbatch: {_complaint(asked)}; the script: {path}")
-        jobs.append(asked.stdout.strip().partition(";")[0])
-    (job.log_dir / _JOBS).write_text("".join(f"{number}\n" for number in jobs))
-    for number, folder in tasks.items():
-        (folder / _JOBS).write_text(f"{jobs[0]}_{number}\n")
-    print("\n".join(jobs))
+        jobs.append(number)
+        print(number, flush=True)
+    lists = {job.log_dir: jobs} | {folder: [f"{jobs[0]}_{task}"] for task, folder in tasks.items()}
+    try:
+        for folder, listed in lists.items():
+            _write(folder / _JOBS, "".join(f"{number}\n" for number in listed).encode())
+    except OSError as error:
+        say(f"error: {error.filename}: {error.strerror}; it was submitted as job {', '.join(jobs)}")
+        return _STORAGE
     after = f", and {', '.join(jobs[1:])} after it" if len(jobs) > 1 else ""
     say(f"submitted {path} as job {jobs[0]}{after}; go on with")
     for command in ("status JOB", "logs JOB --follow", "cancel JOB"):
         say(f"  python -m launch {command.replace('JOB', jobs[0])}")
     return 0
+
+
+def _write(path: Path, content: bytes) -> None:
+    """``write_bytes``, whose OSError names the file also where it was open already: on a full disk."""
+    try:
+        path.write_bytes(content)
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from None
 
 
 def status(job: str) -> int:
@@ -214,7 +227,7 @@ def _submitted(log_dir: Path) -> list[str]:
 def records(job: str) -> list[dict[str, str]]:
     """What ``scontrol show job`` tells, one record for each task of an array, and one for all that have not begun; none
     of a job that it has forgotten."""
-    shown = _call("scontrol", "show", "job", job, accept=lambda said: "Invalid job id" in said)
+    shown = _call("scontrol", "show", "job", job, accept=_forgotten)
     found = []
     for text in re.split(r"\n\s*\n", shown.strip()):
         record = dict(re.findall(r"(?:^|\s)([A-Za-z:/]+)=(\S*)", text))
@@ -256,14 +269,20 @@ def _call(*argv: str, accept: Callable[[str], bool] = lambda said: False) -> str
         asked = subprocess.run(argv, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False)
     except FileNotFoundError:
         raise UsageError(f"there is no {argv[0]} here; a run folder's logs can be read without it") from None
-    if asked.returncode and not accept(asked.stderr):
+    if asked.returncode and not accept(asked.stderr + asked.stdout):
         raise UsageError(f"{argv[0]}: {_complaint(asked)}")
     return asked.stdout
 
 
+def _forgotten(said: str) -> bool:
+    """Whether scontrol knows no such job, or no such task of an array."""
+    return "Invalid job id" in said or re.fullmatch(r"Job \S+ not found\s*", said) is not None
+
+
 def _complaint(asked: subprocess.CompletedProcess[str]) -> str:
-    """What a command of Slurm's said last, without its own name."""
-    said = asked.stderr.strip().splitlines() or [f"exit code {asked.returncode}"]
+    """What a command of Slurm's said last, without its own name, and without what it says of its help."""
+    lines = (asked.stderr or asked.stdout).strip().splitlines()
+    said = [line for line in lines if not line.startswith("Try ")] or [f"exit code {asked.returncode}"]
     return re.sub(r"^\w+: (error: )?", "", said[-1])
 
 

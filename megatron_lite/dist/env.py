@@ -96,7 +96,7 @@ def read_rank(environ: Mapping[str, str] | None = None) -> Rank:
     if environ.get("MLITE_RANKS", str(size)) != str(size):
         raise ConfigError(
             f"this host's launch is of {environ['MLITE_RANKS']} ranks, all hosts' together of {size}: "
-            "--nodes and --nproc have to be the same on all of them"
+            "--nodes and --nproc have to be the same on all of them, and no option of srun's may change their number"
         )
     for outer in others:
         theirs = environ.get(outer.rank, ""), environ.get(outer.size, "")

@@ -364,12 +364,34 @@ def test_a_container_brings_its_own_python_and_sees_the_run_folder(monkeypatch: 
         ({"array": "1-3", "chain": 2}, "runs/x", "give one of them"),
         ({"extra": ["--array=1-3"]}, "runs/x", "extra: --array is this .* use launch.slurm.array"),
         ({"extra": ["--mem-per-cpu=4G", "-o x"]}, "runs/x", "extra: -o is this .* logs are in the run folder"),
+        ({"extra": ["-t7"]}, "runs/x", "extra: -t7 is this .* use launch.slurm.time"),
+        ({"extra": ["-vN3"]}, "runs/x", "extra: -vN3 is this .* use --nodes=N"),
+        ({"extra": ["-o/tmp/zz"]}, "runs/x", "logs are in the run folder"),
+        ({"extra": ["--arra=1-3"]}, "runs/x", "extra: --arra is this .* use launch.slurm.array"),
+        ({"extra": ["--hold --sig=B:9"]}, "runs/x", "extra: --sig is this"),
+        ({"extra": ["--test-only"]}, "runs/x", "--dry_run shows what"),
+        ({"extra": ["--wait"]}, "runs/x", "launch logs JOB --follow"),
         ({}, "runs\\/x", "does not take a backslash"),
     ],
 )
 def test_scripts_that_slurm_would_misread_are_refused(changes: dict[str, Any], run_dir: str, message: str) -> None:
     with pytest.raises(UsageError, match=message):
         slurm.script(job(run_dir=Path(run_dir)), ["c.yaml"], {}, options(**changes))
+
+
+@pytest.mark.parametrize(
+    "option", ["--ntasks=1", "-n1", "-n", "--nodel=n1", "-K0", "--output=x", "--export=NONE", "-lc2", "--jobid=3"]
+)
+def test_what_srun_is_told_is_not_said_again(option: str) -> None:
+    with pytest.raises(UsageError, match=r"^launch.slurm.srun_extra: \S+ is this program's to say; "):
+        slurm.describe(options(srun_extra=["--overlap", option]), {})
+
+
+def test_other_options_are_handed_on() -> None:
+    sbatch = ["--mail-type=END", "-Jname", "--exclude=n1", "--wait-all-nodes=1", "--nice=9", "-H", "-I60", "-pmain"]
+    assert [f"#SBATCH {option}" in slurm.script(job(), [], {}, options(extra=sbatch)) for option in sbatch]
+    srun = ["--gpu-bind=closest", "--exclusive", "--exact", "--overlap", "--mem=0", "-l", "--container-writable", "-t9"]
+    assert slurm.describe(options(srun_extra=srun), {}).srun_extra == tuple(srun)
 
 
 @pytest.mark.parametrize(("array", "numbers"), [("3", [3]), ("0-2", [0, 1, 2]), ("7,1-2,0-6:3%4", [0, 1, 2, 3, 6, 7])])
@@ -396,6 +418,35 @@ def test_a_chain_is_one_script_submitted_again_and_again(tmp_path: Path) -> None
     assert (tmp_path / "run/logs/slurm.jobs").read_text() == "1\n2\n3\n"
 
 
+@pytest.mark.parametrize(
+    ("sbatch", "said"),
+    [
+        (
+            """echo "sbatch: unrecognized option '--x'" >&2; echo 'Try "sbatch --help" for more' >&2; exit 1""",
+            "unrecogn",
+        ),
+        ("echo 'sbatch: Job 5 to start at noon' >&2", "Job 5 to start"),
+    ],
+)
+def test_an_sbatch_that_submits_nothing_is_told_by_its_reason(tmp_path: Path, sbatch: str, said: str) -> None:
+    launch_with_sbatch(tmp_path, sbatch).expect(
+        exit_code=2, stdout="^$", stderr=f"^error: sbatch: {said}.*; the script"
+    )
+    assert not (tmp_path / "run/logs/slurm.jobs").exists()
+
+
+def test_a_jobs_number_is_told_though_it_cannot_be_kept(tmp_path: Path) -> None:
+    """As on a disk that has filled up."""
+    (tmp_path / "run/logs").mkdir(parents=True)
+    (tmp_path / "run/logs/slurm.jobs").symlink_to("/dev/full")
+    full = f"error: {tmp_path}/run/logs/slurm.jobs: No space left on device; it was submitted as job 4\n"
+    launch_with_sbatch(tmp_path, "echo 4").expect(exit_code=7, stdout="^4\n$", stderr=f"^{full}$")
+    (tmp_path / "run/logs/slurm.sh").unlink()
+    (tmp_path / "run/logs/slurm.sh").symlink_to("/dev/full")
+    full = f"error: {tmp_path}/run/logs/slurm.sh: No space left on device\n"
+    launch_with_sbatch(tmp_path, "echo 4").expect(exit_code=7, stdout="^$", stderr=f"^{full}$")
+
+
 def test_runs_of_an_array_have_their_own_folders(tmp_path: Path) -> None:
     """Slurm makes none for a job's output, and then fails without a word."""
     refused = launch_with_sbatch(tmp_path, "echo 'sbatch: error: no' >&2; exit 1", "--launch.slurm.array=0-1")
@@ -405,6 +456,26 @@ def test_runs_of_an_array_have_their_own_folders(tmp_path: Path) -> None:
     assert f"#SBATCH --output={tmp_path}/run-%a/logs/slurm-%A_%a.out\n" in (tmp_path / "run/logs/slurm.sh").read_text()
     assert submitted.find(str(tmp_path / "run")) == (["4"], [tmp_path / f"run-{task}/logs" for task in (0, 1)])
     assert submitted.find(str(tmp_path / "run-1")) == (["4_1"], [tmp_path / "run-1/logs"])
+
+
+@pytest.mark.parametrize("task", ["4_0", "4_9"])
+def test_a_task_that_slurm_has_forgotten_is_like_a_forgotten_job(
+    task: str, folder: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    (folder / "scontrol").write_text('#!/bin/sh\necho "Job $3 not found"; exit 1\n')
+    run_dir = folder / "run-0"
+    (run_dir / "logs").mkdir(parents=True)
+    (run_dir / "logs/slurm.jobs").write_text(f"{task}\n")
+    (run_dir / "logs/rank_0.log").write_text("trained\n")
+    assert (submitted.status(task), submitted.status(str(run_dir))) == (2, 0)
+    assert submitted.cancel(str(run_dir), wait=9) == 0
+    assert submitted.logs(str(run_dir), rank=0, follow=True) == 0
+    shown, said = capfd.readouterr()
+    assert shown == f"{run_dir}: no step yet\ntrained\n"
+    forgotten = f"Slurm knows no job {task} any more\n"
+    assert said == f"{forgotten}{forgotten}{run_dir}: nothing left to cancel\n"
+    with pytest.raises(UsageError, match=f"Slurm knows no job {task} any more; give its run folder"):
+        submitted.logs(task, rank=None, follow=False)
 
 
 TASKS = """JobId=4 ArrayJobId=4 ArrayTaskId=2 JobName=x
