@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import itertools
 import json
 import os
 import shlex
@@ -22,7 +23,7 @@ from launch.host import BEAT_S
 from launch.hostfile import Host, UsageError
 from launch.job import Command, Job, Launch
 from launch.meeting import meet
-from launch.network import resolve
+from launch.network import addresses, resolve
 from launch.outcome import Outcome, judge, launcher_log
 from launch.rank import END, SAVE
 from launch.report import PEER_LOST, PREEMPTED, Reports
@@ -35,7 +36,8 @@ _ANSWER_S = 4.0  # for a host to answer, when it may be the reason of a failure
 _AGENT_LIMIT_S = 3.0  # for a launcher's own end, once every rank has ended
 _DEATH_LIMIT_S = 10.0  # for the kernel to end what was killed
 _QUICK_S, _LONGEST_WAIT_S = 60.0, 60.0  # attempts that end sooner than this are followed by ever longer waits
-_HOSTS_WAIT_S, _HOSTS_RETRY_S = 600.0, 5.0  # for enough hosts to be reachable
+_HOSTS_WAIT_S, _HOSTS_RETRY_S = 600.0, 5.0  # for enough hosts to be reachable, or to come by themselves
+_SAY_AFTER_S, _SAY_AGAIN_S = 10.0, 60.0  # for whom it waits
 _SECOND_SIGNAL_S = 0.5  # `timeout` and some schedulers deliver one signal twice: only a later one is a second wish
 
 
@@ -158,7 +160,8 @@ class _Attempt:
         self.growing = False  # hosts came back: the ranks are asked to save, to start again with more of them
         self.told: set[int] = set()  # shims that were passed the wish
         self.agents: list[subprocess.Popen[bytes]] = []  # one for each of the launch's commands
-        self.beaten = self.probed = time.monotonic()
+        self.began = self.beaten = self.probed = time.monotonic()
+        self.remind_at = self.began + _SAY_AFTER_S
         self.wished, self.beats = "", 0
         self.probe: Probe | None = None  # of hosts that are missing
         self.unreachable: set[Host] = set()
@@ -227,6 +230,8 @@ class _Attempt:
                     say(f"{name}: the ranks finish their step, save and exit; {again} ends them at once")
                 elif now - self.stop_asked > _SECOND_SIGNAL_S:
                     return Outcome(128 + received.si_signo, f"{name} again: ended at once, without saving")
+            if self._waited_too_long(reports, now):
+                return Outcome(PEER_LOST, f"waited {_HOSTS_WAIT_S:g} s for {self._missing()}")
             failed_at = failed_at or (now if reports.failures or self._host_lost(reports) else 0.0)
             if self._all_unreachable(reports, failed=bool(failed_at)):
                 break
@@ -237,6 +242,30 @@ class _Attempt:
             if (failed_at and now - failed_at > _KILL_AFTER_S) or (ended_at and now - ended_at > _AGENT_LIMIT_S):
                 break
         return None
+
+    def _waited_too_long(self, reports: Reports, now: float) -> bool:
+        """Whether other hosts, which start their own ranks, have not come to where they meet; says so now and then."""
+        if self.job.node is None or len(self.job.hosts) == 1 or now < self.remind_at or reports.started:
+            return False
+        if now - self.began > _HOSTS_WAIT_S:
+            return True
+        say(f"waiting for {self._missing()}")
+        self.remind_at = min(now + _SAY_AGAIN_S, self.began + _HOSTS_WAIT_S)
+        return False
+
+    def _missing(self) -> str:
+        """The hosts that this one waits for, in words: those that hold no lock, where there is a common run folder."""
+        assert self.job.rendezvous is not None
+        address, port = self.job.rendezvous
+        others = [node for node in range(len(self.job.hosts)) if node != self.job.node]
+        absent = [str(node) for node in others if not _held(self.job.log_dir / f"launcher_{node}.lock")]
+        count = len(absent or others)
+        line = f"{count} other host{'s' * (count > 1)} at {address}:{port}"
+        if absent:
+            line += f"; not launched: --node_rank={', '.join(absent[:8])}{', …' * (count > 8)}"
+        if self.job.node == 0 and set(resolve(address)).isdisjoint(itertools.chain(*addresses().values())):
+            line += f"; {address} is no address of this host, where ranks are to meet"
+        return line
 
     def _all_unreachable(self, reports: Reports, *, failed: bool) -> bool:
         """Whether no rank is left to wait for but on hosts that ssh does not get through to any more.
@@ -381,6 +410,18 @@ def _exclusive(path: Path) -> Iterator[str]:
         file.truncate(0)
         print(f"a launcher (pid {os.getpid()} on {socket.gethostname()})", file=file, flush=True)
         yield ""
+
+
+def _held(path: Path) -> bool:
+    """Whether a launcher holds ``path``."""
+    try:
+        with path.open() as file:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:
+        pass
+    return False
 
 
 @contextlib.contextmanager

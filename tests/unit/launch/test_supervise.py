@@ -1,9 +1,11 @@
 """The supervisor against small stand-ins for the trainer, most of them under a stand-in for torchrun, too."""
 
+import fcntl
 import json
 import os
 import re
 import signal
+import socket
 import subprocess
 import time
 from collections.abc import Iterator
@@ -296,3 +298,39 @@ class TestTorchrun:
         with training(tmp_path, agent="torchrun") as job:
             os.kill(job.agent_pid(), signal.SIGUSR1)
             job.finish().expect(exit_code=75, stdout="^ready\nsaving\n$")
+
+
+WAITS = """
+import sys
+from pathlib import Path
+from launch import supervise
+from launch.hostfile import Host
+from launch.job import Command, Job, Launch
+supervise._SAY_AFTER_S, supervise._SAY_AGAIN_S, supervise._HOSTS_WAIT_S = 0.2, 0.4, 1.0
+hosts = tuple(Host(f"node-{node}", 1) for node in range(3))
+job = Job(("true",), hosts, Path(sys.argv[1]), node=0, rendezvous=(sys.argv[2], int(sys.argv[3])))
+agent = Launch("torchrun", [Command(["sleep", "60"], host=hosts[0])])
+print(supervise.supervise(job, lambda job: agent).as_dict())
+"""
+
+
+def test_hosts_that_do_not_come_are_named_and_not_waited_for_any_longer(tmp_path: Path) -> None:
+    """The second of three; the third holds its lock. 192.0.2.1 is nobody's."""
+    (tmp_path / "logs").mkdir()
+    with (tmp_path / "logs/launcher_2.lock").open("w") as lock, socket.socket() as free:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        free.bind(("", 0))
+        port = str(free.getsockname()[1])
+        free.close()
+        result = run_job([PYTHON, "-c", WAITS, str(tmp_path), "192.0.2.1", port], timeout=30, env=ENV)
+    whom = (
+        f"1 other host at 192.0.2.1:{port}; not launched: --node_rank=1; "
+        "192.0.2.1 is no address of this host, where ranks are to meet"
+    )
+    assert result.stderr == f"waiting for {whom}\n" * 2
+    assert f"'peer lost or hung', 'exit_code': 5, 'cause': 'waited 1 s for {whom}'" in result.stdout
+
+
+def test_hosts_cannot_meet_at_an_address_that_each_has_for_itself(tmp_path: Path) -> None:
+    refused = run_job([PYTHON, "-c", WAITS, str(tmp_path), "127.0.0.1", "9"], timeout=30, env=ENV)
+    refused.expect(exit_code=1, stderr="UsageError: node-1, node-2 cannot reach 127.0.0.1; give the", traceback=True)
