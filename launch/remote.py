@@ -5,13 +5,15 @@ from __future__ import annotations
 import json
 import os
 import shlex
+import shutil
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
-from launch.hostfile import Host
+from launch.hostfile import Host, UsageError
 from launch.job import Command, Job, Ssh
 
+SSH_FAILED = 255  # ssh's own exit code, where a remote command's is not
 # Never a prompt; a host that is gone is noticed within 15 seconds.
 _OPTIONS = ("BatchMode=yes", "ConnectTimeout=10", "ServerAliveInterval=5", "ServerAliveCountMax=3")
 
@@ -25,6 +27,18 @@ def ssh_argv(host: Host, words: list[str], ssh: Ssh, log: Path | None = None) ->
     port = [] if ssh.port is None else [f"-p{ssh.port}"]
     messages = [] if log is None else ["-E", str(log)]
     return ["ssh", *options, *port, *messages, "--", host.name, shlex.join(words)]
+
+
+def also(silent: Iterable[Host]) -> str:
+    """What is said of further hosts, behind the first one that ssh does not get through to."""
+    names = sorted(host.name for host in silent)
+    return f"; nor can {', '.join(names)} be reached" if names else ""
+
+
+def check_program(name: str) -> None:
+    """Raises UsageError where a program that other hosts are reached by is not there."""
+    if shutil.which(name) is None:
+        raise UsageError(f"other hosts are reached by {name}, which is not in PATH")
 
 
 def here() -> list[str]:

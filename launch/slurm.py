@@ -9,7 +9,9 @@ from __future__ import annotations
 import itertools
 import re
 import shlex
+import shutil
 import signal
+import subprocess
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -65,11 +67,19 @@ def allocated(env: Mapping[str, str]) -> bool:
     """Whether this is the script or the shell of an allocation. Raises UsageError where srun started this process."""
     if "SLURM_JOB_ID" not in env:
         return False
-    if int(env.get("SLURM_STEP_ID", _SPECIAL_STEPS)) < _SPECIAL_STEPS:
+    if "SLURM_STEP_ID" in env and _number(env, "SLURM_STEP_ID") < _SPECIAL_STEPS:
         raise UsageError(
             "--via=slurm starts srun itself, and this is a task of srun's: leave srun away, or use --via=torchrun"
         )
     return True
+
+
+def _number(env: Mapping[str, str], name: str) -> int:
+    """A variable of Slurm's; 0 where it is not set. Raises UsageError."""
+    value = env.get(name, "0")
+    if not (value.isascii() and value.isdecimal()):
+        raise UsageError(f"{name}={value}: expected a number, as Slurm sets it")
+    return int(value)
 
 
 def choose_hosts(where: Mapping[str, Any], env: Mapping[str, str]) -> tuple[Host, ...]:
@@ -89,6 +99,8 @@ def choose_hosts(where: Mapping[str, Any], env: Mapping[str, str]) -> tuple[Host
         raise UsageError(f"--nodes={least}:{most}: Slurm gives all nodes of a job at once; ask for one number of them")
     if not allocated(env):
         return tuple(Host(f"node-{node}", where["nproc"] or 1) for node in range(most or 1))
+    if "SLURM_JOB_NODELIST" not in env:
+        raise UsageError("SLURM_JOB_ID is set without SLURM_JOB_NODELIST: this is no allocation of Slurm's; unset it")
     names = expand(env["SLURM_JOB_NODELIST"])
     if most is not None and most > len(names):
         raise UsageError(f"--nodes={most}: this allocation has {len(names)}: {env['SLURM_JOB_NODELIST']}")
@@ -102,8 +114,8 @@ def tasks(env: Mapping[str, str], nodes: int) -> list[int]:
     """How many tasks srun would start on each node of an allocation: those that were asked for, or one. Raises
     UsageError."""
     if "SLURM_NTASKS" not in env:  # without it, SLURM_TASKS_PER_NODE counts what would fit there
-        return [int(env.get("SLURM_NTASKS_PER_NODE", "1"))] * nodes
-    left, places = int(env["SLURM_NTASKS"]), env.get("SLURM_TASKS_PER_NODE", "")
+        return [_number(env, "SLURM_NTASKS_PER_NODE") or 1] * nodes
+    left, places = _number(env, "SLURM_NTASKS"), env.get("SLURM_TASKS_PER_NODE", "")
     counts = []
     for count, times in re.findall(r"(\d+)(?:\(x(\d+)\))?", places):  # 4(x2),3
         for _ in range(int(times or 1)):
@@ -150,7 +162,7 @@ def describe(options: Mapping[str, Any], env: Mapping[str, str]) -> Slurm:
     port = 20000 + int(job) % 12000 if job.isdecimal() else 20000  # jobs that share a node seldom share it
     names = ("srun", "container", "container_mounts")
     _refuse_own("srun_extra", options["srun_extra"])
-    cpus = options["cpus_per_task"] or int(env.get("SLURM_CPUS_PER_TASK", "0")) or None
+    cpus = options["cpus_per_task"] or _number(env, "SLURM_CPUS_PER_TASK") or None
     return Slurm(
         port=port, cpus_per_task=cpus, srun_extra=tuple(options["srun_extra"]), **{n: options[n] for n in names}
     )
@@ -240,6 +252,7 @@ def script(job: Job, words: Sequence[str], overrides: Mapping[str, str], options
         kept.pop("run.name", None)
     elif array is not None:  # one task after the other: each goes on where the last has stopped
         first_start += f' -a "${_TASK}" = "$SLURM_ARRAY_TASK_MIN"'
+    _check_shell(options["setup"])
     folder = shlex.quote(str(job.run_dir)) + (f'-"${_TASK}"' if own else "")
     resume = [f"[ {first_start} ] || set -- {RESUME}"]
     if wanted := kept.pop("checkpoint.resume", None):
@@ -290,6 +303,15 @@ def script(job: Job, words: Sequence[str], overrides: Mapping[str, str], options
             '[ -z "$again" ] || scontrol requeue "$job"',
         ]
     return "\n".join([*lines, "exit $code", ""])
+
+
+def _check_shell(setup: Sequence[str]) -> None:
+    """Raises UsageError where lines of setup leave open what the rest of the script would be read into."""
+    if setup and (bash := shutil.which("bash")):
+        argv, env = [bash, "-O", "extglob", "-n", "/dev/stdin"], {"LC_ALL": "C"}
+        read = subprocess.run(argv, input="\n".join(setup), env=env, capture_output=True, text=True, check=False)
+        if said := read.stderr.strip().splitlines():  # of a here-document's end it only warns
+            raise UsageError(f"launch.slurm.setup: {said[0].removeprefix('/dev/stdin: ')}")
 
 
 def runs_of_their_own(array: str | None) -> bool:

@@ -18,7 +18,7 @@ from launch.hostfile import UsageError
 from launch.job import Job
 from launch.outcome import last_step
 from launch.slurm import RESUME, runs_of_their_own, script, task_numbers
-from launch.supervise import say
+from launch.supervise import held, say
 
 _POLL_S = 1.0
 _STORAGE = 7
@@ -126,14 +126,15 @@ def logs(job: str, *, rank: int | None, follow: bool) -> int:
         if rank is not None:
             found = [log_dirs[0] / f"rank_{rank}.log"]
         elif Path(job).is_dir():
-            found = list(log_dirs[0].glob("slurm-*.out"))
+            found = list(log_dirs[0].glob("slurm-*.out")) or ([] if ids else [log_dirs[0] / "rank_0.log"])
         else:
             found = [Path(record["StdOut"]) for record in records(job)]
         return sorted(filter(Path.is_file, found), key=lambda path: path.stat().st_mtime)
 
     shown = dict.fromkeys(written()[:-1], -1)
     while True:
-        over = not follow or not any(map(_running, ids))  # asked first: what comes after it is still shown
+        busy = any(map(_running, ids)) if ids else any(map(held, log_dirs[0].glob("launcher*.lock")))
+        over = not (follow and busy)  # asked first: what comes after it is still shown
         for path in written():
             if shown.get(path) != -1 and not _show(path, shown):
                 return 0

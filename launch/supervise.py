@@ -26,6 +26,7 @@ from launch.meeting import meet
 from launch.network import addresses, resolve
 from launch.outcome import Outcome, judge, launcher_log
 from launch.rank import END, SAVE
+from launch.remote import check_program
 from launch.report import PEER_LOST, PREEMPTED, Reports
 
 _USAGE, _STORAGE = 2, 7
@@ -49,6 +50,8 @@ def supervise(job: Job, launcher: Callable[[Job], Launch], max_restarts: int = 0
     However it ends, no process that was started here is left.
     """
     own = "" if job.node is None else f"_{job.node}"
+    if job.distributed or pool is not None:
+        check_program("ssh" if job.slurm is None else "srun")
     try:
         job.log_dir.mkdir(parents=True, exist_ok=True)
         with _exclusive(job.lock) as holder, _cursor_shown(), _signals() as signals:
@@ -258,7 +261,7 @@ class _Attempt:
         assert self.job.rendezvous is not None
         address, port = self.job.rendezvous
         others = [node for node in range(len(self.job.hosts)) if node != self.job.node]
-        absent = [str(node) for node in others if not _held(self.job.log_dir / f"launcher_{node}.lock")]
+        absent = [str(node) for node in others if not held(self.job.log_dir / f"launcher_{node}.lock")]
         count = len(absent or others)
         line = f"{count} other host{'s' * (count > 1)} at {address}:{port}"
         if absent:
@@ -412,7 +415,7 @@ def _exclusive(path: Path) -> Iterator[str]:
         yield ""
 
 
-def _held(path: Path) -> bool:
+def held(path: Path) -> bool:
     """Whether a launcher holds ``path``."""
     try:
         with path.open() as file:

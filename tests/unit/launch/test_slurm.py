@@ -1,5 +1,6 @@
 """Batch scripts, what they start and how they end, and node lists; Slurm's own commands are stand-ins on PATH."""
 
+import fcntl
 import json
 import os
 import shlex
@@ -7,6 +8,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -261,6 +263,23 @@ def test_a_line_of_setup_that_fails_ends_the_job(setup: list[str], failing: str,
     assert not (folder / "canary").exists()
 
 
+@pytest.mark.parametrize(
+    ("setup", "message"),
+    [
+        (["cat <<X", "abc"], "line 2: warning: here-document at line 1"),
+        (["true", "echo 'it"], "line 2: unexpected EOF while looking for matching"),
+        (["if true"], "line 2: syntax error"),
+        (["shopt -s extglob", "ls !(a)", "cat <<X", "abc", "X", "f() { true; }"], ""),
+    ],
+)
+def test_setup_that_leaves_something_open_is_refused(setup: list[str], message: str) -> None:
+    if not message:
+        assert "ls !(a)\n" in slurm.script(job(), [], {}, options(setup=setup))
+        return
+    with pytest.raises(UsageError, match=f"^launch.slurm.setup: {message}"):
+        slurm.script(job(), [], {}, options(setup=setup))
+
+
 @given(st.lists(st.tuples(st.sampled_from(["a", "n-", "x1."]), st.lists(st.integers(0, 30), max_size=3)), min_size=1))
 def test_node_lists_are_read_as_they_are_written(parts: list[tuple[str, list[int]]]) -> None:
     short, names = [], []
@@ -476,6 +495,26 @@ def test_a_task_that_slurm_has_forgotten_is_like_a_forgotten_job(
     assert said == f"{forgotten}{forgotten}{run_dir}: nothing left to cancel\n"
     with pytest.raises(UsageError, match=f"Slurm knows no job {task} any more; give its run folder"):
         submitted.logs(task, rank=None, follow=False)
+
+
+def test_the_logs_of_a_run_that_was_not_submitted_are_its_first_ranks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Until its launcher has gone."""
+    monkeypatch.setattr(submitted, "_POLL_S", 0.05)
+    (tmp_path / "logs").mkdir()
+    log = tmp_path / "logs/rank_0.log"
+    log.write_text("step 1\n")
+    with (tmp_path / "logs/launcher.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+
+        def ends() -> None:
+            log.write_text("step 1\nstep 2\n")
+            lock.close()
+
+        threading.Timer(0.3, ends).start()
+        assert submitted.logs(str(tmp_path), rank=None, follow=True) == 0
+    assert capfd.readouterr().out == "step 1\nstep 2\n"
 
 
 TASKS = """JobId=4 ArrayJobId=4 ArrayTaskId=2 JobName=x
