@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import gc
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -349,7 +351,25 @@ def _help() -> str:
 
 
 def main() -> int:
-    """Entry point: 0, or the documented exit code after one ``error:`` line for each mistake."""
+    """Entry point: 0, or the documented exit code after one ``error:`` line for each mistake.
+
+    Whoever reads the output may go away, as in ``| head``; where it has no room, that is an error."""
+    try:
+        code = _run()
+        sys.stdout.flush()
+        return code
+    except BrokenPipeError:
+        code = 128 + signal.SIGPIPE
+    except OSError as error:
+        if error.errno != errno.ENOSPC:
+            raise
+        say(f"error: {error.filename or 'the output'}: {error.strerror}")
+        code = 7
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # for what is still to be written
+    return code
+
+
+def _run() -> int:
     gc.freeze()  # modules stay: no collection has to look at them, not even the last one
     name, words = (sys.argv[1], sys.argv[2:]) if len(sys.argv) > 1 else ("--help", [])
     try:

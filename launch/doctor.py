@@ -226,7 +226,8 @@ def report(case: Case, findings: Mapping[str, list[Finding]]) -> str:
     for name, found in findings.items():
         levels = [finding.level for finding in found]
         state = "ERROR" if "error" in levels else "warning" if "warning" in levels else "ok"
-        if name == "bandwidth" and isinstance(case.reduced, str) and not case.failed:
+        unmeasured = name == "bandwidth" and isinstance(case.reduced, str) and not case.failed
+        if unmeasured or not (found or case.facts):
             state = "skipped"
         rows.append(f"{name:<10} {state:<8} {'; '.join(_lines(case, found, 'note'))}".rstrip())
     return "\n".join(rows)

@@ -13,10 +13,11 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+from launch.elastic import Probe
 from launch.hostfile import UsageError
 from launch.job import Job
 from launch.network import resolve
-from launch.remote import here, ssh_argv
+from launch.remote import SSH_FAILED, also, here, ssh_argv
 
 _ANSWER_S = 20.0
 
@@ -49,7 +50,10 @@ def meet(job: Job) -> Job:
     except subprocess.TimeoutExpired:
         raise UsageError(f"{first.name}: ssh gave no answer in {_ANSWER_S:g} s") from None
     if asked.returncode or not said or not said[-1].isdecimal():
-        raise UsageError(f"{first.name}: {said[-1].removeprefix('error: ') if said else 'ssh gave no answer'}")
+        words = said[-1].removeprefix("error: ") if said else "ssh gave no answer"
+        silent = set(job.hosts[1:] if asked.returncode == SSH_FAILED else ())
+        silent -= set(Probe(tuple(silent), job.ssh).answered())
+        raise UsageError(f"{first.name}: {words}{also(silent)}")
     return replace(job, rendezvous=(address, int(said[-1])))
 
 

@@ -5,17 +5,17 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Collection
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from launch.hang import explain
 from launch.hostfile import Host
 from launch.job import Job
+from launch.remote import SSH_FAILED, also
 from launch.report import MEANING, PEER_LOST, PREEMPTED, Report, Reports, last_words, signal_name
 
 _USAGE = 2
-_SSH_FAILED = 255  # ssh's own exit code, where a remote command's is not
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,7 @@ def judge(
     # Where ranks were lost without an error of their own, a host that does not answer is the reason; else the records
     # they left tell whom the others waited for.
     only_lost = failures and not stop_asked and all(report.secondary or report.stopped for report in failures)
-    gone = next((host for host, code in endings if host and (host in unreachable or code == _SSH_FAILED)), None)
+    gone = next((host for host, code in endings if host and (host in unreachable or code == SSH_FAILED)), None)
     if only_lost and gone is not None:
         return _of_host(job, gone, launcher, step, reachable=gone not in unreachable)
     if only_lost and (hang := explain(job.log_dir, reports)):
@@ -76,7 +76,9 @@ def judge(
     for host, code in endings:
         theirs = [place.rank for place in job.watched if place.host == host]
         if code and host and not host.local and any(rank not in reports.ended for rank in theirs):
-            return _of_host(job, host, launcher, step, reachable=True)
+            outcome = _of_host(job, host, launcher, step, reachable=True)
+            silent = {other for other, code in endings if other and code == SSH_FAILED} - {host}
+            return replace(outcome, cause=outcome.cause + also(silent))
     if any(code is not None and code < 0 for _, code in endings):
         signum = next(-code for _, code in endings if code is not None and code < 0)
         cause = f"{launcher} was killed by {signal_name(signum)}; its ranks were stopped with it"

@@ -16,7 +16,7 @@ from typing import Any
 from launch import process
 from launch.hostfile import Host
 from launch.job import Ssh
-from launch.remote import here, ssh_argv
+from launch.remote import check_program, here, ssh_argv
 from launch.report import last_words
 from launch.supervise import say
 
@@ -84,6 +84,8 @@ class Ward:
         self.seconds = seconds
         self.silent: dict[str, str] = {}
         self.heard: dict[str, float] = {}
+        if not all(host.local for host in hosts):
+            check_program("ssh")
         self.contacts = [Contact(host, ssh) for host in hosts]
 
     def ask(self, request: Callable[[Host], Mapping[str, Any]], what: str) -> dict[str, dict[str, Any]]:

@@ -251,6 +251,14 @@ def test_the_first_failing_check_decides_the_exit_code() -> None:
     assert exit_code(examine(replace(case, silent={}, checkpoint=0))) == 2
 
 
+def test_what_no_host_could_be_asked_is_skipped() -> None:
+    case = replace(HEALTHY, facts={}, silent={host.name: "timed out" for host in HOSTS}, links={}, reduced="not run")
+    states = dict(line.split()[:2] for line in report(case, examine(case)).splitlines())
+    assert states.pop("ssh") == "ERROR"
+    assert states.pop("disk") == "ok"
+    assert set(states.values()) == {"skipped"}
+
+
 def test_of_many_hosts_each_asks_about_the_first_and_its_neighbours() -> None:
     few, many = [f"node{n}" for n in range(16)], [f"node{n}" for n in range(17)]
     assert near(few, "node3") == few

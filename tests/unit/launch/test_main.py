@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import subprocess
 import time
 from pathlib import Path
 
@@ -216,6 +217,46 @@ def test_a_run_folder_that_cannot_be_made_is_one_line(folder: Path) -> None:
 def test_a_read_only_run_folder_is_one_line(folder: Path) -> None:
     (folder / "runs").mkdir(mode=0o500)
     launch(folder, "run", "good.yaml").expect(exit_code=7, stderr="error: .*: Permission denied\n$")
+
+
+@pytest.mark.parametrize("words", [["--help"], ["run", "--help"], ["plan", "good.yaml"]])
+def test_output_that_nobody_reads_or_that_finds_no_room(folder: Path, words: list[str]) -> None:
+    reader, closed = os.pipe()
+    os.close(reader)
+    full = os.open("/dev/full", os.O_WRONLY)
+    for stdout, code, said in ((closed, 141, b""), (full, 7, b"error: the output: No space left on device\n")):
+        argv, env = [PYTHON, "-m", "launch", *words], {**os.environ, "PYTHONPATH": str(REPOSITORY)}
+        ended = subprocess.run(argv, cwd=folder, env=env, stdout=stdout, stderr=subprocess.PIPE, timeout=30)
+        os.close(stdout)
+        assert (ended.returncode, ended.stderr) == (code, said)
+
+
+def test_hosts_that_ssh_does_not_get_through_to_are_all_named(folder: Path) -> None:
+    (folder / "HF").write_text("a slots=1\nb slots=1\nc slots=1\n")
+    (folder / "ssh").write_text("#!/bin/sh\necho 'ssh: Could not resolve hostname' >&2; exit 255\n")
+    env = {"PYTHONPATH": str(REPOSITORY), "PATH": f"{folder}"}
+    argv = [PYTHON, "-m", "launch", "run", "good.yaml", "--hostfile=HF"]
+    for examines in (argv, [PYTHON, "-m", "launch", "doctor", "--hostfile=HF"]):
+        missing = run_job(examines, timeout=30, cwd=folder, env=env)
+        missing.expect(exit_code=2, stderr="(^|\n)error: other hosts are reached by ssh, which is not in PATH\n$")
+    (folder / "ssh").chmod(0o755)
+    wrong = run_job(argv, timeout=30, cwd=folder, env={**env, "PATH": f"{folder}:{os.environ['PATH']}"})
+    wrong.expect(exit_code=2, stderr="\nerror: a: ssh: Could not resolve hostname; nor can b, c be reached\n$")
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({}, "SLURM_JOB_ID is set without SLURM_JOB_NODELIST"),
+        ({"SLURM_JOB_NODELIST": "n1", "SLURM_NTASKS": "x"}, "SLURM_NTASKS=x: expected a number"),
+        ({"SLURM_JOB_NODELIST": "n1", "SLURM_NTASKS_PER_NODE": "x"}, "SLURM_NTASKS_PER_NODE=x: expected a number"),
+        ({"SLURM_JOB_NODELIST": "n1", "SLURM_STEP_ID": "abc"}, "SLURM_STEP_ID=abc: expected a number"),
+    ],
+)
+def test_odd_variables_of_slurms_are_one_line(folder: Path, given: dict[str, str], message: str) -> None:
+    env = {"PYTHONPATH": str(REPOSITORY), "SLURM_JOB_ID": "5", **given}
+    argv = [PYTHON, "-m", "launch", "run", "good.yaml", "--via=slurm", "--dry_run"]
+    run_job(argv, timeout=30, cwd=folder, env=env).expect(exit_code=2, stderr=f"^error: {message}.*\n$")
 
 
 def test_start_up_takes_no_time(folder: Path) -> None:

@@ -119,3 +119,12 @@ def test_an_option_that_srun_does_not_know_is_a_mistake_in_the_config(tmp_path: 
     (job.log_dir / "srun.log").write_text(f'{said}\nTry "srun --help" for more information\n')
     outcome = judge(job, "srun", [(None, 1)], stop_asked=False)
     assert (outcome.exit_code, outcome.cause) == (2, f"launch.slurm.srun_extra: {said}")
+
+
+def test_hosts_that_ssh_did_not_get_through_to_are_all_named(tmp_path: Path) -> None:
+    job = Job(("train",), tuple(Host(f"node{n}", 1) for n in range(4)), tmp_path)
+    job.log_dir.mkdir()
+    (job.log_dir / "ssh.node1.log").write_text("ssh: Could not resolve hostname node1\n")
+    outcome = judge(job, "torchrun", list(zip(job.hosts, (None, 255, None, 255), strict=True)), stop_asked=False)
+    said = "host node1 was lost, with rank 1: ssh: Could not resolve hostname node1; nor can node3 be reached"
+    assert (outcome.exit_code, outcome.cause) == (5, said)
