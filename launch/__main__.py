@@ -18,7 +18,7 @@ from typing import Any
 from launch import cli, slurm, submitted
 from launch.cli import Flag
 from launch.elastic import Pool
-from launch.hostfile import MAX_SLOTS, Host, UsageError, nearest, read_hostfile, select
+from launch.hostfile import MAX_SLOTS, Host, UsageError, count, nearest, read_hostfile, select
 from launch.job import Job, Slurm, Ssh, forwarded, rank_defaults
 from launch.launchers import LAUNCHERS
 from launch.layout import check_layout, picture
@@ -55,6 +55,11 @@ DOCTOR = {name: HOSTS[name] for name in ("nproc", "hostfile", "include", "exclud
     "bandwidth": Flag(cli.switch, True, "", "measure a real all-reduce, where nothing else is wrong"),
     "timeout": Flag(cli.whole(1, 3600), 60, "SECONDS", "that the answers to one question may take"),
     "json": Flag(cli.switch, False, "", "everything that was found out, as JSON on stdout"),
+}
+SECTIONS = ("run", "model", "data", "optim", "parallel", "train", "checkpoint", "init", "peft", "launch")
+_HINTS = {
+    **dict.fromkeys(SECTIONS, " (is a section of the config)"),
+    **dict.fromkeys(("master_addr", "master_port"), " (is --rdzv=HOST:PORT here)"),
 }
 _NO_CONFIG: dict[str, Any] = {
     "run": {"dir": "runs", "name": "doctor"},
@@ -94,7 +99,7 @@ def run(
     if pool is not None:
         pool = replace(pool, fits=lambda ranks: _fits(config, ranks, overrides), interval=look_for_hosts)
     on = f" on {len(hosts)} hosts" if len(hosts) > 1 else ""
-    say(f"{settings['run']['name']}: {job.size} ranks{on} through {via}, logs in {job.log_dir}")
+    say(f"{settings['run']['name']}: {count(job.size, 'rank')}{on} through {via}, logs in {job.log_dir}")
     outcome = supervise(job, LAUNCHERS[via], max_restarts, pool)
     if outcome.line:
         say(outcome.line)
@@ -210,7 +215,9 @@ def choose_hosts(where: Mapping[str, Any]) -> tuple[tuple[Host, ...], Pool | Non
         return hosts, None
     least, most = nodes
     if most > len(hosts):
-        raise UsageError(f"--nodes={':'.join(map(str, sorted(set(nodes))))}: {hostfile} has {len(hosts)} hosts")
+        raise UsageError(
+            f"--nodes={':'.join(map(str, sorted(set(nodes))))}: {hostfile} has {count(len(hosts), 'host')}"
+        )
     pool = None if least == most else Pool(hosts, least, most, lambda _: True)
     return hosts[:most], pool
 
@@ -248,7 +255,8 @@ def _keys(names: Sequence[str]) -> dict[str, str]:
     """What megatron_lite says of flags whose names are others' for keys of its config, or its keys without the dot."""
     argv = [sys.executable, "-m", "megatron_lite", "config", *(f"--{name}=" for name in names)]
     asked = subprocess.run(argv, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False)
-    return dict(re.findall(r"^error: unknown flag --(\S+)( \((?!did you mean).*\));", asked.stderr, re.MULTILINE))
+    said = re.findall(r"^error: unknown flag --(\S+)( \((?!did you mean).*\));", asked.stderr, re.MULTILINE)
+    return dict(said) | {name: told for name, told in _HINTS.items() if name in names}
 
 
 def _flags(overrides: Mapping[str, str]) -> list[str]:
@@ -377,7 +385,7 @@ def _run() -> int:
             print(_help())
             return 0
         if name not in COMMANDS:
-            raise UsageError(f"unknown command {name!r}{nearest(name, COMMANDS)}; there is: {', '.join(COMMANDS)}")
+            raise UsageError(f"unknown command {name!r}{nearest(name, COMMANDS)}; there are: {', '.join(COMMANDS)}")
         entry = COMMANDS[name]
         if {"-h", "--help"}.intersection(words):
             text = (entry.call.__doc__ or "").replace("\n    ", "\n")

@@ -55,7 +55,3 @@ def amount(size: float) -> str:
             return f"{size:.3g} {unit}"
         size /= 1024
     return f"{size:,.1f} TiB"
-
-
-def count(number: int, what: str) -> str:
-    return f"{number} {what}{'s'[: number != 1]}"

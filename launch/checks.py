@@ -7,8 +7,9 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Literal
 
 from launch import network
-from launch.case import Case, Finding, amount, count
+from launch.case import Case, Finding, amount
 from launch.facts import PACKAGES, Facts, Peer
+from launch.hostfile import count
 from launch.report import PEER_LOST
 
 USAGE, STORAGE = 2, 7

@@ -106,7 +106,8 @@ def parse(
         elif name in unknown:
             dotted = "; config keys are written --section.key=value" if overrides else ""
             mistakes.append(f"unknown flag --{name}{hinted.get(name) or nearest(name, flags)}{dotted}")
-    mistakes += [f"unexpected argument {word!r}" for word in args[len(arguments) :]]
+    for word in args[len(arguments) :]:
+        mistakes.append(f"unexpected argument {word!r}" + (f" (did you mean --{word}?)" if "=" in word else ""))
     mistakes += [f"missing {name.upper()}; see --help" for name in arguments[len(args) :] if name[0] != "["]
     if mistakes:
         raise UsageError("\n".join(mistakes))

@@ -44,6 +44,10 @@ def nearest(word: str, known: Iterable[str]) -> str:
     return f" (did you mean {close[0]!r}?)" if close else ""
 
 
+def count(number: int, what: str) -> str:
+    return f"{number} {what}{'s'[: number != 1]}"
+
+
 def read_hostfile(path: Path) -> tuple[Host, ...]:
     """The hosts that ``path`` lists, in its order. Raises UsageError with the line of every mistake."""
     try:

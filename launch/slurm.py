@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from launch import torchrun
-from launch.hostfile import Host, UsageError, check_name
+from launch.hostfile import Host, UsageError, check_name, count
 from launch.job import Command, Job, Launch, Slurm
 
 _MAX_NODES = 65536
@@ -117,9 +117,9 @@ def tasks(env: Mapping[str, str], nodes: int) -> list[int]:
         return [_number(env, "SLURM_NTASKS_PER_NODE") or 1] * nodes
     left, places = _number(env, "SLURM_NTASKS"), env.get("SLURM_TASKS_PER_NODE", "")
     counts = []
-    for count, times in re.findall(r"(\d+)(?:\(x(\d+)\))?", places):  # 4(x2),3
+    for slots, times in re.findall(r"(\d+)(?:\(x(\d+)\))?", places):  # 4(x2),3
         for _ in range(int(times or 1)):
-            counts.append(min(int(count), left))
+            counts.append(min(int(slots), left))
             left -= counts[-1]
     if left or len(counts) != nodes:
         raise UsageError(
@@ -268,7 +268,7 @@ def script(job: Job, words: Sequence[str], overrides: Mapping[str, str], options
     wait = options["signal_seconds"]
     lines = [
         "#!/bin/bash",
-        f"# {name}: {job.size} ranks on {len(job.hosts)} node{'s' * (len(job.hosts) > 1)}. "
+        f"# {name}: {count(job.size, 'rank')} on {count(len(job.hosts), 'node')}. "
         "Written by `python -m launch run`; edit it and submit it again as you like.",
         *(f"#SBATCH {line}" for line in _directives(job, options)),
         "",

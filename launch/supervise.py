@@ -20,7 +20,7 @@ from pathlib import Path
 from launch import process
 from launch.elastic import Pool, Probe
 from launch.host import BEAT_S
-from launch.hostfile import Host, UsageError
+from launch.hostfile import Host, UsageError, count
 from launch.job import Command, Job, Launch
 from launch.meeting import meet
 from launch.network import addresses, resolve
@@ -262,10 +262,9 @@ class _Attempt:
         address, port = self.job.rendezvous
         others = [node for node in range(len(self.job.hosts)) if node != self.job.node]
         absent = [str(node) for node in others if not held(self.job.log_dir / f"launcher_{node}.lock")]
-        count = len(absent or others)
-        line = f"{count} other host{'s' * (count > 1)} at {address}:{port}"
+        line = f"{count(len(absent or others), 'other host')} at {address}:{port}"
         if absent:
-            line += f"; not launched: --node_rank={', '.join(absent[:8])}{', …' * (count > 8)}"
+            line += f"; not launched: --node_rank={', '.join(absent[:8])}{', …' * (len(absent) > 8)}"
         if self.job.node == 0 and set(resolve(address)).isdisjoint(itertools.chain(*addresses().values())):
             line += f"; {address} is no address of this host, where ranks are to meet"
         return line

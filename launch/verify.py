@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
-from launch.hostfile import UsageError
+from launch.hostfile import UsageError, count
 from launch.job import Job, Launch
 from launch.outcome import Outcome
 from launch.supervise import say, supervise
@@ -37,7 +37,10 @@ def verify(job: Job, launchers: Mapping[str, Callable[[Job], Launch]]) -> int:
             say(f"error: {name}: {problem}")
             result = outcome.exit_code or 1
         else:
-            print(f"{name}: {run.size} ranks on {len(run.hosts)} hosts, each where the plan has it", flush=True)
+            print(
+                f"{name}: {count(run.size, 'rank')} on {count(len(run.hosts), 'host')}, each where the plan has it",
+                flush=True,
+            )
     return result
 
 

@@ -12,10 +12,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from launch import cli as launch_cli
-from launch.__main__ import COMMANDS
+from launch.__main__ import COMMANDS, SECTIONS
 from launch.cli import parse
 from launch.hostfile import UsageError
 from megatron_lite import cli as trainer_cli
+from megatron_lite.config import Config
 from tests.kit.jobs import PYTHON, REPOSITORY, Result, run_job
 
 STAND_IN = """
@@ -78,6 +79,10 @@ def test_run_checks_the_config_and_trains_with_the_same_words(folder: Path) -> N
     assert json.loads((folder / "runs" / "a run" / "outcome.json").read_text())["exit_code"] == 6
 
 
+def test_one_rank_is_one(folder: Path) -> None:
+    launch(folder, "run", "good.yaml").expect(exit_code=6, stderr="^a run: 1 rank through torchrun")
+
+
 def test_dry_run_starts_and_makes_nothing(folder: Path) -> None:
     before = sorted(folder.iterdir())
     result = launch(folder, "run", "good.yaml", "--dry_run", "--optim.lr=1e-3").expect(exit_code=0, stderr="^$")
@@ -112,6 +117,7 @@ def test_a_bad_config_is_passed_on_at_once(folder: Path) -> None:
         (["x.yaml", "--max_restarts=-1"], "--max_restarts=-1: expected a whole number from 0"),
         (["x.yaml", "--dry_run=maybe"], "--dry_run=maybe: expected true or false"),
         (["x.yaml", "y.yaml"], "unexpected argument 'y.yaml'"),
+        (["x.yaml", "train.steps=30"], "unexpected argument 'train.steps=30' (did you mean --train.steps=30?)"),
         (["x.yaml", "--", "--interactive"], "unexpected argument '--'"),
         (["x.yaml", "-", "split"], "unexpected argument '-'"),
         (["x.yaml", "-x"], "unknown flag --x"),
@@ -132,7 +138,18 @@ def test_all_mistakes_are_told_together() -> None:
 
 def test_a_flag_that_only_the_config_knows_is_answered_by_it(tmp_path: Path) -> None:
     """Without a stand-in."""
-    told = launch(tmp_path, "run", "x.yaml", "--max_steps=3", "--nprocs=2", "--lr", "1", "--who=1").expect(exit_code=2)
+    told = launch(
+        tmp_path,
+        "run",
+        "x.yaml",
+        "--max_steps=3",
+        "--nprocs=2",
+        "--lr",
+        "1",
+        "--who=1",
+        "--peft=null",
+        "--master_port=1",
+    ).expect(exit_code=2)
     assert told.stderr.splitlines() == [
         f"error: unknown flag --{flag}; config keys are written --section.key=value"
         for flag in (
@@ -140,8 +157,14 @@ def test_a_flag_that_only_the_config_knows_is_answered_by_it(tmp_path: Path) -> 
             "nprocs (did you mean 'nproc'?)",
             "lr (is optim.lr here)",
             "who",
+            "peft (is a section of the config)",
+            "master_port (is --rdzv=HOST:PORT here)",
         )
     ]
+
+
+def test_the_sections_are_the_configs() -> None:
+    assert list(Config.model_fields) == list(SECTIONS)
 
 
 def test_values_stay_text() -> None:
@@ -202,7 +225,7 @@ def test_nodes_takes_the_first_hosts_and_nproc_fewer_slots(folder: Path) -> None
 def test_an_unknown_command_is_one_line(folder: Path) -> None:
     result = launch(folder, "rnu", "x.yaml")
     result.expect(
-        exit_code=2, stderr=r"^error: unknown command 'rnu' \(did you mean 'run'\?\); there is: run, .*\n$", busy=0.6
+        exit_code=2, stderr=r"^error: unknown command 'rnu' \(did you mean 'run'\?\); there are: run, .*\n$", busy=0.6
     )
 
 

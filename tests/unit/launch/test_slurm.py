@@ -575,7 +575,7 @@ def test_srun_starts_every_rank_of_an_allocation(tmp_path: Path) -> None:
     env = {"SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "localhost", "PATH": f"{tmp_path}:{os.environ['PATH']}"}
     argv = [PYTHON, "-m", "launch", "verify", "--via=slurm", "--nproc=2", f"--dir={tmp_path}/it's $(x)\n"]
     shown = run_job(argv, timeout=60, env=env).expect(exit_code=0, stderr="^$").stdout
-    assert shown.endswith("\nslurm: 2 ranks on 1 hosts, each where the plan has it\n")
+    assert shown.endswith("\nslurm: 2 ranks on 1 host, each where the plan has it\n")
     reports = [json.loads((tmp_path / f"it's $(x)\n/verify/slurm/logs/rank_{n}.exit.json").read_text()) for n in (0, 1)]
     assert [report["exit_code"] for report in reports] == [0, 0]
     assert run_job(argv, timeout=60).expect(exit_code=2, stderr="^error: verify --via=slurm starts ranks where it is")
