@@ -158,6 +158,24 @@ def test_what_sbatch_refuses_is_one_line(slurm: Slurm, tiny: TinyRuns, tmp_path:
     refused.expect(exit_code=2, stderr=r"^error: sbatch: .*Invalid partition.*; the script: \S+/run/logs/slurm.sh\n$")
 
 
+def test_an_option_that_srun_refuses_is_a_mistake_in_the_config(slurm: Slurm, tiny: TinyRuns, tmp_path: Path) -> None:
+    config = tiny_config(tmp_path, tiny.data)
+    argv = ["salloc", "--nodes=1", "--ntasks=2", PYTHON, "-m", "launch", "run", str(config), "--via=slurm"]
+    for option, said in (
+        ("--bogus", "srun: unrecognized option '--bogus'"),
+        ("--ntasks=1", "--ntasks is this program's"),
+    ):
+        result = slurm.run([*argv, "--max_restarts=1", f"--launch.slurm.srun_extra=[{option}]"], timeout=60)
+        result.expect(exit_code=2, stderr=rf"\nerror: launch\.slurm\.srun_extra: {said}")
+        assert "restart" not in result.stderr
+
+
+def test_a_task_that_was_never_there_is_one_that_slurm_does_not_know(slurm: Slurm) -> None:
+    job = slurm.submit("#!/bin/sh\nsleep 60\n", "--array=0-1", "--hold")
+    launch(slurm, "status", f"{job}_9").expect(exit_code=2, stderr=f"^Slurm knows no job {job}_9 any more\n$")
+    launch(slurm, "cancel", f"{job}_9").expect(exit_code=0, stderr="nothing left to cancel")
+
+
 def test_slurm_reads_a_hostile_name_as_it_is_written(slurm: Slurm, tiny: TinyRuns, tmp_path: Path) -> None:
     folder = tmp_path / "a 'b\" #c 100% $(touch canary) é"
     folder.mkdir()

@@ -362,6 +362,7 @@ def test_srun_is_told_everything(mode: str, tasks: int, cpus: int) -> None:
         command.argv
     )
     assert (command.env["MASTER_ADDR"], command.env["MASTER_PORT"]) == ("n1", "29500")
+    assert command.env["MLITE_RANKS"] == "4"  # which every rank compares with what it finds
     assert ("--rank=SLURM_PROCID" in command.argv) == (mode == "tasks")
     assert ("--master-addr=n1" in command.argv) == (mode == "torchrun")
     assert command.argv[-3:] == ["--", "python", "t.py"]
