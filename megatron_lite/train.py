@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 
 from megatron_lite import __version__, allocator, checkpoint, resume
+from megatron_lite.cli import several
 from megatron_lite.config import CHANGEABLE, Config, to_yaml
 from megatron_lite.data.ends import ends, with_ends
 from megatron_lite.data.loader import Dataset, Loader, build_dataset, once
@@ -272,7 +273,7 @@ class Run:
         if self.validation_data is not None:
             there = sum(source.num_samples for source in self.validation_data.sources)
             some = f"the first {self._validation_limit:,} of" if there > self._validation_limit else "all"
-            logger.info("validation: %s %s windows, each once", some, f"{there:,}")
+            logger.info("validation: %s %s, each once", some, several(there, "window"))
         engine = self.trainer.engine
         parameters = sum(math.prod(spec.shape) for spec in engine.specs.values())
         if self.plan.tp * self.plan.dp > 1:

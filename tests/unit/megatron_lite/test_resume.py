@@ -76,6 +76,11 @@ def test_shapes_are_refused_whatever_is_allowed(go_on):
         go_on(*MORE, "model.num_heads=2", "model.rope_theta=7")
 
 
+def test_a_vocabulary_padded_to_another_size_is_refused_by_its_key(go_on):
+    with pytest.raises(CheckpointError, match=r"step_00000003: model\.vocab_multiple 128 there, 96 here: a run keeps"):
+        go_on(*MORE, "model.vocab_multiple=96")
+
+
 def test_what_is_allowed_is_a_key_that_may_change(begun):
     known = f"{', '.join(CHANGEABLE)}, chat_template"
     for key, hint in (("model.rope_thta", " (did you mean 'model.rope_theta'?)"), ("optim", "")):
