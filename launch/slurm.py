@@ -7,6 +7,7 @@ where it is a launch like every other one: supervised, restarted, its first caus
 from __future__ import annotations
 
 import itertools
+import os
 import re
 import shlex
 import shutil
@@ -308,9 +309,9 @@ def script(job: Job, words: Sequence[str], overrides: Mapping[str, str], options
 def _check_shell(setup: Sequence[str]) -> None:
     """Raises UsageError where lines of setup leave open what the rest of the script would be read into."""
     if setup and (bash := shutil.which("bash")):
-        argv, env = [bash, "-O", "extglob", "-n", "/dev/stdin"], {"LC_ALL": "C"}
-        read = subprocess.run(argv, input="\n".join(setup), env=env, capture_output=True, text=True, check=False)
-        if said := read.stderr.strip().splitlines():  # of a here-document's end it only warns
+        argv, lines = [bash, "-O", "extglob", "-n", "/dev/stdin"], os.fsencode("\n".join(setup))
+        read = subprocess.run(argv, input=lines, env={"LC_ALL": "C"}, capture_output=True, check=False)
+        if said := os.fsdecode(read.stderr).splitlines():  # of a here-document's end it only warns
             raise UsageError(f"launch.slurm.setup: {said[0].removeprefix('/dev/stdin: ')}")
 
 

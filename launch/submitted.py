@@ -112,7 +112,8 @@ def status(job: str) -> int:
 def logs(job: str, *, rank: int | None, follow: bool) -> int:
     """Print what JOB (a job's id, or a run folder) has written: its launcher and rank 0, or another rank's log.
 
-    Ends when it has shown what there is; with --follow, when the job has ended."""
+    Of a run that was not submitted, rank 0's. Ends when it has shown what there is; with --follow, when the job has
+    ended."""
     ids, log_dirs = find(job)
     if not log_dirs:
         raise UsageError(f"Slurm knows no job {job} any more; give its run folder")
