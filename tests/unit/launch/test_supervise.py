@@ -315,17 +315,17 @@ print(supervise.supervise(job, lambda job: agent).as_dict())
 
 
 def test_hosts_that_do_not_come_are_named_and_not_waited_for_any_longer(tmp_path: Path) -> None:
-    """The second of three; the third holds its lock. 192.0.2.1 is nobody's."""
+    """The second of three; the third holds its lock. 198.51.100.77 is nobody's."""
     (tmp_path / "logs").mkdir()
     with (tmp_path / "logs/launcher_2.lock").open("w") as lock, socket.socket() as free:
         fcntl.flock(lock, fcntl.LOCK_EX)
         free.bind(("", 0))
         port = str(free.getsockname()[1])
         free.close()
-        result = run_job([PYTHON, "-c", WAITS, str(tmp_path), "192.0.2.1", port], timeout=30, env=ENV)
+        result = run_job([PYTHON, "-c", WAITS, str(tmp_path), "198.51.100.77", port], timeout=30, env=ENV)
     whom = (
-        f"1 other host at 192.0.2.1:{port}; not launched: --node_rank=1; "
-        "192.0.2.1 is no address of this host, where ranks are to meet"
+        f"1 other host at 198.51.100.77:{port}; not launched: --node_rank=1; "
+        "198.51.100.77 is no address of this host, where ranks are to meet"
     )
     assert result.stderr == f"waiting for {whom}\n" * 2
     assert f"'peer lost or hung', 'exit_code': 5, 'cause': 'waited 1 s for {whom}'" in result.stdout
