@@ -32,15 +32,15 @@ def meet(job: Job) -> Job:
         return replace(
             job, rendezvous=(address, free_port(port) if first.local else port or job.slurm.port + job.attempt)
         )
+    if job.node == 0 and job.rendezvous:
+        free_port(job.rendezvous[1])
+    if job.node is not None or (len(job.hosts) == 1 and job.rendezvous is None):
+        return job
     address, port = job.rendezvous or ("", 0)
     address = address or first.address
     if len(job.hosts) > 1 and (address == "localhost" or address.startswith("127.") or address == "::1"):
         others = ", ".join(host.name for host in job.hosts[1:])
         raise UsageError(f"{others} cannot reach {address}; give the first host by a name or address of its own")
-    if job.node == 0 and job.rendezvous:
-        free_port(job.rendezvous[1])
-    if job.node is not None or (len(job.hosts) == 1 and job.rendezvous is None):
-        return job
     if first.local:
         return replace(job, rendezvous=(address, free_port(port)))
     argv = ssh_argv(first, [*here(), "-m", "launch.meeting", str(port), address], job.ssh)

@@ -23,7 +23,7 @@ from launch.host import BEAT_S
 from launch.hostfile import Host, UsageError, count
 from launch.job import Command, Job, Launch
 from launch.meeting import meet
-from launch.network import addresses, resolve
+from launch.network import addresses, is_loopback, resolve
 from launch.outcome import Outcome, judge, launcher_log
 from launch.rank import END, SAVE
 from launch.remote import check_program
@@ -265,7 +265,10 @@ class _Attempt:
         line = f"{count(len(absent or others), 'other host')} at {address}:{port}"
         if absent:
             line += f"; not launched: --node_rank={', '.join(absent[:8])}{', …' * (len(absent) > 8)}"
-        if self.job.node == 0 and set(resolve(address)).isdisjoint(itertools.chain(*addresses().values())):
+        found = resolve(address)
+        if any(map(is_loopback, found)):
+            line += f"; {address} is each host itself"
+        elif self.job.node == 0 and set(found).isdisjoint(itertools.chain(*addresses().values())):
             line += f"; {address} is no address of this host, where ranks are to meet"
         return line
 

@@ -122,9 +122,8 @@ def check_run(
     saved, peft = CheckpointSource(found), config.peft
     allowed = config.checkpoint.allow_change
     check_model(config.model, saved.model, path, allowed)
-    there, here = saved.model, config.model
-    if there.padded_vocab_size != here.padded_vocab_size:
-        told = f"model.vocab_multiple {there.vocab_multiple} there, {here.vocab_multiple} here"
+    if saved.model.padded_vocab_size != config.model.padded_vocab_size:
+        told = f"model.vocab_multiple {saved.model.vocab_multiple} there, {config.model.vocab_multiple} here"
         raise CheckpointError(f"{path}: {told}: a run keeps its padding; --init.from={path} starts one of another")
     if saved.peft != peft:
         there, here = ({} if p is None else p.model_dump() for p in (saved.peft, peft))
