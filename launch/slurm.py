@@ -49,9 +49,7 @@ _OWN = {
     "srun_extra": _BOTH
     | {
         "w nodelist x exclude F nodefile r relative m distribution jobid": "ranks fill the nodes of the job in order",
-        "c cpus-per-task": "use launch.slurm.cpus_per_task",
-        "i input export mpi multi-prog pty": "ranks get what the launcher has",
-        "K kill-on-bad-exit W wait": "the launcher ends the ranks",
+        "i input export multi-prog pty": "ranks get what the launcher has",
     },
 }
 _BARE = "EHIOQXZhklsuvV"  # short options without a value, behind which others may stand: -vn4

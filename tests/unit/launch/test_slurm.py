@@ -400,7 +400,7 @@ def test_scripts_that_slurm_would_misread_are_refused(changes: dict[str, Any], r
 
 
 @pytest.mark.parametrize(
-    "option", ["--ntasks=1", "-n1", "-n", "--nodel=n1", "-K0", "--output=x", "--export=NONE", "-lc2", "--jobid=3"]
+    "option", ["--ntasks=1", "-n1", "-n", "--nodel=n1", "--output=x", "--export=NONE", "-lwn1", "--jobid=3"]
 )
 def test_what_srun_is_told_is_not_said_again(option: str) -> None:
     with pytest.raises(UsageError, match=r"^launch.slurm.srun_extra: \S+ is this program's to say; "):
@@ -411,6 +411,7 @@ def test_other_options_are_handed_on() -> None:
     sbatch = ["--mail-type=END", "-Jname", "--exclude=n1", "--wait-all-nodes=1", "--nice=9", "-H", "-I60", "-pmain"]
     assert [f"#SBATCH {option}" in slurm.script(job(), [], {}, options(extra=sbatch)) for option in sbatch]
     srun = ["--gpu-bind=closest", "--exclusive", "--exact", "--overlap", "--mem=0", "-l", "--container-writable", "-t9"]
+    srun += ["--mpi=pmix", "--kill-on-bad-exit=1", "-c2"]
     assert slurm.describe(options(srun_extra=srun), {}).srun_extra == tuple(srun)
 
 
