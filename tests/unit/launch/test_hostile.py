@@ -82,7 +82,7 @@ class Place:
         (trainer / "__main__.py").write_text(TRAINER)
         launch = {"env": env, "forward": [], "tp_across_hosts": False, "ssh": {"port": None, "options": []}}
         launch["slurm"] = SlurmConfig().model_dump(mode="json")
-        settings = {"run": {"dir": self.run_dir, "name": "run"}, "launch": launch, "mesh": {"tp": 1}}
+        settings = {"run": {"dir": self.run_dir, "name": "run"}, "launch": launch, "mesh": {"tp": 1}, "checkpoint": {}}
         (self.here / "settings.json").write_text(json.dumps(settings))
         (self.tmp / "hosts").write_text("".join(f"{node} slots=1\n" for node in stand_ins.NODES))
         mpi = {"Open MPI": "mpirun", "MPICH": "mpiexec"}.get(name)
