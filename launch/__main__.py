@@ -56,11 +56,7 @@ DOCTOR = {name: HOSTS[name] for name in ("nproc", "hostfile", "include", "exclud
     "timeout": Flag(cli.whole(1, 3600), 60, "SECONDS", "that the answers to one question may take"),
     "json": Flag(cli.switch, False, "", "everything that was found out, as JSON on stdout"),
 }
-SECTIONS = ("run", "model", "data", "optim", "parallel", "train", "checkpoint", "init", "peft", "launch")
-_HINTS = {
-    **dict.fromkeys(SECTIONS, " (is a section of the config)"),
-    **dict.fromkeys(("master_addr", "master_port"), " (is --rdzv=HOST:PORT here)"),
-}
+_HINTS = dict.fromkeys(("master_addr", "master_port"), " (is --rdzv=HOST:PORT here)")
 _NO_CONFIG: dict[str, Any] = {
     "run": {"dir": "runs", "name": "doctor"},
     "launch": {"env": {}, "forward": [], "ssh": {"port": None, "options": []}},
@@ -116,8 +112,8 @@ def plan(config: str, *, overrides: dict[str, str], **where: Any) -> int:
     settings = check(config, hosts, overrides)
     print(picture(make_job(config, hosts, settings, overrides, where), settings["mesh"]))
     for name in LAUNCHERS if where["via"] is None else [where["via"]]:
-        job = make_job(config, hosts, settings, overrides, where | {"via": name})
         try:
+            job = make_job(config, hosts, settings, overrides, where | {"via": name})
             shown = describe(LAUNCHERS[name](_shown(job)))
         except UsageError as error:
             shown = f"not possible: {error}"
@@ -272,13 +268,14 @@ def make_job(
 ) -> Job:
     """The run as a job: what every rank is to run, with which variables, and where its files are."""
     launch, folder, wanted = settings["launch"], settings["run"], settings["checkpoint"].get("resume", "auto")
-    kept = overrides if wanted == "auto" else {key: overrides[key] for key in overrides if key != "checkpoint.resume"}
+    begin = (f"--checkpoint.resume={wanted}",) if wanted != "auto" or "checkpoint.resume" in overrides else ()
+    kept = {key: value for key, value in overrides.items() if key != "checkpoint.resume"}
     job = Job(
         program=(sys.executable, "-m", "megatron_lite", "train", config, *_flags(kept)),
         hosts=hosts,
         run_dir=Path(folder["dir"]) / folder["name"],
         resume=("--checkpoint.resume=auto",),
-        begin=() if wanted == "auto" else (f"--checkpoint.resume={wanted}",),
+        begin=begin,
         name=folder["name"],
         nonce="" if where["node_rank"] is not None else f"-{os.urandom(4).hex()}",
         node=where["node_rank"],
@@ -364,12 +361,12 @@ def main() -> int:
     Whoever reads the output may go away, as in ``| head``; where it has no room, that is an error."""
     try:
         code = _run()
-        sys.stdout.flush()
+        print(end="", flush=True)
         return code
     except BrokenPipeError:
         code = 128 + signal.SIGPIPE
     except OSError as error:
-        if error.errno != errno.ENOSPC:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
         say(f"error: {error.filename or 'the output'}: {error.strerror}")
         code = 7

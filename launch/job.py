@@ -123,7 +123,7 @@ class Job:
         """The same again, after this start, which goes on from what this one has saved."""
         latest, started = self.run_dir / "checkpoints" / "latest", self.lock
         saved = latest.is_file() and latest.stat().st_mtime_ns > started.stat().st_mtime_ns
-        return replace(self, attempt=self.attempt + 1, begin=() if saved else self.begin)
+        return replace(self, attempt=self.attempt + 1, begin=() if saved or self.begin == self.resume else self.begin)
 
     @property
     def rank_env(self) -> dict[str, str]:

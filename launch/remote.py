@@ -32,7 +32,7 @@ def ssh_argv(host: Host, words: list[str], ssh: Ssh, log: Path | None = None) ->
 def also(silent: Iterable[Host]) -> str:
     """What is said of further hosts, behind the first one that ssh does not get through to."""
     names = sorted(host.name for host in silent)
-    return f"; nor can {', '.join(names)} be reached" if names else ""
+    return f"; ssh does not reach {', '.join(names)} either" if names else ""
 
 
 def check_program(name: str) -> None:

@@ -75,7 +75,7 @@ def allocated(env: Mapping[str, str]) -> bool:
 
 def _number(env: Mapping[str, str], name: str) -> int:
     """A variable of Slurm's; 0 where it is not set. Raises UsageError."""
-    value = env.get(name, "0")
+    value = env.get(name) or "0"
     if not (value.isascii() and value.isdecimal()):
         raise UsageError(f"{name}={value}: expected a number, as Slurm sets it")
     return int(value)
@@ -271,7 +271,7 @@ def script(job: Job, words: Sequence[str], overrides: Mapping[str, str], options
         "Written by `python -m launch run`; edit it and submit it again as you like.",
         *(f"#SBATCH {line}" for line in _directives(job, options)),
         "",
-        *([_FAILED, *options["setup"], "trap - ERR; set +e", ""] if options["setup"] else []),
+        *([_FAILED, *options["setup"], "", "trap - ERR; set +e", ""] if options["setup"] else []),
         *resume,
         *own,
         "# On the first node: it starts the ranks with srun, watches them, and has them save when it is told to stop.",
@@ -356,8 +356,13 @@ def _directives(job: Job, options: Mapping[str, Any]) -> list[str]:
 
 
 def _refuse_own(key: str, options: Sequence[str]) -> None:
-    """Raises UsageError where ``launch.slurm.KEY`` holds an option that this program gives itself."""
-    for word in " ".join(options).split():
+    """Raises UsageError where ``launch.slurm.KEY`` holds an option that this program gives itself. A line of sbatch's
+    may hold several."""
+    try:
+        words = [word for line in options for word in (shlex.split(line) if key == "extra" else [line])]
+    except ValueError as error:
+        raise UsageError(f"launch.slurm.{key}: {error}") from None
+    for word in words:
         for own, instead in _OWN[key].items():
             if any(_means(word, name) for name in own.split()):
                 raise UsageError(f"launch.slurm.{key}: {word.partition('=')[0]} is this program's to say; {instead}")
@@ -367,7 +372,7 @@ def _means(word: str, option: str) -> bool:
     """Whether ``word`` is an option as getopt reads it: its letter, perhaps behind others, or the start of its name."""
     if len(option) == 1:
         return re.match(f"-[{_BARE}]*{option}", word) is not None
-    return word.startswith("--") and f"--{option}".startswith(word.partition("=")[0])
+    return word.startswith("--") and word != "--" and f"--{option}".startswith(word.partition("=")[0])
 
 
 def _quote(value: str) -> str:

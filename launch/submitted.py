@@ -71,14 +71,15 @@ def submit(
                     folder.parent.rmdir()
             raise UsageError(f"sbatch: {_complaint(asked)}; the script: {path}")
         jobs.append(number)
-        print(number, flush=True)
-    lists = {job.log_dir: jobs} | {folder: [f"{jobs[0]}_{task}"] for task, folder in tasks.items()}
-    try:
-        for folder, listed in lists.items():
-            _write(folder / _JOBS, "".join(f"{number}\n" for number in listed).encode())
-    except OSError as error:
-        say(f"error: {error.filename}: {error.strerror}; it was submitted as job {', '.join(jobs)}")
-        return _STORAGE
+        lists = {job.log_dir: jobs} | {folder: [f"{jobs[0]}_{task}"] for task, folder in tasks.items()}
+        try:
+            for folder, listed in lists.items():
+                _write(folder / _JOBS, "".join(f"{number}\n" for number in listed).encode())
+        except OSError as error:
+            print("\n".join(jobs), flush=True)
+            say(f"error: {error.filename}: {error.strerror}; it was submitted as job {', '.join(jobs)}")
+            return _STORAGE
+    print("\n".join(jobs), flush=True)
     after = f", and {', '.join(jobs[1:])} after it" if len(jobs) > 1 else ""
     say(f"submitted {path} as job {jobs[0]}{after}; go on with")
     for command in ("status JOB", "logs JOB --follow", "cancel JOB"):
@@ -134,11 +135,13 @@ def logs(job: str, *, rank: int | None, follow: bool) -> int:
 
     shown = dict.fromkeys(written()[:-1], -1)
     while True:
-        busy = any(map(_running, ids)) if ids else any(map(held, log_dirs[0].glob("launcher*.lock")))
-        over = not (follow and busy)  # asked first: what comes after it is still shown
+        # Asked first: what comes after it is still shown.
+        over = not follow or not (
+            any(map(_running, ids)) if ids else any(map(held, log_dirs[0].glob("launcher*.lock")))
+        )
         for path in written():
-            if shown.get(path) != -1 and not _show(path, shown):
-                return 0
+            if shown.get(path) != -1:
+                _show(path, shown)
         if over:
             break
         time.sleep(_POLL_S)
@@ -147,19 +150,15 @@ def logs(job: str, *, rank: int | None, follow: bool) -> int:
     return 0
 
 
-def _show(path: Path, shown: dict[Path, int]) -> bool:
-    """Copy to stdout what is new in a file, of which ``shown`` holds the bytes; whether anybody still reads it."""
+def _show(path: Path, shown: dict[Path, int]) -> None:
+    """Copy to stdout what is new in a file, of which ``shown`` holds the bytes."""
     shown.setdefault(path, 0)
     with contextlib.suppress(FileNotFoundError), path.open("rb") as file:
         file.seek(shown[path])
         while chunk := file.read(65536):
             shown[path] += len(chunk)
-            try:
-                while chunk:
-                    chunk = chunk[os.write(1, chunk) :]
-            except BrokenPipeError:  # as in `| head`
-                return False
-    return True
+            while chunk:
+                chunk = chunk[os.write(1, chunk) :]
 
 
 def cancel(job: str, *, wait: int) -> int:

@@ -165,6 +165,7 @@ class _Attempt:
         self.agents: list[subprocess.Popen[bytes]] = []  # one for each of the launch's commands
         self.began = self.beaten = self.probed = time.monotonic()
         self.remind_at = self.began + _SAY_AFTER_S
+        self.hosts_wait = max(_HOSTS_WAIT_S, job.rendezvous_wait)
         self.wished, self.beats = "", 0
         self.probe: Probe | None = None  # of hosts that are missing
         self.unreachable: set[Host] = set()
@@ -234,7 +235,7 @@ class _Attempt:
                 elif now - self.stop_asked > _SECOND_SIGNAL_S:
                     return Outcome(128 + received.si_signo, f"{name} again: ended at once, without saving")
             if self._waited_too_long(reports, now):
-                return Outcome(PEER_LOST, f"waited {_HOSTS_WAIT_S:g} s for {self._missing()}")
+                return Outcome(PEER_LOST, f"waited {self.hosts_wait:g} s for {self._missing()}")
             failed_at = failed_at or (now if reports.failures or self._host_lost(reports) else 0.0)
             if self._all_unreachable(reports, failed=bool(failed_at)):
                 break
@@ -250,10 +251,10 @@ class _Attempt:
         """Whether other hosts, which start their own ranks, have not come to where they meet; says so now and then."""
         if self.job.node is None or len(self.job.hosts) == 1 or now < self.remind_at or reports.started:
             return False
-        if now - self.began > _HOSTS_WAIT_S:
+        if now - self.began > self.hosts_wait:
             return True
         say(f"waiting for {self._missing()}")
-        self.remind_at = min(now + _SAY_AGAIN_S, self.began + _HOSTS_WAIT_S)
+        self.remind_at = min(now + _SAY_AGAIN_S, self.began + self.hosts_wait)
         return False
 
     def _missing(self) -> str:
@@ -264,7 +265,8 @@ class _Attempt:
         absent = [str(node) for node in others if not held(self.job.log_dir / f"launcher_{node}.lock")]
         line = f"{count(len(absent or others), 'other host')} at {address}:{port}"
         if absent:
-            line += f"; not launched: --node_rank={', '.join(absent[:8])}{', …' * (len(absent) > 8)}"
+            some = f"{', '.join(absent[:8])}{', …' * (len(absent) > 8)}"
+            line += f"; {self.job.log_dir} has no launcher of --node_rank={some}"
         found = resolve(address)
         if any(map(is_loopback, found)):
             line += f"; {address} is each host itself"
@@ -406,9 +408,12 @@ def _signals() -> Iterator[set[signal.Signals]]:
 def _exclusive(path: Path) -> Iterator[str]:
     """Hold ``path`` for this launcher; yields who else holds it. The kernel lets go of a dead launcher's."""
     with path.open("a+") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+        for wait in (0.1, 0.3, 0.6, 0.0):  # somebody may just be looking (``held``)
+            with contextlib.suppress(BlockingIOError):
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            time.sleep(wait)
+        else:
             file.seek(0)
             yield file.read().strip() or "another launcher"
             return

@@ -9,6 +9,7 @@ from launch.remote import over_ssh
 
 # torchrun kills its workers this long after a signal to itself; a save may take longer than its own 30 seconds.
 _SAVE_SECONDS = 86400
+_MEET_SECONDS = 600  # that its agents wait for each other
 
 
 def command(job: Job) -> Launch:
@@ -38,6 +39,7 @@ def agent(job: Job, slots: int, meeting: list[str], *options: str) -> list[str]:
         *meeting,
         f"--nproc-per-node={slots}",
         "--max-restarts=0",
+        *([f"--rdzv-conf=timeout={job.rendezvous_wait}"] if job.rendezvous_wait > _MEET_SECONDS else []),
         f"--shutdown-timeout={_SAVE_SECONDS}",
         "--signals-to-handle=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1",  # by default USR1 kills it, orphans the ranks
         *job.rank_argv(*options),

@@ -104,7 +104,7 @@ def generate(
     if requests:
         read = read_requests(Path(requests), {*named, "default"})
         asked = [replace(request, adapter=request.adapter or adapter) for request in read]
-    elif named and adapter is None:
+    elif named and adapter is None and read_rank().rank == 0:
         print(f"note: without --adapter={'|'.join(named)} the answer is {checkpoint}'s own", file=sys.stderr)
     from megatron_lite.generate import generate_text
 

@@ -37,7 +37,8 @@ def nearest(name: str, known: typing.Iterable[str]) -> str:
 
 def of_the_hub(name: str) -> str:
     """How to get what is not there and may be a name of the Hugging Face hub, or an empty string."""
-    if Path(name).exists() or not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?(?<!\.json)(?<!\.model)", name, re.ASCII):
+    here = Path(name).exists() or ("/" in name and Path(name).parent.exists())
+    if here or not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?(?<!\.json)(?<!\.model)", name, re.ASCII):
         return ""
     return f"; nothing is downloaded here; from the hub: hf download {name} --local-dir DIR"
 
@@ -127,8 +128,8 @@ def bind(command: Command, args: tuple[str, ...], flags: Mapping[str, str]) -> t
 
     if len(args) > len(required):
         word = args[len(required)]
-        fix = f"write --{word}" if re.match(r"[\w.]+=", word) else "see --help"
-        mistakes.append(f"unexpected argument {word!r}; {fix}")
+        fix = f" (did you mean --{word}?)" if re.match(r"[\w.]+=", word) else "; see --help"
+        mistakes.append(f"unexpected argument {word!r}{fix}")
     typed = list(zip(required, args, strict=False))
     for name, text in flags.items():
         if name in parameters:

@@ -87,12 +87,11 @@ class Reporter:
     def __init__(self, folder: Path, steps: int, done: int) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
-        self.path = folder / "metrics.jsonl"
-        with self.path.open("ab+") as file:
+        self.path, self.broken = folder / "metrics.jsonl", False
+        with self._guarded(), self.path.open("ab+") as file:
             if file.tell() and file.seek(-1, os.SEEK_END) >= 0 and file.read() != b"\n":
                 file.write(b"\n")  # after a line that was cut short
         self.writer = SummaryWriter(str(folder / "tb"), purge_step=done + 1 if done else None)
-        self.broken = False
         self.progress: Progress | None = None
         if sys.stdout.isatty():
             columns = (TextColumn("step"), MofNCompleteColumn(), BarColumn(), TextColumn("{task.description}"))

@@ -61,36 +61,35 @@ def _template(files: Mapping[str, bytes]) -> str:
     return ""
 
 
-def check_tokenizers(
-    config: Config, datasets: Iterable[Dataset], ours: Tokenizer | None, carried: Mapping[str, bytes]
-) -> None:
+def check_tokenizers(config: Config, datasets: Iterable[Dataset], ours: Tokenizer | None, start: Source | None) -> None:
     """Refuse data that was made with another tokenizer than the run's, or with several, and a tokenizer with tokens
-    that the model has not, unless ``data.force_tokenizer``. ``carried``: the small files of what the run starts from,
-    whose tokenizer it has if none is configured. Raises DataError."""
+    that the model has not, unless ``data.force_tokenizer``. ``start``: what the run goes on from, whose tokenizer it
+    has if none is configured. Raises DataError."""
     sources = [source for dataset in datasets for source in dataset.sources if source.card.get("tokenizer_sha256")]
     vocab = config.model.vocab_size or 0
     too_large = ours is not None and ours.vocab_size > vocab
     if config.data.force_tokenizer or not (sources or too_large):
         return
-    goes_on, theirs = "; data.force_tokenizer=true goes on with it", None
-    if (ours is None or too_large) and carried.keys() & {*MAIN}:
+    goes_on, theirs = "data.force_tokenizer=true goes on with it", None
+    if start is not None and (ours is None or too_large) and (carried := start.extras()).keys() & {*MAIN}:
         with contextlib.suppress(DataError):  # one that cannot be read was no part of the run so far
-            theirs = read_tokenizer(carried, str(config.init.source))
+            theirs = read_tokenizer(carried, str(start.path))
     if ours is not None and too_large and (theirs is None or theirs.sha256 != ours.sha256):
         told = f"{config.data.tokenizer} has {ours.vocab_size} entries, the model's vocabulary {vocab}"
-        raise DataError(f"data.tokenizer: {told}{goes_on}")
-    tokenizer, name = (
-        (ours, f"data.tokenizer={config.data.tokenizer}") if ours else (theirs, f"the model's, {config.init.source}")
-    )
+        raise DataError(f"data.tokenizer: {told}; {goes_on}")
+    tokenizer, name = ours, f"data.tokenizer={config.data.tokenizer}"
+    if tokenizer is None and start is not None:
+        tokenizer, name = theirs, f"that of {start.path}"
+        goes_on = f"data.tokenizer names the run's, and {goes_on}"
     digest = tokenizer.sha256 if tokenizer else None
     for source in sources:
         made, there = f"{source.card.get('tokenizer')!a:.200}", str(source.card["tokenizer_sha256"])
         if digest is None:
-            name, digest = f"{source.data.prefix}'s, {made}", there
+            name, digest = f"that of {source.data.prefix}, {made}", there
         elif there != digest:
             raise DataError(
                 f"{source.data.prefix} was made with another tokenizer, {made} (sha {there:.8}), than {name} "
-                f"(sha {digest:.8}){goes_on}"
+                f"(sha {digest:.8}); {goes_on}"
             )
 
 

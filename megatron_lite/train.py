@@ -61,6 +61,7 @@ class Run:
         data, seed, vocab = config.data, config.run.seed, config.model.vocab_size
         self.train_data = build_dataset(data, seed, "train", vocab)
         self.validation_data = build_dataset(data, seed, "validation", vocab) if self._evaluates else None
+        self.validation_fingerprint = self.validation_data.fingerprint if self.validation_data is not None else None
         checkpoint.prepare(self.checkpoints, mesh.world)
         self.found, self.source = self._find(lazy=True), None
         self.base_fingerprint: str | None = None
@@ -96,7 +97,7 @@ class Run:
             "train": dict(vars(state)),
             "seed": config.run.seed,
             "dataset": self.train_data.fingerprint,
-            "validation": self.validation_data.fingerprint if self.validation_data is not None else None,
+            "validation": self.validation_fingerprint,
             "vocab_size": config.model.vocab_size,
             "padded_vocab_size": config.model.padded_vocab_size,
             "tokenizer_sha256": self.tokenizer_digest,
@@ -131,8 +132,8 @@ class Run:
     def _check_tokenizers(self) -> None:
         """Refuse data and a tokenizer that do not fit each other or the model."""
         datasets = [data for data in (self.train_data, self.validation_data) if data is not None]
-        carried = self.extras if self.source is None else self.source.extras()
-        resume.check_tokenizers(self.config, datasets, self.tokenizer, carried)
+        source = self.source or (checkpoint.CheckpointSource(self.found) if self.found is not None else None)
+        resume.check_tokenizers(self.config, datasets, self.tokenizer, source)
 
     def _open_adapter(self) -> checkpoint.Source | None:
         """What ``peft`` adds is to start as, checked against this config."""
@@ -173,7 +174,7 @@ class Run:
                 found,
                 self.train_data.fingerprint,
                 self.tokenizer_digest,
-                self.validation_data.fingerprint if self.validation_data is not None else None,
+                self.validation_fingerprint,
             )
         return found
 
@@ -194,9 +195,13 @@ class Run:
             with contextlib.closing(self.source) as source:
                 optimizer = self.config.init.optimizer
                 wanted = {n: p for n, p in engine.pieces().items() if optimizer or n.startswith("model.")}
-                if optimizer:
-                    resume.check_optimizer(source, wanted, self.config.optim.name)
-                checkpoint.agree(world, lambda: source.load(wanted), source.path)
+
+                def load() -> None:
+                    if optimizer:
+                        resume.check_optimizer(source, wanted, self.config.optim.name)
+                    source.load(wanted)
+
+                checkpoint.agree(world, load, source.path)
             self.trainer.state.updates = source.num_updates if optimizer else 0
             engine.loaded(self.trainer.state.updates)
             if self.lead:

@@ -135,12 +135,12 @@ def write(
 def _put_in_place(temporary: Path, final: Path, faults: Faults) -> None:
     """Give a finished checkpoint its name and point ``latest`` at it."""
     replaced = final.with_name(f"{final.name}.old-{nonce()}")
-    if final.is_symlink() or final.exists():  # a damaged one, which a run that fell back has reached again
+    if os.path.lexists(final):  # a damaged one, which a run that fell back has reached again
         rename(final, replaced, faults)  # _remove_leftovers takes it back if the next rename never happens
     rename(temporary, final, faults)
     sync_folder(final.parent, faults)
     replace_file(final.with_name(LATEST), f"{final.name}\n".encode(), faults)
-    if replaced.is_symlink() or replaced.exists():
+    if os.path.lexists(replaced):
         try:
             discard(replaced)
         except OSError as error:  # the new one is there; the old one is a leftover
@@ -185,11 +185,11 @@ def _remove_leftovers(folder: Path) -> None:
         try:
             if kind.startswith("old-") and not (folder / name).exists():
                 path.rename(folder / name)
-            elif path.is_symlink() or not path.is_dir():
-                path.unlink(missing_ok=True)
-            else:
+            elif path.is_dir() and not path.is_symlink():
                 with open_folder(path, lock=True):
-                    shutil.rmtree(path)
+                    _remove(path)
+            else:
+                _remove(path)
         except BlockingIOError:
             continue
         except OSError as error:
@@ -205,10 +205,14 @@ def discard(path: Path) -> None:
     """Delete a checkpoint; interrupted at any point, nothing is left that looks like one."""
     doomed = path.with_name(f"{path.name.partition('.')[0]}.tmp-{nonce()}")
     path.rename(doomed)
-    if doomed.is_symlink() or not doomed.is_dir():
-        doomed.unlink()
+    _remove(doomed)
+
+
+def _remove(path: Path) -> None:
+    if path.is_symlink() or not path.is_dir():
+        path.unlink(missing_ok=True)
     else:
-        shutil.rmtree(doomed)
+        shutil.rmtree(path)
 
 
 def step_name(step: int) -> str:

@@ -38,7 +38,10 @@ def newest(
                 tell(f"falling back to {checkpoint.path}")
             return checkpoint
     if problems:
-        raise CheckpointError(f"{folder}: none of {len(problems)} checkpoints is sound; the first: {problems[0]}")
+        names = [path.name for path in committed(folder).values()][: -len(problems)]
+        later = f"; later than {LATEST}, and not tried: {', '.join(names)}" if names else ""
+        told = f"none of {len(problems)} checkpoints is sound; the first: {problems[0]}"
+        raise CheckpointError(f"{folder}: {told}{later}")
     return None
 
 

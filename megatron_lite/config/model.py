@@ -103,9 +103,11 @@ class ModelConfig(Section):
         return [k for k in unlike if k in shapes], [k for k in unlike if k not in shapes and k not in without]
 
     def computing_as(self, there: ModelConfig) -> tuple[ModelConfig, list[str]]:
-        """This model with what another computes otherwise with the same tensors, dropout apart, and the keys."""
+        """This model with what another computes otherwise with the same tensors, dropout apart, and the keys; for
+        sequences as long as it takes."""
         keys = [key for key in self.differences(there)[1] if "dropout" not in key]
-        return self.model_copy(update={key: getattr(there, key) for key in keys}), keys
+        longest = max(self.max_seq_len, there.max_seq_len) if self.family == "llama" else self.max_seq_len
+        return self.model_copy(update={**{key: getattr(there, key) for key in keys}, "max_seq_len": longest}), keys
 
     @property
     def padded_vocab_size(self) -> int:

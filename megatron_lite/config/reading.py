@@ -204,7 +204,7 @@ def _describe(error: Any) -> str:
         location[1:2] = []
     key = ".".join(location)
     given, message = error["input"], error["msg"].removeprefix("Value error, ")
-    hint = " (a flag without a value is true)" if given is True else ""
+    hint = " (a flag without a value counts as true)" if given is True else ""
     match error["type"]:
         case "union_tag_not_found":
             return f"{key}.method: missing; one of {', '.join(METHODS)}"

@@ -43,7 +43,7 @@ class DataConfig(Section):
     ``data_tools chat`` made, samples are windows of whole conversations, masked from each other, and of longer ones the
     beginning (``long_conversations: truncate``) or nothing (``drop``).
     ``allow_change``: resume although the data is not what it was. ``force_tokenizer``: train, or resume, although the
-    tokenizer is not that which the data was made with, or which the run had.
+    tokenizer is not that which the data was made with, or which the run had, or has more entries than the model.
     """
 
     tokenizer: str | None = None

@@ -89,15 +89,15 @@ def read_rank(environ: Mapping[str, str] | None = None) -> Rank:
         "relay": int(environ["MLITE_RELAY"]) if "MLITE_RELAY" in environ else None,
         "job": next((environ[name] for name in _JOBS if environ.get(name, "none") != "none"), ""),
     }
-    if not found:
-        return Rank(**common)  # type: ignore[arg-type]
-    inner, *others = found
-    rank, size, local_rank, local_size = _place(inner, environ)
+    rank, size, local_rank, local_size = _place(found[0], environ) if found else (0, 1, 0, 1)
     if environ.get("MLITE_RANKS", str(size)) != str(size):
         raise ConfigError(
             f"this host's launch is of {environ['MLITE_RANKS']} ranks, all hosts' together of {size}: "
             "--nodes and --nproc have to be the same on all of them, and no option of srun's may change their number"
         )
+    if not found:
+        return Rank(**common)  # type: ignore[arg-type]
+    inner, *others = found
     for outer in others:
         theirs = environ.get(outer.rank, ""), environ.get(outer.size, "")
         # The same number of ranks in another order; or RANK and WORLD_SIZE of nobody, left over in a shell.

@@ -201,7 +201,7 @@ class Decoder(nn.Module):
         if self.sp:
             x = comm.all_gather(x, self.tp)
         last = x.view(tokens.shape[0], tokens.shape[1], -1)[:, -1]
-        logits = matmul.linear(last, weight.to(last.dtype))
+        logits = matmul.linear(last, matmul.factor(weight, last))
         if self.head is not None and (update := self.head.low_rank(last)) is not None:
             logits = logits + update[0] @ update[1].t()
         logits = logits.to(torch.promote_types(dtype, torch.float32))

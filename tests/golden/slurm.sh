@@ -15,6 +15,7 @@
 
 trap 'code=$?; [ ${#BASH_SOURCE[@]} -gt 1 ] || { echo "error: launch.slurm.setup: exit code $code: $(sed -n ${LINENO}p "$0")" >&2; exit 2; }' ERR
 module load cuda
+
 trap - ERR; set +e
 
 [ "${SLURM_RESTART_COUNT:-0}" = 0 ] || set -- --checkpoint.resume=auto

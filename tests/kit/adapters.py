@@ -33,7 +33,8 @@ def decoder(
     """A model in float64, with other ``keys`` of its config if any; with ``method`` the same one frozen, and its
     adapter beside it."""
     sizes = {"vocab_size": vocab, "vocab_multiple": 8, "hidden_size": hidden, "num_layers": 2, "num_heads": 4}
-    config = ModelConfig(**sizes, ffn_size=4 * hidden, max_seq_len=LENGTH, init_std=0.3, **FAMILIES[family], **keys)
+    keys = {"ffn_size": 4 * hidden, "max_seq_len": LENGTH, "init_std": 0.3, **FAMILIES[family], **keys}
+    config = ModelConfig(**sizes, **keys)
     axis = tp or Axis("tp")
     model = Decoder(config, axis, sp=sp).double()
     peft.apply(model, parse_peft(method, ""), torch.float64)

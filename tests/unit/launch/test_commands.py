@@ -84,6 +84,10 @@ def test_a_restart_begins_as_the_config_says_until_something_is_saved(tmp_path: 
     latest = tmp_path / "checkpoints" / "latest"
     for folder in (first.log_dir, latest.parent):
         folder.mkdir()
+    given = job(resume=(resume,), begin=(resume,))
+    for attempt in (given, given.next_attempt()):
+        (command,) = LAUNCHERS["torchrun"](attempt).commands
+        assert command.argv.count(resume) == 1
     latest.write_text("of another run")
     os.utime(latest, (1, 1))
     first.lock.write_text("")

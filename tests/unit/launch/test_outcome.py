@@ -126,5 +126,5 @@ def test_hosts_that_ssh_did_not_get_through_to_are_all_named(tmp_path: Path) -> 
     job.log_dir.mkdir()
     (job.log_dir / "ssh.node1.log").write_text("ssh: Could not resolve hostname node1\n")
     outcome = judge(job, "torchrun", list(zip(job.hosts, (None, 255, None, 255), strict=True)), stop_asked=False)
-    said = "host node1 was lost, with rank 1: ssh: Could not resolve hostname node1; nor can node3 be reached"
+    said = "host node1 was lost, with rank 1: ssh: Could not resolve hostname node1; ssh does not reach node3 either"
     assert (outcome.exit_code, outcome.cause) == (5, said)

@@ -407,11 +407,17 @@ def test_what_srun_is_told_is_not_said_again(option: str) -> None:
         slurm.describe(options(srun_extra=["--overlap", option]), {})
 
 
+def test_setup_ends_with_its_last_line() -> None:
+    lines = slurm.script(job(), ["c.yaml"], {}, options(setup=["echo on \\"])).splitlines()
+    assert lines[lines.index("echo on \\") + 1] == ""
+
+
 def test_other_options_are_handed_on() -> None:
     sbatch = ["--mail-type=END", "-Jname", "--exclude=n1", "--wait-all-nodes=1", "--nice=9", "-H", "-I60", "-pmain"]
+    sbatch.append('--comment="lr 1 -e 5"')
     assert [f"#SBATCH {option}" in slurm.script(job(), [], {}, options(extra=sbatch)) for option in sbatch]
     srun = ["--gpu-bind=closest", "--exclusive", "--exact", "--overlap", "--mem=0", "-l", "--container-writable", "-t9"]
-    srun += ["--mpi=pmix", "--kill-on-bad-exit=1", "-c2"]
+    srun += ["--mpi=pmix", "--kill-on-bad-exit=1", "-c2", "--comment=a -n b"]
     assert slurm.describe(options(srun_extra=srun), {}).srun_extra == tuple(srun)
 
 

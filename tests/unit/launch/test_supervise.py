@@ -7,6 +7,7 @@ import re
 import signal
 import socket
 import subprocess
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,6 +16,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+from launch.supervise import _exclusive
 from tests.kit.jobs import PYTHON, REPOSITORY, RunningJob, run_job, start_job
 from tests.kit.terminal import CTRL_C, run_on_terminal
 
@@ -314,6 +316,15 @@ print(supervise.supervise(job, lambda job: agent).as_dict())
 """
 
 
+def test_a_lock_that_somebody_only_looks_at_is_free(tmp_path: Path) -> None:
+    path = tmp_path / "lock"
+    with path.open("w") as looking:
+        fcntl.flock(looking, fcntl.LOCK_SH)
+        threading.Timer(0.2, fcntl.flock, (looking, fcntl.LOCK_UN)).start()
+        with _exclusive(path) as holder, _exclusive(path) as other:
+            assert holder == "" and other == f"a launcher (pid {os.getpid()} on {socket.gethostname()})"
+
+
 def test_hosts_that_do_not_come_are_named_and_not_waited_for_any_longer(tmp_path: Path) -> None:
     """The second of three; the third holds its lock. 198.51.100.77 is nobody's."""
     (tmp_path / "logs").mkdir()
@@ -327,6 +338,8 @@ def test_hosts_that_do_not_come_are_named_and_not_waited_for_any_longer(tmp_path
             ("127.0.0.1", "is each host itself"),
         ):
             result = run_job([PYTHON, "-c", WAITS, str(tmp_path), address, port], timeout=30, env=ENV)
-            whom = f"1 other host at {address}:{port}; not launched: --node_rank=1; {address} {why}"
+            whom = (
+                f"1 other host at {address}:{port}; {tmp_path}/logs has no launcher of --node_rank=1; {address} {why}"
+            )
             assert result.stderr == f"waiting for {whom}\n" * 2
             assert f"'peer lost or hung', 'exit_code': 5, 'cause': 'waited 1 s for {whom}'" in result.stdout

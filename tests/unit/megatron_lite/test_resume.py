@@ -239,15 +239,15 @@ def test_the_data_has_one_tokenizer_which_is_the_runs(begun):
     named = load_config(str(begun[0]), {"data.tokenizer": "t.model"})
     forced = load_config(str(begun[0]), {"data.force_tokenizer": "true"})
     same, other = _made("same", "a" * 64), _made("other", "b" * 64)
-    check_tokenizers(named, [same], ours, {})
-    check_tokenizers(config, [same, _made("again", "a" * 64), _made("unknown", None)], None, {})
-    check_tokenizers(forced, [same, other], None, {})
+    check_tokenizers(named, [same], ours, None)
+    check_tokenizers(config, [same, _made("again", "a" * 64), _made("unknown", None)], None, None)
+    check_tokenizers(forced, [same, other], None, None)
     for checked, data, tokenizer, than in (
         (named, [same, other], ours, r"data\.tokenizer=t\.model \(sha aaaaaaaa\)"),
-        (config, [same, other], None, r"same's, 'same\.model' \(sha aaaaaaaa\)"),
+        (config, [same, other], None, r"that of same, 'same\.model' \(sha aaaaaaaa\)"),
     ):
         with pytest.raises(DataError) as refused:
-            check_tokenizers(checked, data, tokenizer, {})
+            check_tokenizers(checked, data, tokenizer, None)
         assert re.fullmatch(
             rf"other was made with another tokenizer, 'other\.model' \(sha bbbbbbbb\), than {than}; "
             r"data\.force_tokenizer=true goes on with it",
@@ -258,13 +258,14 @@ def test_the_data_has_one_tokenizer_which_is_the_runs(begun):
 def test_a_tokenizer_has_no_more_tokens_than_the_model_unless_it_is_the_models_own(begun, tmp_path):
     folder = write_json_tokenizer(tmp_path / "hf")
     config = load_config(str(begun[0]), {"data.tokenizer": str(folder), "model.vocab_size": "50"})
-    ours, files = load_tokenizer(folder), tokenizer_files(folder)
+    ours, start = load_tokenizer(folder), SimpleNamespace(path="base", extras=lambda: tokenizer_files(folder))
     assert ours.vocab_size > 50
-    check_tokenizers(config, [], ours, files)
+    check_tokenizers(config, [], ours, start)
     with pytest.raises(DataError, match=rf"data\.tokenizer: {folder} has \d+ entries, the model's vocabulary 50; "):
-        check_tokenizers(config, [], ours, {})
-    with pytest.raises(DataError, match=r"x was made with another tokenizer, .* than the model's, "):
-        check_tokenizers(config, [_made("x", "b" * 64)], None, files)
+        check_tokenizers(config, [], ours, None)
+    told = r"x was made with another tokenizer, .*, than that of base \(.*\); data\.tokenizer names the run's, and "
+    with pytest.raises(DataError, match=told):
+        check_tokenizers(config, [_made("x", "b" * 64)], None, start)
 
 
 def test_an_optimizer_that_is_not_there_or_another_is_named():
@@ -275,3 +276,10 @@ def test_an_optimizer_that_is_not_there_or_another_is_named():
     told = r"init\.optimizer: there lacks optimizer\.x\.momentum_buffer: its optimizer is not optim\.name=muon"
     with pytest.raises(CheckpointError, match=told):
         check_optimizer(source, ["optimizer.x.momentum_buffer"], "muon")
+
+
+def test_metrics_that_cannot_be_written_do_not_end_a_run(tmp_path):
+    config = tiny_config(tmp_path, tiny_data(tmp_path), train__steps=2)
+    (tmp_path / "run" / "metrics.jsonl").mkdir(parents=True)
+    run, log = run_alone(config)
+    assert run.trainer.state.step == 2 and log.count("cannot write metrics") == 1

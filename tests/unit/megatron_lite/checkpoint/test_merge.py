@@ -105,7 +105,7 @@ def test_an_adapter_is_computed_with_as_it_was_trained(tmp_path, to, capsys):
     method = METHODS["rslora"]
     saved(tmp_path / "base", decoder("llama"), 1)
     beside = decoder("llama", method=method)
-    keys = {"rope_theta": 3.0, "norm_eps": 0.5}
+    keys = {"rope_theta": 3.0, "norm_eps": 0.5, "max_seq_len": 64}
     other = decoder("llama", method=method, **keys)
     saved(tmp_path / "adapter", other, 2, method)
     beside.load_state_dict(other.state_dict())
@@ -118,6 +118,7 @@ def test_an_adapter_is_computed_with_as_it_was_trained(tmp_path, to, capsys):
     torch.testing.assert_close(logits(open_source(tmp_path / "out")).double(), want, rtol=1e-4, atol=1e-4)
     with open_models(tmp_path / "adapter", solo_mesh(), torch.float64, {}, None) as (models, _, name), torch.no_grad():
         torch.testing.assert_close(models[name](TOKENS, dtype=torch.float64), want)
+        assert models[name].config.max_seq_len == open_source(tmp_path / "out").model.max_seq_len == 64
     with pytest.raises(
         CheckpointError, match=r"was trained with model\.norm_eps=0\.5 \(its base: 1e-05\), model\.rope"
     ):

@@ -48,7 +48,10 @@ def test_a_later_one_than_the_latest_is_no_way_back(tmp_path):
     (folder / "latest").write_text("step_00000010\n")
     assert resume(folder)[0].step == 10
     (folder / "step_00000010" / "state.json").write_bytes(b"{}")
-    with pytest.raises(CheckpointError, match="none of 1 checkpoints is sound"):
+    with pytest.raises(
+        CheckpointError,
+        match=r"none of 1 checkpoints is sound; .*; later than latest, and not tried: step_00000050, step_00000040",
+    ):
         resume(folder)
 
 
