@@ -104,8 +104,6 @@ def generate(
     if requests:
         read = read_requests(Path(requests), {*named, "default"})
         asked = [replace(request, adapter=request.adapter or adapter) for request in read]
-    elif named and adapter is None and read_rank().rank == 0:
-        print(f"note: without --adapter={'|'.join(named)} the answer is {checkpoint}'s own", file=sys.stderr)
     from megatron_lite.generate import generate_text
 
     where = Path(base) if base else None
@@ -125,6 +123,8 @@ def generate(
             failed.append(f"line {request.line}")
         if lead:
             print(answer.to_json(index, request) if requests else answer.prompt + answer.text, flush=True)
+    if lead and named and adapter is None and not requests:
+        print(f"note: without --adapter={'|'.join(named)} the answer is {checkpoint}'s own", file=sys.stderr)
     if failed:
         told = ", ".join(failed[:20]) + (" …" if len(failed) > 20 else "")
         raise DataError(f"{requests}: {len(failed)} of {len(asked)} requests could not be answered: {told}")
