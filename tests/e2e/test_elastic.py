@@ -14,7 +14,7 @@ def test_a_host_is_lost_and_comes_back(cluster: Cluster, tiny: TinyRuns, tmp_pat
     hostfile = cluster.hostfile(tmp_path / "hosts", [1, 1])
     argv = [PYTHON, "-m", "launch", "run", str(config), f"--hostfile={hostfile}", "--nodes=1:2", "--max_restarts=3"]
     argv += ["--look_for_hosts=1", "--train.steps=40"]
-    with cluster.start(0, argv, timeout=170, env={"OMP_NUM_THREADS": "1", "MLITE_FAULT": "sleep:seconds=0.1"}) as job:
+    with cluster.start(0, argv, timeout=170, env={"OMP_NUM_THREADS": "1", "MLITE_FAULT": "sleep:seconds=0.2"}) as job:
         job.wait_for("step 3 ")
         cluster.kill_host(1)
         job.wait_for(rf"error: host {cluster.hosts[1]} cannot be reached any more, with rank 1.*; restart 1 of 3")

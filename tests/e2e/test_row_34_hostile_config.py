@@ -91,7 +91,7 @@ FLAGS = {  # what is typed after the name of a good config, and what is said abo
     "--parallel.tp=1.5": "parallel.tp: input should be a valid integer, got a number with a fractional part, not 1.5",
     "--parallel.tp=two": f"parallel.tp: {INTEGER}, not 'two'",
     "--parallel.tp=": f"parallel.tp: {INTEGER}, not ''",
-    "--parallel.tp=true": "parallel.tp: expected a number, not True (a flag without a value is true)",
+    "--parallel.tp=true": "parallel.tp: expected a number, not True (a flag without a value counts as true)",
     "--parallel.tp=[2]": "parallel.tp: input should be a valid integer, not [2]",
     "--parallel.tp=null": "parallel.tp: input should be a valid integer, not None",
     "--parallel.sp=maybe": "parallel.sp: input should be a valid boolean, unable to interpret input, not 'maybe'",
@@ -118,8 +118,8 @@ FLAGS = {  # what is typed after the name of a good config, and what is said abo
     "--optim.lr=1e-4x": "optim.lr: input should be a valid number, unable to parse string as a number, not '1e-4x'",
     "--optim.lr=inf": "optim.lr: input should be a finite number, not 'inf'",
     "--optim.lr=0": "optim.lr: input should be greater than 0, not '0'",
-    "--optim.lr": "optim.lr: expected a number, not True (a flag without a value is true)",
-    "--optim.lr --train.steps=2": "optim.lr: expected a number, not True (a flag without a value is true)",
+    "--optim.lr": "optim.lr: expected a number, not True (a flag without a value counts as true)",
+    "--optim.lr --train.steps=2": "optim.lr: expected a number, not True (a flag without a value counts as true)",
     "--optim.lr=1e-4 --optim.lr=1e-5": "--optim.lr is given twice",
     "--optim.betas=[0.9]": "optim.betas.1: missing",
     "--optim.betas=[0.9,1.0]": "optim.betas.1: input should be less than 1, not 1.0",
@@ -185,7 +185,7 @@ FLAGS = {  # what is typed after the name of a good config, and what is said abo
     ),
     "--zero_optimization.stage=2": f"zero_optimization: unknown key (is parallel.zero here); known: {SECTIONS}",
     "extra": "unexpected argument 'extra'; see --help",
-    "train.steps=30": "unexpected argument 'train.steps=30'; write --train.steps=30",
+    "train.steps=30": "unexpected argument 'train.steps=30' (did you mean --train.steps=30?)",
     "--peft=null": "unknown flag --peft (is a section here); config keys are written --section.key=value",
     "--peft.method=dora": (
         f"{NO_BASE}\npeft.method: expected lora, adapter, prefix, not 'dora' "
