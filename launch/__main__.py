@@ -22,7 +22,7 @@ from launch.hostfile import MAX_SLOTS, Host, UsageError, count, nearest, read_ho
 from launch.job import Job, Slurm, Ssh, forwarded, rank_defaults
 from launch.launchers import LAUNCHERS
 from launch.layout import check_layout, picture
-from launch.report import PEER_LOST
+from launch.report import PEER_LOST, STORAGE
 from launch.supervise import describe, say, supervise
 from launch.verify import verify as check_places
 
@@ -274,7 +274,7 @@ def make_job(
         program=(sys.executable, "-m", "megatron_lite", "train", config, *_flags(kept)),
         hosts=hosts,
         run_dir=Path(folder["dir"]) / folder["name"],
-        resume=("--checkpoint.resume=auto",),
+        resume=(slurm.RESUME,),
         begin=begin,
         name=folder["name"],
         nonce="" if where["node_rank"] is not None else f"-{os.urandom(4).hex()}",
@@ -369,7 +369,7 @@ def main() -> int:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
         say(f"error: {error.filename or 'the output'}: {error.strerror}")
-        code = 7
+        code = STORAGE
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # for what is still to be written
     return code
 

@@ -10,9 +10,8 @@ from launch import network
 from launch.case import Case, Finding, amount
 from launch.facts import PACKAGES, Facts, Peer
 from launch.hostfile import count
-from launch.report import PEER_LOST
+from launch.report import PEER_LOST, STORAGE, USAGE
 
-USAGE, STORAGE = 2, 7
 _SKEW_S, _FAR_S = 1.0, 60.0  # clocks: odd order of logs; trouble for tickets, certificates and file times, too
 _SHM, _SHM_SMALL = 16 << 20, 512 << 20  # bytes: free, that NCCL and workers cannot do without; a comfortable size
 _FILES, _FILES_PER_RANK = 256, 8  # open files of a rank, and its connections to each other one

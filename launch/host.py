@@ -18,13 +18,12 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from launch import process
-from launch.report import PEER_LOST
+from launch.report import PEER_LOST, STORAGE
 
 BEAT_S = 1.0  # how often the launcher gives a sign of life
 _SILENCE_S = 30.0  # and how long this host waits for one
 _POLL_S = 0.1
 _DEATH_LIMIT_S = 10.0
-_STORAGE = 7
 
 
 def run(order: dict[str, Any]) -> int:
@@ -36,7 +35,7 @@ def run(order: dict[str, Any]) -> int:
             f"error: {order['host']}: no {log_dir} here; the run folder has to be on a file system that hosts share",
             file=sys.stderr,
         )
-        return _STORAGE
+        return STORAGE
     process.adopt_orphans()
     with (log_dir / f"torchrun.{order['host']}.log").open("ab") as log:
         child = process.start(

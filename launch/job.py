@@ -110,9 +110,14 @@ class Job:
         return self.run_dir / "logs"
 
     @property
+    def own(self) -> str:
+        """What tells the files of this launch from those of the other hosts', where each has one."""
+        return "" if self.node is None else f"_{self.node}"
+
+    @property
     def lock(self) -> Path:
         """Held while it runs, and written when it begins."""
-        return self.log_dir / f"launcher{'' if self.node is None else f'_{self.node}'}.lock"
+        return self.log_dir / f"launcher{self.own}.lock"
 
     @property
     def wish(self) -> Path:

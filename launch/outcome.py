@@ -13,9 +13,7 @@ from launch.hang import explain
 from launch.hostfile import Host
 from launch.job import Job
 from launch.remote import SSH_FAILED, also
-from launch.report import MEANING, PEER_LOST, PREEMPTED, Report, Reports, last_words, signal_name
-
-_USAGE = 2
+from launch.report import MEANING, PEER_LOST, PREEMPTED, USAGE, Report, Reports, last_words, signal_name
 
 
 @dataclass(frozen=True)
@@ -91,7 +89,7 @@ def judge(
     if unborn:
         log = launcher_log(job, launcher, None)
         if misused := re.search(r'^(srun: .*)\nTry "srun --help"', _read(log), re.MULTILINE):
-            return Outcome(_USAGE, f"launch.slurm.srun_extra: {misused[1]}", step=step)
+            return Outcome(USAGE, f"launch.slurm.srun_extra: {misused[1]}", step=step)
         cause = f"{launcher} ended before rank {unborn[0]} had started: {_refusal(log) or _end_of(log)}"
         return Outcome(PEER_LOST, f"{cause}; log: {log}", step=step)
     return _of_rank(job, failures[0], reports, step)

@@ -12,16 +12,16 @@ from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
 
-PEER_LOST, PREEMPTED = 5, 75
+USAGE, PEER_LOST, STORAGE, PREEMPTED = 2, 5, 7, 75
 MEANING = {  # the exit codes of a run
     0: "done",
     1: "internal error",
-    2: "usage or config",
+    USAGE: "usage or config",
     3: "data",
     4: "checkpoint",
     PEER_LOST: "peer lost or hung",
     6: "non-finite loss",
-    7: "disk or I/O",
+    STORAGE: "disk or I/O",
     PREEMPTED: "preempted, saved",
 }
 _HINTS = {

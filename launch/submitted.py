@@ -17,11 +17,11 @@ from typing import Any
 from launch.hostfile import UsageError
 from launch.job import Job
 from launch.outcome import last_step
+from launch.report import STORAGE
 from launch.slurm import RESUME, runs_of_their_own, script, task_numbers
 from launch.supervise import held, say
 
 _POLL_S = 1.0
-_STORAGE = 7
 _JOBS = "slurm.jobs"  # in the log folder: the ids of the jobs that were submitted last
 # PREEMPTED and NODE_FAIL may be followed by another start; these are not.
 _ENDED = {"COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "OUT_OF_MEMORY", "DEADLINE", "BOOT_FAIL", "NODE_FAIL"}
@@ -51,7 +51,7 @@ def submit(
         _write(path, os.fsencode(text))  # a path need not be UTF-8
     except OSError as error:
         say(f"error: {error.filename}: {error.strerror}")
-        return _STORAGE
+        return STORAGE
     if shutil.which("sbatch") is None:
         raise UsageError(
             f"there is no sbatch here; where there is one, submit the script: sbatch {shlex.quote(str(path))}"
@@ -78,7 +78,7 @@ def submit(
         except OSError as error:
             print("\n".join(jobs), flush=True)
             say(f"error: {error.filename}: {error.strerror}; it was submitted as job {', '.join(jobs)}")
-            return _STORAGE
+            return STORAGE
     print("\n".join(jobs), flush=True)
     after = f", and {', '.join(jobs[1:])} after it" if len(jobs) > 1 else ""
     say(f"submitted {path} as job {jobs[0]}{after}; go on with")

@@ -27,9 +27,8 @@ from launch.network import addresses, is_loopback, resolve
 from launch.outcome import Outcome, judge, launcher_log
 from launch.rank import END, SAVE
 from launch.remote import check_program
-from launch.report import PEER_LOST, PREEMPTED, Reports
+from launch.report import PEER_LOST, PREEMPTED, STORAGE, USAGE, Reports
 
-_USAGE, _STORAGE = 2, 7
 _POLL_S = 0.1
 _ASK_AFTER_S = 1.0  # after the first failure, ranks that have not noticed are asked to stop …
 _KILL_AFTER_S = 8.0  # … and at last killed
@@ -49,24 +48,23 @@ def supervise(job: Job, launcher: Callable[[Job], Launch], max_restarts: int = 0
     first SIGINT, SIGTERM, SIGHUP or SIGUSR1 asks every rank to finish its step and save; a second one kills them.
     However it ends, no process that was started here is left.
     """
-    own = "" if job.node is None else f"_{job.node}"
     if job.distributed or pool is not None:
         check_program("ssh" if job.slurm is None else "srun")
     try:
         job.log_dir.mkdir(parents=True, exist_ok=True)
         with _exclusive(job.lock) as holder, _cursor_shown(), _signals() as signals:
             if holder:
-                return Outcome(_USAGE, f"{job.run_dir} is in use by {holder}; choose another --run.name")
+                return Outcome(USAGE, f"{job.run_dir} is in use by {holder}; choose another --run.name")
             process.adopt_orphans()
             outcome = _Supervisor(launcher, max_restarts, pool, signals).run(job)
     except OSError as error:
-        return Outcome(_STORAGE, f"{error.filename or job.log_dir}: {error.strerror}")
+        return Outcome(STORAGE, f"{error.filename or job.log_dir}: {error.strerror}")
     try:
-        partial = job.run_dir / f"outcome{own}.json.tmp"
+        partial = job.run_dir / f"outcome{job.own}.json.tmp"
         partial.write_text(json.dumps(outcome.as_dict(), indent=2) + "\n")
-        partial.replace(job.run_dir / f"outcome{own}.json")
+        partial.replace(job.run_dir / f"outcome{job.own}.json")
     except OSError as error:
-        say(f"warning: {job.run_dir}/outcome{own}.json could not be written: {error.strerror}")
+        say(f"warning: {job.run_dir}/outcome{job.own}.json could not be written: {error.strerror}")
     return outcome
 
 
@@ -262,7 +260,7 @@ class _Attempt:
         assert self.job.rendezvous is not None
         address, port = self.job.rendezvous
         others = [node for node in range(len(self.job.hosts)) if node != self.job.node]
-        absent = [str(node) for node in others if not held(self.job.log_dir / f"launcher_{node}.lock")]
+        absent = [str(node) for node in others if not held(replace(self.job, node=node).lock)]
         line = f"{count(len(absent or others), 'other host')} at {address}:{port}"
         if absent:
             some = f"{', '.join(absent[:8])}{', …' * (len(absent) > 8)}"

@@ -89,8 +89,10 @@ class Reporter:
 
         self.path, self.broken = folder / "metrics.jsonl", False
         with self._guarded(), self.path.open("ab+") as file:
-            if file.tell() and file.seek(-1, os.SEEK_END) >= 0 and file.read() != b"\n":
-                file.write(b"\n")  # after a line that was cut short
+            if file.tell():
+                file.seek(-1, os.SEEK_END)
+                if file.read() != b"\n":  # a line that was cut short
+                    file.write(b"\n")
         self.writer = SummaryWriter(str(folder / "tb"), purge_step=done + 1 if done else None)
         self.progress: Progress | None = None
         if sys.stdout.isatty():

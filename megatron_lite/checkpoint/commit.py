@@ -185,10 +185,8 @@ def _remove_leftovers(folder: Path) -> None:
         try:
             if kind.startswith("old-") and not (folder / name).exists():
                 path.rename(folder / name)
-            elif path.is_dir() and not path.is_symlink():
-                with open_folder(path, lock=True):
-                    _remove(path)
-            else:
+                continue
+            with open_folder(path, lock=True) if _is_folder(path) else contextlib.nullcontext():
                 _remove(path)
         except BlockingIOError:
             continue
@@ -209,10 +207,14 @@ def discard(path: Path) -> None:
 
 
 def _remove(path: Path) -> None:
-    if path.is_symlink() or not path.is_dir():
-        path.unlink(missing_ok=True)
-    else:
+    if _is_folder(path):
         shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def _is_folder(path: Path) -> bool:
+    return path.is_dir() and not path.is_symlink()
 
 
 def step_name(step: int) -> str:
