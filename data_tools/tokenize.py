@@ -27,7 +27,7 @@ from megatron_lite.cli import nearest, several
 from megatron_lite.data.files import storage_errors
 from megatron_lite.data.indexed import IndexedWriter, dataset_file, token_dtype
 from megatron_lite.data.tokenizer import Tokenizer
-from megatron_lite.dist.env import started_by_mpi
+from megatron_lite.distributed.env import started_by_mpi
 from megatron_lite.errors import ConfigError, DataError, StorageError
 
 _UNIT_BYTES = 4 << 20

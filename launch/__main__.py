@@ -15,16 +15,17 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from launch import cli, slurm, submitted
+from launch import cli
 from launch.cli import Flag
-from launch.elastic import Pool
-from launch.hostfile import MAX_SLOTS, Host, UsageError, count, nearest, read_hostfile, select
-from launch.job import Job, Slurm, Ssh, forwarded, rank_defaults
-from launch.launchers import LAUNCHERS
-from launch.layout import check_layout, picture
-from launch.report import PEER_LOST, STORAGE
-from launch.supervise import describe, say, supervise
-from launch.verify import verify as check_places
+from launch.doctor.verify import verify as check_places
+from launch.hosts.elastic import Pool
+from launch.hosts.hostfile import MAX_SLOTS, Host, UsageError, count, nearest, read_hostfile, select
+from launch.hosts.job import Job, Slurm, Ssh, forwarded, rank_defaults
+from launch.hosts.layout import check_layout, picture
+from launch.launchers import slurm, slurm_jobs
+from launch.launchers.registry import LAUNCHERS
+from launch.watch.report import PEER_LOST, STORAGE
+from launch.watch.supervise import describe, say, supervise
 
 HOSTS = {
     "nproc": Flag(cli.whole(1, MAX_SLOTS), None, "N", "ranks to start on each host (default: its slots, or 1)"),
@@ -88,7 +89,7 @@ def run(
         words = [config, "--via=slurm", f"--nodes={len(hosts)}", f"--nproc={hosts[0].slots}"]
         words += [f"--rdzv={cli.shown(where['rdzv'])}"] if where["rdzv"] else []
         words += [f"--max_restarts={max_restarts}"] if max_restarts else []
-        return submitted.submit(job, words, overrides, settings["launch"]["slurm"], dry_run=dry_run)
+        return slurm_jobs.submit(job, words, overrides, settings["launch"]["slurm"], dry_run=dry_run)
     if dry_run:
         print(describe(LAUNCHERS[via](_shown(job))))
         return 0
@@ -125,7 +126,7 @@ def manifest(config: str, *, nodes: int, nproc: int, max_restarts: int, override
     """Print a Kubernetes manifest that runs CONFIG on --nodes pods, for `kubectl apply -f -`.
 
     launch.k8s of the config says with which image, volumes, resources and secrets."""
-    from launch import k8s
+    from launch.launchers import k8s
 
     settings = check(config, tuple(Host(f"pod-{node}", nproc) for node in range(nodes)), overrides)
     print(k8s.documents(k8s.manifest(settings, nodes, nproc, max_restarts)), end="")
@@ -141,7 +142,7 @@ def doctor(
     line each, with what to do, on stderr; a table of all checks on stdout. Exit code 0: ready, perhaps with warnings;
     otherwise that of the first check that fails: 2 versions, devices, clock, /dev/shm, limits or port, 5 a host cannot
     be reached or reach others, 7 the run's folder or disk."""
-    from launch import doctor as examination  # what only this command needs, so that others start at once
+    from launch.doctor import doctor as examination  # what only this command needs, so that others start at once
 
     where |= {"node_rank": None, "mpirun": None, "runner": "pdsh", "via": "torchrun"}
     hosts, _ = choose_hosts(where)
@@ -315,9 +316,9 @@ class Entry:
 
 COMMANDS = {
     "run": Entry(run, RUN, ("config",), overrides=True),
-    "status": Entry(submitted.status, {}, ("job",)),
+    "status": Entry(slurm_jobs.status, {}, ("job",)),
     "logs": Entry(
-        submitted.logs,
+        slurm_jobs.logs,
         {
             "rank": Flag(cli.whole(0, 2**20), None, "N", "this rank's log (default: what the launcher and rank 0 say)"),
             "follow": Flag(cli.switch, False, "", "go on until the job has ended"),
@@ -325,7 +326,7 @@ COMMANDS = {
         ("job",),
     ),
     "cancel": Entry(
-        submitted.cancel, {"wait": Flag(cli.whole(0, 86400), 120, "SECONDS", "for it to save (120)")}, ("job",)
+        slurm_jobs.cancel, {"wait": Flag(cli.whole(0, 86400), 120, "SECONDS", "for it to save (120)")}, ("job",)
     ),
     "k8s": Entry(
         manifest,

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from launch.hostfile import UsageError, check_name, nearest
+from launch.hosts.hostfile import UsageError, check_name, nearest
 
 _PLAIN = re.compile(r"([^-].*)|--(\w[\w.-]*)=(.*)", re.ASCII | re.DOTALL)
 

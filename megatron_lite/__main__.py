@@ -9,10 +9,10 @@ from pathlib import Path
 
 from megatron_lite import cli
 from megatron_lite.config import PACKED_BYTES, load_config
-from megatron_lite.dist.env import read_rank
+from megatron_lite.distributed.env import read_rank
 from megatron_lite.errors import ConfigError, DataError
-from megatron_lite.parallel.plan import checkpoint_bytes, make_plan, parse_side
-from megatron_lite.requests import Request, Sampling, read_requests
+from megatron_lite.inference.requests import Request, Sampling, read_requests
+from megatron_lite.planning.plan import checkpoint_bytes, make_plan, parse_side
 
 
 def config(config: str, ranks: int | None = None, **overrides: str) -> None:
@@ -39,7 +39,7 @@ def train(config: str, **overrides: str) -> None:
     """
     checked, rank = load_config(config, overrides), read_rank()
     plan = make_plan(checked, rank.size)
-    from megatron_lite.train import train as run
+    from megatron_lite.training.run import train as run
 
     run(checked, plan, rank)
 
@@ -104,7 +104,7 @@ def generate(
     if requests:
         read = read_requests(Path(requests), {*named, "default"})
         asked = [replace(request, adapter=request.adapter or adapter) for request in read]
-    from megatron_lite.generate import generate_text
+    from megatron_lite.inference.generate import generate_text
 
     where = Path(base) if base else None
     found = generate_text(
@@ -148,7 +148,7 @@ def prove(
         raise ConfigError(f"--steps={steps}: expected at least 1")
     checked = load_config(config, overrides)
     sides = [parse_side(text, checked, dtype) for text in (a, b)]
-    from megatron_lite.prove import prove as run
+    from megatron_lite.proof.prove import prove as run
 
     run(sides, steps, tolerance, timeout=timeout)
 

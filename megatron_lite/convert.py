@@ -15,26 +15,26 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
-from megatron_lite import allocator, checkpoint, peft
+from megatron_lite import checkpoint, peft
 from megatron_lite.checkpoint import inspect as look
-from megatron_lite.checkpoint.deepspeed import DeepSpeedSource, is_deepspeed
+from megatron_lite.checkpoint.adapters.merge import Merged
+from megatron_lite.checkpoint.adapters.peft_folder import adapter_state
+from megatron_lite.checkpoint.adapters.peft_lora import export_lora
+from megatron_lite.checkpoint.adapters.peft_prefix import export_prefix
 from megatron_lite.checkpoint.formats import open_peft, open_source
-from megatron_lite.checkpoint.hf import HuggingFaceSource, export, is_hugging_face, read_model
-from megatron_lite.checkpoint.megatron import open_megatron
-from megatron_lite.checkpoint.merge import Merged
-from megatron_lite.checkpoint.peft_folder import adapter_state
-from megatron_lite.checkpoint.peft_lora import export_lora
-from megatron_lite.checkpoint.peft_prefix import export_prefix
+from megatron_lite.checkpoint.formats.deepspeed import DeepSpeedSource, is_deepspeed
+from megatron_lite.checkpoint.formats.hf import HuggingFaceSource, export, is_hugging_face, read_model
+from megatron_lite.checkpoint.formats.megatron import open_megatron
 from megatron_lite.checkpoint.rewrite import Advance, rewrite
 from megatron_lite.checkpoint.rewrite import diff as compare
 from megatron_lite.checkpoint.source import Average, CheckpointSource, Source
 from megatron_lite.checkpoint.storage import amount
 from megatron_lite.config import PeftConfig, PrefixConfig, model_section, parse_model, yaml_text
-from megatron_lite.dist.mesh import Axis
-from megatron_lite.dist.shard import materialize, pieces_of
+from megatron_lite.distributed.mesh import Axis
+from megatron_lite.distributed.shard import materialize, pieces_of
 from megatron_lite.errors import CheckpointError, ConfigError, MegatronLiteError
-from megatron_lite.generate import trained_shapes
-from megatron_lite.logits import (
+from megatron_lite.inference.generate import trained_shapes
+from megatron_lite.inference.logits import (
     cannot_read,
     in_silence,
     load_model,
@@ -44,6 +44,7 @@ from megatron_lite.logits import (
     too_large,
 )
 from megatron_lite.models.decoder import Decoder
+from megatron_lite.training import allocator
 
 BLOCK_BYTES = 32 << 20
 EXPORTS = {"lora": export_lora, "prefix": export_prefix}

@@ -3,15 +3,15 @@
 ``prepare`` at the start of a run, ``newest`` or ``open_checkpoint`` to resume, ``save`` and ``prune`` as it goes.
 """
 
+from megatron_lite.checkpoint.adapters.fingerprint import check_base, fingerprint, load_base
 from megatron_lite.checkpoint.background import BackgroundSaver
 from megatron_lite.checkpoint.commit import committed, prepare, save
-from megatron_lite.checkpoint.fingerprint import check_base, fingerprint, load_base
 from megatron_lite.checkpoint.formats import open_adapter, open_source
 from megatron_lite.checkpoint.reading import Checkpoint, open_checkpoint
 from megatron_lite.checkpoint.retention import find, newest, prune
 from megatron_lite.checkpoint.source import CheckpointSource, Source
 from megatron_lite.checkpoint.storage import agree
-from megatron_lite.dist.shard import Piece
+from megatron_lite.distributed.shard import Piece
 
 __all__ = [
     "BackgroundSaver",

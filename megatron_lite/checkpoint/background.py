@@ -21,8 +21,8 @@ from torch import Tensor
 from megatron_lite.checkpoint import shards
 from megatron_lite.checkpoint.commit import arrange, write
 from megatron_lite.checkpoint.manifest import BoxEntry
-from megatron_lite.dist.mesh import Axis
-from megatron_lite.faults import Faults
+from megatron_lite.distributed.mesh import Axis
+from megatron_lite.training.faults import Faults
 
 Box = tuple[str, tuple[int, ...], tuple[int, ...]]
 

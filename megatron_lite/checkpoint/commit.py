@@ -31,10 +31,10 @@ from megatron_lite.checkpoint.storage import (
     sync_folder,
     write_file,
 )
-from megatron_lite.dist.comm import gather_objects
-from megatron_lite.dist.mesh import Axis
+from megatron_lite.distributed.comm import gather_objects
+from megatron_lite.distributed.mesh import Axis
 from megatron_lite.errors import StorageError
-from megatron_lite.faults import Faults
+from megatron_lite.training.faults import Faults
 
 STATE = "state.json"
 LATEST = "latest"

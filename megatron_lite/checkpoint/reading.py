@@ -14,8 +14,8 @@ from megatron_lite.checkpoint.commit import STATE, step_of
 from megatron_lite.checkpoint.manifest import FileEntry, Manifest
 from megatron_lite.checkpoint.shards import Reads, check_pieces, fill, reads
 from megatron_lite.checkpoint.storage import agree, amount, open_regular
-from megatron_lite.dist.mesh import Axis
-from megatron_lite.dist.shard import Piece
+from megatron_lite.distributed.mesh import Axis
+from megatron_lite.distributed.shard import Piece
 from megatron_lite.errors import CheckpointError
 
 _MAX_READ_BYTES = 256 << 20  # of a manifest (a million boxes take about 80 MB), state.json or an extra

@@ -9,8 +9,8 @@ from megatron_lite.checkpoint.commit import LATEST, committed, discard, step_nam
 from megatron_lite.checkpoint.manifest import NAME as MANIFEST
 from megatron_lite.checkpoint.reading import Checkpoint, open_checkpoint
 from megatron_lite.checkpoint.storage import storage_errors
-from megatron_lite.dist.comm import gather_objects
-from megatron_lite.dist.mesh import Axis
+from megatron_lite.distributed.comm import gather_objects
+from megatron_lite.distributed.mesh import Axis
 from megatron_lite.errors import CheckpointError, MegatronLiteError, StorageError
 
 

@@ -15,9 +15,9 @@ from megatron_lite.checkpoint.manifest import BoxEntry
 from megatron_lite.checkpoint.shards import Holding, buffer
 from megatron_lite.checkpoint.source import Source
 from megatron_lite.checkpoint.tensor_file import DTYPE_NAMES, row_blocks
-from megatron_lite.dist.mesh import Axis
-from megatron_lite.dist.shard import Tile
-from megatron_lite.faults import Faults
+from megatron_lite.distributed.mesh import Axis
+from megatron_lite.distributed.shard import Tile
+from megatron_lite.training.faults import Faults
 
 Advance = Callable[[int], None]  # bytes done
 

@@ -18,7 +18,7 @@ import torch
 
 from megatron_lite.checkpoint.manifest import BoxEntry, Manifest, TensorEntry, overlap
 from megatron_lite.checkpoint.tensor_file import DTYPE_NAMES, DTYPES, TensorFile, header
-from megatron_lite.dist.shard import Piece, Tile
+from megatron_lite.distributed.shard import Piece, Tile
 from megatron_lite.errors import CheckpointError
 
 Reads = dict[str, list[tuple[str, BoxEntry, Tile]]]

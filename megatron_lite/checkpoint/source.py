@@ -21,7 +21,7 @@ from megatron_lite.checkpoint.shards import copy_box
 from megatron_lite.checkpoint.tensor_file import DTYPES, TensorFile, row_blocks
 from megatron_lite.config import PRECISIONS, ModelConfig, PeftConfig, parse_model, parse_peft, parse_yaml
 from megatron_lite.data.ends import named_ends, with_ends
-from megatron_lite.dist.shard import Piece, Tile
+from megatron_lite.distributed.shard import Piece, Tile
 from megatron_lite.errors import CheckpointError, ConfigError
 
 

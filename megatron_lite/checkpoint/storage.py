@@ -17,10 +17,10 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from megatron_lite.checkpoint.manifest import FileEntry
-from megatron_lite.dist.comm import gather_objects
-from megatron_lite.dist.mesh import Axis
+from megatron_lite.distributed.comm import gather_objects
+from megatron_lite.distributed.mesh import Axis
 from megatron_lite.errors import CheckpointError, MegatronLiteError, StorageError
-from megatron_lite.faults import Faults
+from megatron_lite.training.faults import Faults
 
 Result = TypeVar("Result")
 _STRETCH = 32 << 20  # bytes

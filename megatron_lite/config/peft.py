@@ -8,16 +8,16 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import Field
 
-from megatron_lite import targets
 from megatron_lite.config.model import ModelConfig
 from megatron_lite.config.section import PositiveFloat, Probability, Section, Width
+from megatron_lite.families import targets
 
 if TYPE_CHECKING:
     from megatron_lite.config.tree import Config
 
 
-# Frozen weights in 8 or 4 bits (``dist/packing.py``): so many numbers of a row share a float32 scale, and take
-# so many bytes with it.
+# Frozen weights in 8 or 4 bits (``distributed/quantization.py``): so many numbers of a row share a float32 scale, and
+# take so many bytes with it.
 PACKED_BLOCK = 64
 PACKED_BYTES = {"int8": 64 + 4, "nf4": 32 + 4}
 

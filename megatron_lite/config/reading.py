@@ -171,7 +171,7 @@ def model_section(source: str) -> dict[str, Any]:
     """The ``model`` section of a checkpoint of ours, a run, or a Hugging Face folder. Raises ConfigError."""
     path = Path(source)
     if (path / "config.json").is_file():
-        from megatron_lite.models import huggingface
+        from megatron_lite.families import huggingface
 
         try:
             return huggingface.model_section(

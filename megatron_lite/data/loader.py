@@ -27,7 +27,7 @@ from megatron_lite.data.ends import check_ends
 from megatron_lite.data.indexed import IndexedDataset, read_card
 from megatron_lite.data.order import Blend, permute
 from megatron_lite.data.packing import CONVERSATIONS, pack
-from megatron_lite.dist.random import mix
+from megatron_lite.distributed.random import mix
 from megatron_lite.errors import DataError
 from megatron_lite.layers.loss import IGNORED
 

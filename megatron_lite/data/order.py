@@ -14,7 +14,7 @@ from math import lcm
 
 import numpy as np
 
-from megatron_lite.dist.random import mix
+from megatron_lite.distributed.random import mix
 
 _ROUNDS = 4
 _LARGEST_WEIGHT = 1 << 31  # so that products of a weight and a remainder stay below 2**63

@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from megatron_lite.dist import comm, random
-from megatron_lite.dist.mesh import Axis
+from megatron_lite.distributed import comm, random
+from megatron_lite.distributed.mesh import Axis
 from megatron_lite.layers import matmul
 from megatron_lite.layers.linear import ColumnParallelLinear, RowParallelLinear
 from megatron_lite.layers.norm import RMSNorm

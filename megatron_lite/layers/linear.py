@@ -10,10 +10,10 @@ import torch.distributed as torch_dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from megatron_lite.dist import comm
-from megatron_lite.dist.mesh import Axis
-from megatron_lite.dist.packing import unpack
-from megatron_lite.dist.shard import ShardSpec, attach, spec_of
+from megatron_lite.distributed import comm
+from megatron_lite.distributed.mesh import Axis
+from megatron_lite.distributed.quantization import unpack
+from megatron_lite.distributed.shard import ShardSpec, attach, spec_of
 from megatron_lite.layers import matmul
 
 _ALONE = Axis("tp")

@@ -13,8 +13,8 @@ import torch
 import torch.distributed as torch_dist
 from torch import Tensor
 
-from megatron_lite.dist import comm
-from megatron_lite.dist.mesh import Axis
+from megatron_lite.distributed import comm
+from megatron_lite.distributed.mesh import Axis
 from megatron_lite.layers import matmul
 
 IGNORED = -100  # the target of a token with nothing to predict

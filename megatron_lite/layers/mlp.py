@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from megatron_lite.dist.mesh import Axis
+from megatron_lite.distributed.mesh import Axis
 from megatron_lite.layers.linear import ColumnParallelLinear, RowParallelLinear
 
 

@@ -6,9 +6,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from megatron_lite.dist import comm
-from megatron_lite.dist.mesh import Axis
-from megatron_lite.dist.shard import ShardSpec, attach
+from megatron_lite.distributed import comm
+from megatron_lite.distributed.mesh import Axis
+from megatron_lite.distributed.shard import ShardSpec, attach
 
 
 class _Norm(nn.Module):

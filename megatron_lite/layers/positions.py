@@ -8,9 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from megatron_lite.config import RopeScaling
-from megatron_lite.dist import comm
-from megatron_lite.dist.mesh import Axis
-from megatron_lite.dist.shard import ShardSpec, attach
+from megatron_lite.distributed import comm
+from megatron_lite.distributed.mesh import Axis
+from megatron_lite.distributed.shard import ShardSpec, attach
 
 
 def rope_frequencies(head_dim: int, theta: float, scaling: RopeScaling | None) -> Tensor:

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from megatron_lite.config import ModelConfig
-from megatron_lite.dist import comm, random
-from megatron_lite.dist.mesh import Axis
+from megatron_lite.distributed import comm, random
+from megatron_lite.distributed.mesh import Axis
 from megatron_lite.layers import matmul
 from megatron_lite.layers.attention import Attention, Context, KeyValueCache
 from megatron_lite.layers.embedding import VocabParallelEmbedding

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from megatron_lite.config import AdapterConfig
-from megatron_lite.dist.mesh import Axis
+from megatron_lite.distributed.mesh import Axis
 from megatron_lite.layers.linear import ColumnParallelLinear, RowParallelLinear
 
 

@@ -20,8 +20,8 @@ import torch
 from torch import Tensor, nn
 
 from megatron_lite.config import LoRAConfig
-from megatron_lite.dist import comm, random
-from megatron_lite.dist.shard import ShardSpec, attach, spec_of
+from megatron_lite.distributed import comm, random
+from megatron_lite.distributed.shard import ShardSpec, attach, spec_of
 from megatron_lite.layers import matmul
 from megatron_lite.layers.embedding import VocabParallelEmbedding
 from megatron_lite.layers.linear import ColumnParallelLinear, RowParallelLinear, product

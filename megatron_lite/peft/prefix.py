@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from megatron_lite.config import PrefixConfig
-from megatron_lite.dist import comm
-from megatron_lite.dist.shard import ShardSpec, attach
+from megatron_lite.distributed import comm
+from megatron_lite.distributed.shard import ShardSpec, attach
 from megatron_lite.layers.attention import Attention
 from megatron_lite.layers.linear import product
 

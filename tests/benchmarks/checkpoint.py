@@ -38,12 +38,12 @@ from torch.distributed.tensor import DTensor, Shard
 
 from megatron_lite.checkpoint import BackgroundSaver, open_checkpoint, open_source, prepare, save
 from megatron_lite.config import parse_model
-from megatron_lite.dist.mesh import Axis
-from megatron_lite.dist.shard import Piece, Tile, materialize, pieces_of
-from megatron_lite.dist.spawn import run_ranks
-from megatron_lite.faults import Faults
+from megatron_lite.distributed.mesh import Axis
+from megatron_lite.distributed.shard import Piece, Tile, materialize, pieces_of
+from megatron_lite.distributed.spawn import run_ranks
+from megatron_lite.families.huggingface import config_json, tensor_parts
 from megatron_lite.models.decoder import Decoder
-from megatron_lite.models.huggingface import config_json, tensor_parts
+from megatron_lite.training.faults import Faults
 from tests.benchmarks.help import answer_help
 
 TENSORS, COLUMNS = 32, 1024

@@ -24,7 +24,7 @@ os.environ["DS_ACCELERATOR"] = "cpu"
 
 import torch
 
-from megatron_lite.dist.spawn import run_ranks
+from megatron_lite.distributed.spawn import run_ranks
 from tests.benchmarks.train import LR, MODELS, PEFT, SEQ, Batches, batches, counted, llama, peft_lora
 
 BATCH, STEPS = 2, 3
@@ -49,13 +49,13 @@ CONTENDERS = {  # whose model, on how many ranks, under which engine and stage
 def ours(
     model: dict[str, Any], batch: Batches, size: int, engine: str, stage: int, method: str, dtype: str
 ) -> Callable[[], None]:
-    from megatron_lite.allocator import keep_freed
     from megatron_lite.config import parse_config
     from megatron_lite.data.loader import Batch
-    from megatron_lite.dist.mesh import build_mesh
-    from megatron_lite.faults import Faults
-    from megatron_lite.parallel.plan import make_plan
-    from megatron_lite.trainer import Trainer
+    from megatron_lite.distributed.mesh import build_mesh
+    from megatron_lite.planning.plan import make_plan
+    from megatron_lite.training.allocator import keep_freed
+    from megatron_lite.training.faults import Faults
+    from megatron_lite.training.step import Trainer
 
     keep_freed()
     config = parse_config(

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import fire
 
-from megatron_lite.dist.spawn import run_ranks
+from megatron_lite.distributed.spawn import run_ranks
 from tests.kit.tiny import tiny_data
 from tests.multi import test_costs as costs
 

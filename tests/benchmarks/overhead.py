@@ -20,13 +20,13 @@ import torch
 
 from megatron_lite.config import parse_config
 from megatron_lite.data.indexed import IndexedWriter
-from megatron_lite.dist.env import Rank
-from megatron_lite.dist.mesh import build_mesh
-from megatron_lite.dist.spawn import run_ranks
-from megatron_lite.lifetime import StopRequest
-from megatron_lite.parallel.plan import make_plan
-from megatron_lite.train import Run
-from megatron_lite.watchdog import Watchdog
+from megatron_lite.distributed.env import Rank
+from megatron_lite.distributed.mesh import build_mesh
+from megatron_lite.distributed.spawn import run_ranks
+from megatron_lite.planning.plan import make_plan
+from megatron_lite.training.lifetime import StopRequest
+from megatron_lite.training.run import Run
+from megatron_lite.training.watchdog import Watchdog
 from tests.benchmarks.help import answer_help
 from tests.benchmarks.train import LR, MODELS, SEQ
 

@@ -185,13 +185,13 @@ def counted(targets: Any) -> Any:
 
 def ours(model: dict[str, Any], dtype: str, mode: str, batch: Batches) -> Contender:
     """This project's train_step, in a process as ``train`` prepares it."""
-    from megatron_lite.allocator import keep_freed
     from megatron_lite.config import parse_config
     from megatron_lite.data.loader import Batch
-    from megatron_lite.dist.mesh import solo_mesh
-    from megatron_lite.faults import Faults
-    from megatron_lite.parallel.plan import make_plan
-    from megatron_lite.trainer import Trainer
+    from megatron_lite.distributed.mesh import solo_mesh
+    from megatron_lite.planning.plan import make_plan
+    from megatron_lite.training.allocator import keep_freed
+    from megatron_lite.training.faults import Faults
+    from megatron_lite.training.step import Trainer
 
     keep_freed()
     model = {**model, "max_seq_len": SEQ}

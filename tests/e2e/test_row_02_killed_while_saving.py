@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 import torch.distributed as torch_dist
 
-from megatron_lite.dist.spawn import run_ranks
-from megatron_lite.faults import Faults
+from megatron_lite.distributed.spawn import run_ranks
+from megatron_lite.training.faults import Faults
 from tests.kit.pieces import OperationLog, commit, commit_beside, names, ready, resume
 from tests.kit.tiny import TinyRuns, assert_same_run
 

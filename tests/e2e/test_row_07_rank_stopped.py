@@ -28,7 +28,8 @@ def test_it_is_found_named_and_killed_in_time(tiny: TinyRuns, tmp_path: Path) ->
 def test_a_rank_stuck_in_its_own_code_is_named_with_the_line(tiny: TinyRuns, tmp_path: Path) -> None:
     result = tiny.run(tmp_path, "--train.hang_timeout=3", faults="sleep:rank=1:step=5:phase=bwd:seconds=60")
     result.expect(
-        exit_code=5, stderr=r"error: rank 1 \(\S+, pid \d+\) hangs in megatron_lite/faults.py:\d+ \(_strike\)"
+        exit_code=5,
+        stderr=r"error: rank 1 \(\S+, pid \d+\) hangs in megatron_lite/training/faults.py:\d+ \(_strike\)",
     )
     logs = tmp_path / "run" / "logs"
     stacks = re.findall(r"stacks: (\S+)", result.stderr)

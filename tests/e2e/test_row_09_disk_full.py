@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from megatron_lite.errors import StorageError
-from megatron_lite.faults import Faults
+from megatron_lite.training.faults import Faults
 from tests.kit.pieces import OperationLog, commit, names, ready, resume, small_disk
 from tests.kit.tiny import TinyRuns, assert_same_run, losses
 

@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from megatron_lite.dist.spawn import run_ranks
+from megatron_lite.distributed.spawn import run_ranks
 from megatron_lite.errors import StorageError
-from megatron_lite.faults import Faults
+from megatron_lite.training.faults import Faults
 from tests.kit.pieces import commit, names, ready, resume
 
 

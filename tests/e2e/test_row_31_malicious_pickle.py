@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from megatron_lite.checkpoint.pickles import Inert, load_torch
+from megatron_lite.checkpoint.formats.pickles import Inert, load_torch
 from megatron_lite.errors import CheckpointError
 from tests.kit.jobs import PYTHON, run_job
 

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from megatron_lite import convert
 from megatron_lite.errors import CheckpointError
-from megatron_lite.generate import Request, Sampling, generate_text
+from megatron_lite.inference.generate import Request, Sampling, generate_text
 from tests.e2e.test_row_31_malicious_pickle import malicious
 from tests.e2e.test_row_32_hostile_folder import FUZZ
 from tests.kit.adapters import decoder, saved
@@ -413,7 +413,7 @@ OPEN = """from megatron_lite.checkpoint.formats import open_peft, open_source
 
 
 def test_300_mutations_load_or_are_refused(folder, tmp_path):
-    script = "import torch\nfrom megatron_lite.dist.shard import Tile\n" + FUZZ.replace(
+    script = "import torch\nfrom megatron_lite.distributed.shard import Tile\n" + FUZZ.replace(
         "load_model(HuggingFaceSource(folder))", OPEN
     )
     argv = [PYTHON, "-c", script, str(folder), "300", str(tmp_path / "base")]

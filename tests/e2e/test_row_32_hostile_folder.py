@@ -10,11 +10,11 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from megatron_lite.checkpoint.hf import HuggingFaceSource
+from megatron_lite.checkpoint.formats.hf import HuggingFaceSource
 from megatron_lite.config import parse_model
 from megatron_lite.convert import load_model
 from megatron_lite.errors import CheckpointError
-from megatron_lite.models.huggingface import tensor_parts
+from megatron_lite.families.huggingface import tensor_parts
 from tests.kit.jobs import PYTHON, REPOSITORY, run_job
 
 CONFIG = {"model_type": "llama", "vocab_size": 64, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1}
@@ -132,7 +132,7 @@ def test_the_hub_cache_is_read_through_its_links(folder):
 FUZZ = """
 import random, resource, sys
 from pathlib import Path
-from megatron_lite.checkpoint.hf import HuggingFaceSource
+from megatron_lite.checkpoint.formats.hf import HuggingFaceSource
 from megatron_lite.convert import load_model
 from megatron_lite.errors import MegatronLiteError
 folder = Path(sys.argv[1])

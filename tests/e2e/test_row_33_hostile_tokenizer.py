@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 
 from megatron_lite import convert
 from megatron_lite.config import parse_model
-from megatron_lite.models.huggingface import config_json, tensor_parts
+from megatron_lite.families.huggingface import config_json, tensor_parts
 from tests.kit.corpora import data_tools, documents, write_jsonl, write_tokenizer
 from tests.kit.jobs import PYTHON, REPOSITORY, run_job
 

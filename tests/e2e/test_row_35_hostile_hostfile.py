@@ -12,11 +12,11 @@ import pytest
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
-from launch.facts import Facts
-from launch.hostfile import Host
-from launch.job import Job, Ssh
-from launch.remote import over_ssh
-from launch.ward import Ward
+from launch.doctor.contacts import Ward
+from launch.doctor.facts import Facts
+from launch.hosts.hostfile import Host
+from launch.hosts.job import Job, Ssh
+from launch.hosts.ssh import over_ssh
 from tests.kit.jobs import PYTHON, REPOSITORY, Result, run_job
 from tests.kit.tiny import tiny_config
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from launch.slurm import expand
+from launch.launchers.slurm import expand
 from tests.kit.cluster import eventually
 from tests.kit.jobs import PYTHON, Result
 from tests.kit.slurm import Slurm

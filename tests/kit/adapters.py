@@ -11,10 +11,10 @@ import torch
 
 from megatron_lite import checkpoint, peft
 from megatron_lite.config import ModelConfig, parse_peft
-from megatron_lite.dist.mesh import Axis
-from megatron_lite.dist.shard import initialize, inits_of, pieces_of
-from megatron_lite.faults import Faults
+from megatron_lite.distributed.mesh import Axis
+from megatron_lite.distributed.shard import initialize, inits_of, pieces_of
 from megatron_lite.models.decoder import Decoder
+from megatron_lite.training.faults import Faults
 
 VOCAB, LENGTH = 61, 32
 FAMILIES: dict[str, dict[str, Any]] = {"llama": {"num_kv_heads": 1}, "gpt2": {"family": "gpt2"}}

@@ -11,12 +11,12 @@ from types import SimpleNamespace
 from typing import Any, cast
 
 from megatron_lite.config import load_config
-from megatron_lite.dist.env import Rank
-from megatron_lite.dist.mesh import solo_mesh
-from megatron_lite.lifetime import StopRequest
-from megatron_lite.parallel.plan import make_plan
-from megatron_lite.train import Run
-from megatron_lite.watchdog import Watchdog
+from megatron_lite.distributed.env import Rank
+from megatron_lite.distributed.mesh import solo_mesh
+from megatron_lite.planning.plan import make_plan
+from megatron_lite.training.lifetime import StopRequest
+from megatron_lite.training.run import Run
+from megatron_lite.training.watchdog import Watchdog
 
 
 def run_alone(config: Path, *flags: str, faults: str = "") -> tuple[Run, str]:

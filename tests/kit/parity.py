@@ -11,10 +11,10 @@ from typing import Any
 import torch
 
 from megatron_lite.config import Config, parse_config
-from megatron_lite.dist.mesh import Mesh, build_mesh, solo_mesh
-from megatron_lite.parallel.plan import make_plan
-from megatron_lite.prove import FLOORS, TOLERANCES, Record, Row, compare, record
-from megatron_lite.trainer import Trainer
+from megatron_lite.distributed.mesh import Mesh, build_mesh, solo_mesh
+from megatron_lite.planning.plan import make_plan
+from megatron_lite.proof.prove import FLOORS, TOLERANCES, Record, Row, compare, record
+from megatron_lite.training.step import Trainer
 
 Change = Callable[[Trainer], None]
 

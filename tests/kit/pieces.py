@@ -16,9 +16,9 @@ import torch.distributed as torch_dist
 from torch import Tensor
 
 from megatron_lite.checkpoint import BackgroundSaver, Checkpoint, Piece, newest, prepare, save
-from megatron_lite.dist.mesh import Axis
-from megatron_lite.dist.shard import ShardSpec
-from megatron_lite.faults import Faults
+from megatron_lite.distributed.mesh import Axis
+from megatron_lite.distributed.shard import ShardSpec
+from megatron_lite.training.faults import Faults
 
 SOLO = Axis("world")
 EXTRAS = {"tokenizer.model": b"pieces", "config.yaml": b"run: {}\n"}

@@ -6,9 +6,10 @@
 import sys
 from pathlib import Path
 
-from launch import supervise, torchrun
-from launch.hostfile import Host
-from launch.job import Command, Job, Launch, rank_defaults
+from launch.hosts.hostfile import Host
+from launch.hosts.job import Command, Job, Launch, rank_defaults
+from launch.launchers import torchrun
+from launch.watch import supervise
 
 FAKE_AGENT = Path(__file__).with_name("fake_agent.py")
 

@@ -118,9 +118,9 @@ class TinyRuns:
     """Real launches of the tiny model on two ranks, tensor-parallel unless ``parallel`` says otherwise; the run folder
     is ``FOLDER/run``.
 
-    ``faults`` is the trainer's fault language (``megatron_lite/faults.py``); ``slow`` makes each phase of a step take
-    that many seconds longer, so that there is time to do something to the run. ``thorough``: tests go through every way
-    that the launcher has a part in; under the other engines one of each kind will do.
+    ``faults`` is the trainer's fault language (``megatron_lite/training/faults.py``); ``slow`` makes each phase of a
+    step take that many seconds longer, so that there is time to do something to the run. ``thorough``: tests go through
+    every way that the launcher has a part in; under the other engines one of each kind will do.
     """
 
     def __init__(self, data: Path, folder: Path, parallel: Mapping[str, Any] = ENGINES["tp"]) -> None:

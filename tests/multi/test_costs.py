@@ -11,12 +11,12 @@ import torch
 
 from megatron_lite.config import Config, parse_config
 from megatron_lite.data.loader import Loader, build_dataset
-from megatron_lite.dist.mesh import build_mesh
-from megatron_lite.dist.spawn import run_ranks
+from megatron_lite.distributed.mesh import build_mesh
+from megatron_lite.distributed.spawn import run_ranks
 from megatron_lite.errors import PeerError
-from megatron_lite.faults import Faults
-from megatron_lite.parallel.plan import bytes_per_parameter, make_plan
-from megatron_lite.trainer import Trainer
+from megatron_lite.planning.plan import bytes_per_parameter, make_plan
+from megatron_lite.training.faults import Faults
+from megatron_lite.training.step import Trainer
 from tests.kit.tiny import tiny_data
 from tests.kit.traffic import Traffic
 

@@ -7,9 +7,9 @@ import pytest
 import torch
 
 from megatron_lite.config import Config
-from megatron_lite.dist.mesh import solo_mesh
-from megatron_lite.generate import Sampling, generate
-from megatron_lite.prove import compare, record
+from megatron_lite.distributed.mesh import solo_mesh
+from megatron_lite.inference.generate import Sampling, generate
+from megatron_lite.proof.prove import compare, record
 from tests.kit.jobs import PYTHON, run_job
 from tests.kit.parity import STEPS, Layout, ruffle
 from tests.kit.tiny import losses, tiny_config, tiny_data

@@ -4,7 +4,7 @@ from itertools import product
 
 import pytest
 
-from megatron_lite.dist.spawn import run_ranks
+from megatron_lite.distributed.spawn import run_ranks
 from tests.kit.parity import STEPS, TOLERANCE, Case, Layout, run_cases, train
 from tests.kit.tiny import tiny_data
 

@@ -6,12 +6,12 @@ import pytest
 import torch
 
 from megatron_lite.config import Config
-from megatron_lite.dist.mesh import Axis
-from megatron_lite.dist.shard import spec_of
-from megatron_lite.dist.spawn import run_ranks
+from megatron_lite.distributed.mesh import Axis
+from megatron_lite.distributed.shard import spec_of
+from megatron_lite.distributed.spawn import run_ranks
+from megatron_lite.engines.optim import learning_rate
 from megatron_lite.models.decoder import Decoder
-from megatron_lite.optim import learning_rate
-from megatron_lite.prove import Record
+from megatron_lite.proof.prove import Record
 from tests.kit.parity import STEPS, TOLERANCE, Case, Layout, run_cases, train
 from tests.kit.tiny import tiny_data
 

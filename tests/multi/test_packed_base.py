@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from megatron_lite.config import PACKED_BLOCK, PACKED_BYTES
-from megatron_lite.dist.spawn import run_ranks
+from megatron_lite.distributed.spawn import run_ranks
 from tests.kit.parity import STEPS, TOLERANCE, Case, Layout, run_cases, train
 from tests.kit.tiny import tiny_data
 from tests.multi.test_peft import ENGINES, METHODS, OTHERS, ROOM, SP

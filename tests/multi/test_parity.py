@@ -6,8 +6,8 @@ Compared at each step: block outputs, loss, every gradient before and after clip
 import pytest
 import torch
 
-from megatron_lite.dist.mesh import Axis
-from megatron_lite.dist.spawn import run_ranks
+from megatron_lite.distributed.mesh import Axis
+from megatron_lite.distributed.spawn import run_ranks
 from tests.kit.parity import STEPS, TOLERANCE, Case, Layout, run_cases
 from tests.kit.tiny import tiny_data
 

@@ -5,11 +5,11 @@ from itertools import product
 import pytest
 import torch
 
-from megatron_lite.dist.comm import gather_objects
-from megatron_lite.dist.mesh import build_mesh
-from megatron_lite.dist.spawn import run_ranks
-from megatron_lite.parallel.plan import make_plan
-from megatron_lite.prove import record
+from megatron_lite.distributed.comm import gather_objects
+from megatron_lite.distributed.mesh import build_mesh
+from megatron_lite.distributed.spawn import run_ranks
+from megatron_lite.planning.plan import make_plan
+from megatron_lite.proof.prove import record
 from tests.kit.parity import STEPS, TOLERANCE, Case, Layout, run_cases, train
 from tests.kit.tiny import tiny_data
 

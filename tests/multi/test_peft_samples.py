@@ -3,13 +3,13 @@
 import pytest
 import torch
 
-from megatron_lite.dist.mesh import build_mesh
-from megatron_lite.dist.spawn import run_ranks
-from megatron_lite.faults import Faults
-from megatron_lite.generate import Sampling, generate
-from megatron_lite.parallel.plan import make_plan
-from megatron_lite.prove import batches
-from megatron_lite.trainer import Trainer
+from megatron_lite.distributed.mesh import build_mesh
+from megatron_lite.distributed.spawn import run_ranks
+from megatron_lite.inference.generate import Sampling, generate
+from megatron_lite.planning.plan import make_plan
+from megatron_lite.proof.prove import batches
+from megatron_lite.training.faults import Faults
+from megatron_lite.training.step import Trainer
 from tests.kit.parity import Layout, ruffle
 from tests.kit.tiny import tiny_data
 from tests.multi.test_peft import ALL_DIVIDED, METHODS

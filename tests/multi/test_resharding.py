@@ -11,13 +11,13 @@ import torch
 
 from megatron_lite import checkpoint
 from megatron_lite.data.loader import Loader, build_dataset
-from megatron_lite.dist import comm
-from megatron_lite.dist.mesh import Mesh
-from megatron_lite.dist.spawn import run_ranks
-from megatron_lite.faults import Faults
-from megatron_lite.parallel.plan import make_plan
-from megatron_lite.prove import gathered
-from megatron_lite.trainer import Trainer, TrainState
+from megatron_lite.distributed import comm
+from megatron_lite.distributed.mesh import Mesh
+from megatron_lite.distributed.spawn import run_ranks
+from megatron_lite.planning.plan import make_plan
+from megatron_lite.proof.prove import gathered
+from megatron_lite.training.faults import Faults
+from megatron_lite.training.step import Trainer, TrainState
 from tests.kit.parity import Layout, _mesh
 from tests.kit.pieces import world_of
 from tests.kit.tiny import tiny_data

@@ -9,12 +9,12 @@ import torch
 
 from megatron_lite.data.indexed import IndexedWriter
 from megatron_lite.data.loader import build_dataset, once
-from megatron_lite.dist.mesh import build_mesh, solo_mesh
-from megatron_lite.dist.spawn import run_ranks
-from megatron_lite.faults import Faults
+from megatron_lite.distributed.mesh import build_mesh, solo_mesh
+from megatron_lite.distributed.spawn import run_ranks
 from megatron_lite.layers.loss import IGNORED
-from megatron_lite.parallel.plan import make_plan
-from megatron_lite.trainer import Trainer
+from megatron_lite.planning.plan import make_plan
+from megatron_lite.training.faults import Faults
+from megatron_lite.training.step import Trainer
 from tests.kit.parity import SEQ_LEN, Layout, ruffle
 
 LAYOUTS = {

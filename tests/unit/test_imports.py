@@ -15,48 +15,53 @@ M = "megatron_lite."
 # counts; what has no entry stands at the top and may import everything.
 ALLOWED: dict[str, tuple[str, ...]] = {
     "launch": (),
-    "data_tools": (M + "cli", M + "data", M + "dist.env"),
+    "launch.hosts": ("launch.process",),
+    "launch.watch": ("launch.process", "launch.hosts"),
+    "launch.launchers": ("launch.process", "launch.hosts", "launch.watch"),
+    "launch.doctor": ("launch.process", "launch.hosts", "launch.watch", "launch.launchers"),
+    "data_tools": (M + "cli", M + "data", M + "distributed.env"),
     M + "errors": (),
     M + "cli": (),
-    M + "config": (M + "cli", M + "targets", M + "data.tokenizer", M + "models.huggingface"),
-    M + "targets": (M + "cli",),
-    M + "data": (M + "cli", M + "dist.random", M + "layers.loss"),
-    M + "dist": (),
-    M + "layers": (M + "dist",),
-    M + "models": (M + "layers", M + "dist"),
-    M + "peft": (M + "layers", M + "dist"),
-    M + "optim": (M + "dist",),
-    M + "parallel": (M + "cli", M + "dist", M + "optim"),
+    M + "config": (M + "cli", M + "families", M + "data.tokenizer"),
+    M + "families": (M + "cli",),
+    M + "data": (M + "cli", M + "distributed.random", M + "layers.loss"),
+    M + "distributed": (),
+    M + "layers": (M + "distributed",),
+    M + "models": (M + "layers", M + "distributed"),
+    M + "peft": (M + "layers", M + "distributed"),
+    M + "planning": (M + "cli",),
+    M + "engines": (M + "distributed",),
     M + "checkpoint": (
         M + "data.ends",
         M + "data.tokenizer",
         M + "data.hf_tokenizer",
-        M + "dist",
-        M + "faults",
+        M + "distributed",
+        M + "training.faults",
         M + "layers.positions",
-        M + "models.huggingface",
+        M + "families",
     ),
-    M + "metrics": (M + "dist",),
-    M + "faults": (M + "dist",),
+    M + "training.report": (M + "distributed",),
+    M + "training.faults": (M + "distributed",),
 }
 EVERYONE = (M + "config", M + "errors")  # `launch` alone may not even import these
 THIRD_PARTY: dict[str, set[str]] = {  # besides the standard library; where there is no entry, anything
     "launch": {"fire"},
     M + "errors": set(),
     M + "cli": {"fire"},
-    M + "dist.env": set(),
+    M + "distributed.env": set(),
     M + "config": {"pydantic", "yaml"},
-    M + "targets": set(),
+    M + "families": set(),
 }
 NO_TORCH = (
     "launch",
     "data_tools",
     M + "config",
-    M + "targets",
+    M + "families",
     M + "cli",
     M + "errors",
+    M + "planning",
     M + "data.indexed",
-    M + "dist.env",
+    M + "distributed.env",
 )
 
 
@@ -128,7 +133,7 @@ def test_no_torch_where_start_up_has_to_be_quick(name: str) -> None:
 
 @pytest.mark.parametrize("name", SOURCES)
 def test_the_environment_is_read_in_one_place(name: str) -> None:
-    if within(name, "launch") or name == M + "dist.env":
+    if within(name, "launch") or name == M + "distributed.env":
         return
     for node in ast.walk(SOURCES[name]):
         reads = isinstance(node, ast.Attribute) and node.attr in ("environ", "environb", "getenv", "putenv")
@@ -155,13 +160,13 @@ def test_no_file_of_odds_and_ends(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", SOURCES)
-def test_only_zero_imports_deepspeed(name: str) -> None:
-    assert name == M + "parallel.zero" or not [t for t, _ in imports(name) if within(t, "deepspeed")]
+def test_one_file_imports_deepspeed(name: str) -> None:
+    assert name == M + "engines.deepspeed" or not [t for t, _ in imports(name) if within(t, "deepspeed")]
 
 
 def test_no_pickle_and_no_shell() -> None:
     # The one refuses what would run, the other reads what its own children wrote.
-    allowed = (M + "checkpoint.pickles", M + "dist.spawn")
+    allowed = (M + "checkpoint.formats.pickles", M + "distributed.spawn")
     for name in SOURCES:
         pickles = [t for t, _ in imports(name) if t in ("pickle", "dill", "cloudpickle")]
         assert not pickles or name in allowed, name

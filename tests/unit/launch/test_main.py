@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from launch import cli as launch_cli
 from launch.__main__ import COMMANDS
 from launch.cli import parse
-from launch.hostfile import UsageError
+from launch.hosts.hostfile import UsageError
 from megatron_lite import cli as trainer_cli
 from tests.kit.jobs import PYTHON, REPOSITORY, Result, run_job
 

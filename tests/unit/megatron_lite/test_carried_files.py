@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import pytest
 
 from megatron_lite.data.tokenizer import tokenizer_files
-from megatron_lite.train import Run
+from megatron_lite.training.run import Run
 from tests.kit.corpora import write_json_tokenizer
 
 GENERATION, TEMPLATE = "generation_config.json", "chat_template.jinja"

@@ -10,7 +10,7 @@ import pytest
 
 from megatron_lite.checkpoint import open_checkpoint
 from megatron_lite.checkpoint.inspect import inspect
-from megatron_lite.dist.spawn import run_ranks
+from megatron_lite.distributed.spawn import run_ranks
 from megatron_lite.errors import CheckpointError
 from tests.kit.pieces import SOLO, blank, commit, manifest_tree, ready, sign
 

@@ -5,9 +5,9 @@ from pathlib import Path
 import torch
 
 from megatron_lite.checkpoint import prepare, save
-from megatron_lite.dist.mesh import Axis
-from megatron_lite.dist.shard import Piece
-from megatron_lite.faults import Faults
+from megatron_lite.distributed.mesh import Axis
+from megatron_lite.distributed.shard import Piece
+from megatron_lite.training.faults import Faults
 from tests.benchmarks.checkpoint import LITE, outside
 
 

@@ -14,11 +14,11 @@ from megatron_lite.checkpoint.manifest import BoxEntry, FileEntry, tiling_proble
 from megatron_lite.checkpoint.reading import _share
 from megatron_lite.checkpoint.shards import DTYPES, holdings, plan
 from megatron_lite.config import parse_model
-from megatron_lite.dist.mesh import Axis
-from megatron_lite.dist.shard import Tile, materialize, pieces_of
+from megatron_lite.distributed.mesh import Axis
+from megatron_lite.distributed.shard import Tile, materialize, pieces_of
 from megatron_lite.errors import CheckpointError
-from megatron_lite.faults import Faults
 from megatron_lite.models.decoder import Decoder
+from megatron_lite.training.faults import Faults
 from tests.kit.pieces import SOLO, blank, commit, cut, global_tensors, ready
 
 

@@ -19,7 +19,7 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 from megatron_lite.data import hf_tokenizer
 from megatron_lite.data.tokenizer import SentencePiece, load_tokenizer, tokenizer_files
 from megatron_lite.errors import DataError
-from megatron_lite.models.huggingface import FAMILIES
+from megatron_lite.families.huggingface import FAMILIES
 from tests.kit.corpora import write_json_tokenizer, write_tokenizer
 from tests.kit.tokenizers import CHAT, WORDS, fast, fast_folder, sentencepiece, slow_folder, token, write
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from megatron_lite.dist.mesh import Axis
+from megatron_lite.distributed.mesh import Axis
 from megatron_lite.layers import loss as module
 from megatron_lite.layers.loss import linear_cross_entropy
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from megatron_lite.config import LoRAConfig
-from megatron_lite.dist.mesh import Axis
+from megatron_lite.distributed.mesh import Axis
 from megatron_lite.layers import matmul
 from megatron_lite.layers.attention import Attention, Context
 from megatron_lite.layers.linear import ColumnParallelLinear

@@ -5,7 +5,7 @@ import torch
 from torch.nn.functional import cross_entropy
 
 from megatron_lite.config import ModelConfig
-from megatron_lite.dist.mesh import Axis
+from megatron_lite.distributed.mesh import Axis
 from megatron_lite.models.decoder import Decoder
 
 transformers = pytest.importorskip("transformers", reason="transformers is not installed (pip install '.[hf]')")

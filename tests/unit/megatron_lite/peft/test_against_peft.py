@@ -5,13 +5,13 @@ import torch
 import torch.nn.functional as F
 
 from megatron_lite.checkpoint.formats import open_peft
-from megatron_lite.checkpoint.hf import HuggingFaceSource
+from megatron_lite.checkpoint.formats.hf import HuggingFaceSource
 from megatron_lite.config import parse_config
 from megatron_lite.data.loader import Batch
-from megatron_lite.dist.mesh import solo_mesh
-from megatron_lite.faults import Faults
-from megatron_lite.parallel.plan import make_plan
-from megatron_lite.trainer import Trainer
+from megatron_lite.distributed.mesh import solo_mesh
+from megatron_lite.planning.plan import make_plan
+from megatron_lite.training.faults import Faults
+from megatron_lite.training.step import Trainer
 
 peft = pytest.importorskip("peft", reason="the peft library is not installed")
 transformers = pytest.importorskip("transformers", reason="transformers is not installed")

@@ -11,10 +11,10 @@ import torch
 
 from megatron_lite.config import parse_config
 from megatron_lite.data.loader import Batch
-from megatron_lite.dist.mesh import solo_mesh
-from megatron_lite.faults import Faults
-from megatron_lite.parallel.plan import make_plan
-from megatron_lite.trainer import Trainer
+from megatron_lite.distributed.mesh import solo_mesh
+from megatron_lite.planning.plan import make_plan
+from megatron_lite.training.faults import Faults
+from megatron_lite.training.step import Trainer
 
 VOCAB, LENGTH, BATCH, NOISE = 16, 16, 16, 0.1
 KNOWN, NEW = 1, 2

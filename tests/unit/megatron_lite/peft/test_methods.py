@@ -5,9 +5,9 @@ import torch
 
 from megatron_lite import peft
 from megatron_lite.config import parse_config
-from megatron_lite.dist.mesh import Axis
-from megatron_lite.dist.shard import initialize, inits_of, pieces_of
-from megatron_lite.generate import Sampling, generate
+from megatron_lite.distributed.mesh import Axis
+from megatron_lite.distributed.shard import initialize, inits_of, pieces_of
+from megatron_lite.inference.generate import Sampling, generate
 from megatron_lite.layers.attention import KeyValueCache
 from megatron_lite.models.decoder import Decoder
 from megatron_lite.peft.prefix import fold

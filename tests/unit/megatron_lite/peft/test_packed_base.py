@@ -8,8 +8,8 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from megatron_lite import peft
 from megatron_lite.config import PACKED_BYTES, parse_config
-from megatron_lite.dist.mesh import Axis
-from megatron_lite.dist.shard import initialize, inits_of, pieces_of, spec_of
+from megatron_lite.distributed.mesh import Axis
+from megatron_lite.distributed.shard import initialize, inits_of, pieces_of, spec_of
 from megatron_lite.models.decoder import Decoder
 
 SOLO = Axis("tp")

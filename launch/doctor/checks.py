@@ -1,0 +1,291 @@
+"""What the doctor checks: pure functions from what hosts said (a ``Case``) to findings, causes before effects."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from typing import Literal
+
+from launch.doctor.examination import Case, Finding, amount
+from launch.doctor.facts import PACKAGES, Facts, Peer
+from launch.hosts import network
+from launch.hosts.hostfile import count
+from launch.watch.report import PEER_LOST, STORAGE, USAGE
+
+_SKEW_S, _FAR_S = 1.0, 60.0  # clocks: odd order of logs; trouble for tickets, certificates and file times, too
+_SHM, _SHM_SMALL = 16 << 20, 512 << 20  # bytes: free, that NCCL and workers cannot do without; a comfortable size
+_FILES, _FILES_PER_RANK = 256, 8  # open files of a rank, and its connections to each other one
+_THREADS = 64  # of a rank, beside those that compute
+_SHARE = 0.2  # of a link's speed is the least that an all-reduce should reach
+_GLOO_MBITS = 10_000  # which gloo cannot fill beyond about this
+_LOOPBACK = 0.2e9  # bytes a second, within a machine
+
+
+Check = Callable[[Case], Iterator[Finding]]
+
+
+def ssh(case: Case) -> Iterator[Finding]:
+    """Every host answers, without a prompt."""
+    for host in case.hosts:
+        if said := case.silent.get(host.name):
+            fix = next((f"; {fix}" for sign, fix in SSH_FIXES.items() if sign in said), "")
+            yield Finding("error", said + fix, host.name)
+
+
+SSH_FIXES = {  # what ssh, or the shell behind it, says; and what helps
+    "resolve hostname": "correct the name in the hostfile, or add it to DNS or /etc/hosts",
+    "Host key verification failed": "connect once by hand to accept its key: ssh HOST true",
+    "HOST IDENTIFICATION HAS CHANGED": "if it was reinstalled: ssh-keygen -R HOST, then ssh HOST true",
+    "Permission denied (": "it would ask for a password: copy your key there with ssh-copy-id HOST, or start ssh-agent",
+    "Connection refused": "start sshd there, or give its port as --launch.ssh.port=N or in ~/.ssh/config",
+    "timed out": "is it up, and is port 22 open in its firewall?",
+    "No route to host": "is it up, and on this network?",
+    "Network is unreachable": "is it up, and on this network?",
+    "change directory": "the code has to lie at the same path on every host, as on a shared file system",
+    "No module named": "the same version of this project has to be installed there",
+    ": No such file or directory": "Python has to lie at the same path on every host: share the virtual environment",
+    "unrecognized option": "env there has no --chdir: install GNU coreutils 8.28 or newer",
+}
+
+
+def names(case: Case) -> Iterator[Finding]:
+    """Every host finds an address for every name, not its own loopback for another's, and a name for the address."""
+    for host, known in case.facts.items():
+        nameless = []
+        for other, peer in known.peers.items():
+            first = peer.addresses[:1]
+            if not first:
+                yield Finding("error", f"does not know the name {other}; add it to DNS or to /etc/hosts there", host)
+            elif other != host.rpartition("@")[2] and network.is_loopback(first[0]):
+                fix = f"give {other} its network address in /etc/hosts there"
+                yield Finding("error", f"takes {other} for itself: the name resolves to {first[0]}; {fix}", host)
+            elif not peer.name and not network.is_loopback(first[0]):
+                nameless.append(f"{first[0]} ({other})")
+        if nameless:
+            fix = "torch warns at each connection; add reverse DNS, or lines in /etc/hosts"
+            yield Finding("warning", f"no name belongs to {', '.join(nameless)}; {fix}", host)
+
+
+def interface(case: Case) -> Iterator[Finding]:
+    """Ranks listen where the user says, or else gloo where the host's own name leads: not at loopback."""
+    if len(case.hosts) == 1:
+        yield Finding("note", "one host")
+        return
+    for host, known in case.facts.items():
+        way = next((peer.interface for peer in known.peers.values() if peer.interface), "")
+        hint = " and ".join(f"{name}={way}" for name in network.VARIABLES)
+        trap = f"its own name {known.hostname} leads to {known.own_address}, where no other host can connect"
+        if wrong := [f"{name}={value}" for name, value in case.chosen.items() if not _leads_out(value, known)]:
+            fix = f"set {hint}, or unset it" if way else "unset it"
+            yield Finding("error", f"{' and '.join(wrong)}, but it has {', '.join(known.speeds)}; {fix}", host)
+        elif gloo := case.chosen.get(network.VARIABLES[0]):
+            yield Finding("note", f"{gloo}, as you have chosen", host)
+        elif not network.is_loopback(known.own_address):
+            if ":" in known.own_address:
+                fix = f"where ranks do not connect, set {hint}, or give the host an IPv4 address"
+                yield Finding("warning", f"its name leads to IPv6 only ({known.own_address}); {fix}", host)
+            yield Finding("note", f"{known.own_address} ({way or 'no interface'})", host)
+        elif way:
+            fix = f"launch run sets {hint} there; other starters need the same, or another line in /etc/hosts"
+            yield Finding("warning", f"{trap}; {fix}", host)
+        else:
+            yield Finding("error", f"{trap}, and no interface leads to the others; correct /etc/hosts", host)
+
+
+def _leads_out(chosen: str, known: Facts) -> bool:
+    """Whether one of the interfaces that a variable names exists and is no loopback; NCCL takes prefixes, too."""
+    outward = [name for name in known.speeds if name != "lo"]
+    words = [word.removeprefix("=") for word in chosen.split(",")]
+    return chosen.startswith("^") or any(name.startswith(word) for word in words for name in outward)
+
+
+def versions(case: Case) -> Iterator[Finding]:
+    """The same Python, packages and code everywhere; what most hosts have is taken as meant."""
+    having: dict[str, dict[str, str | None]] = {
+        "Python": {host: known.python for host, known in case.facts.items()},
+        **{name: {host: known.versions.get(name) for host, known in case.facts.items()} for name in PACKAGES},
+        "code": {host: known.code for host, known in case.facts.items()},
+    }
+    for what, found in having.items() if case.facts else ():
+        usual = Counter(found.values()).most_common(1)[0][0]  # of equally many, the first host's
+        usual_text = f"{what} {usual}" if usual else f"no {what}"
+        for host, version in found.items():
+            if version != usual:
+                where = "copy the code there" if what == "code" else f"install it for {case.facts[host].executable}"
+                has = f"{what} {version}" if version else f"no {what}"
+                yield Finding("error", f"has {has}, others {usual_text}; {where}", host)
+        if what == "torch" and usual is None:
+            yield Finding("error", "no torch for this Python; pip install torch")
+        elif usual:
+            yield Finding("note", usual_text)
+
+
+def devices(case: Case) -> Iterator[Finding]:
+    """A GPU for every slot, or, where no host has any, a core."""
+    some = any(known.gpus for known in case.facts.values())
+    for host in case.hosts:
+        if (known := case.facts.get(host.name)) is None:
+            continue
+        wanted = max(host.devices) + 1 if host.devices else host.slots
+        if some and known.gpus < wanted:
+            fix = f"slots={known.gpus}" if known.gpus else "leave it out, or look at nvidia-smi there"
+            yield Finding("error", f"{wanted} slots but {count(known.gpus, 'GPU')}; {fix}", host.name)
+        elif not some and known.cores < host.slots:
+            fix = f"slots={known.cores} is faster"
+            yield Finding("warning", f"{host.slots} slots share {count(known.cores, 'core')}; {fix}", host.name)
+        else:
+            has = count(known.gpus, "GPU") if some else count(known.cores, "core") + ", no GPU"
+            yield Finding("note", f"{has} for {count(host.slots, 'rank')}", host.name)
+
+
+def threads(case: Case) -> Iterator[Finding]:
+    """The threads with which the ranks of a host compute have a core each; whether ranks have one is ``devices``'."""
+    for host in case.hosts:
+        if (known := case.facts.get(host.name)) is None or case.omp <= 1:
+            continue
+        if (wanted := case.omp * host.slots) > known.cores:
+            has = f"OMP_NUM_THREADS={case.omp} in {count(host.slots, 'rank')}: {wanted} threads share"
+            fix = f"--launch.env.OMP_NUM_THREADS={max(1, known.cores // host.slots)} is faster"
+            yield Finding("warning", f"{has} {count(known.cores, 'core')}; {fix}", host.name)
+        else:
+            yield Finding("note", f"OMP_NUM_THREADS={case.omp}", host.name)
+
+
+def clock(case: Case) -> Iterator[Finding]:
+    """Clocks agree: the first of several failures is found by its time."""
+    for host, seconds in case.skew.items():
+        if abs(seconds) > _SKEW_S:
+            text = f"its clock is {abs(seconds):.0f} s {'ahead' if seconds > 0 else 'behind'}; run chrony or ntpd there"
+            yield Finding("error" if abs(seconds) > _FAR_S else "warning", text, host)
+
+
+def shm(case: Case) -> Iterator[Finding]:
+    """Room in /dev/shm, where processes of a host hand each other data."""
+    for host, known in case.facts.items():
+        fix = "in a container: --shm-size=1g (Kubernetes: launch.k8s.shm); else mount -o remount,size=1G /dev/shm"
+        size = f"/dev/shm has {amount(known.shm_free)} free of {amount(known.shm_size)}"
+        if known.shm_free < _SHM:
+            yield Finding("error", f"{size}; remove what fills it, or {fix}", host)
+        elif known.shm_size < _SHM_SMALL:
+            yield Finding("warning", f"{size}; {fix}", host)
+
+
+def limits(case: Case) -> Iterator[Finding]:
+    """Files, threads and pinned memory that a rank may have."""
+    ranks = sum(host.slots for host in case.hosts)
+    for host in case.hosts:
+        if (known := case.facts.get(host.name)) is None:
+            continue
+        files = _FILES + _FILES_PER_RANK * ranks
+        if 0 <= (limit := known.limits["nofile"]) < files:
+            level: Literal["error", "warning"] = "error" if limit < _FILES // 4 else "warning"
+            yield Finding(level, f"ulimit -n is {limit}, {count(ranks, 'rank')} may open {files} files; raise it in "
+                          "/etc/security/limits.conf", host.name)  # fmt: skip
+        threads = known.threads + host.slots * _THREADS + known.cores
+        if 0 <= (limit := known.limits["nproc"]) < threads:
+            yield Finding("warning", f"ulimit -u is {limit}, {count(host.slots, 'rank')} with what runs need {threads} "
+                          "threads; raise it in /etc/security/limits.conf", host.name)  # fmt: skip
+        if known.rdma and known.limits["memlock"] != -1:
+            yield Finding("warning", f"ulimit -l is {amount(known.limits['memlock'])}, but its RDMA network pins "
+                          "memory; set it to unlimited in /etc/security/limits.conf", host.name)  # fmt: skip
+
+
+def folder(case: Case) -> Iterator[Finding]:
+    """The run's folder is one folder, and every host can write to it."""
+    if case.unusable:
+        yield Finding("error", f"{case.folder} cannot be used: {case.unusable}; choose another run.dir")
+    for host, known in case.facts.items():
+        trouble = known.folder or (
+            "" if host in case.seen else "is not the same folder: what it writes is not seen here"
+        )
+        if trouble:
+            fix = "let the user write there" if "cannot be used" in trouble else "put it on a file system all share"
+            yield Finding("error", f"{case.folder} {trouble}; {fix} (run.dir)", host)
+
+
+def disk(case: Case) -> Iterator[Finding]:
+    """Room for the checkpoints that the config keeps, and the one that is being written."""
+    all_of_them = (case.keep + 1) * case.checkpoint
+    has = f"{case.folder} has {amount(case.free)} free"
+    if case.checkpoint and case.free < all_of_them:
+        level: Literal["error", "warning"] = "error" if case.free < case.checkpoint else "warning"
+        needs = f"a checkpoint takes {amount(case.checkpoint)}, {case.keep} kept and one being written "
+        yield Finding(level, f"{has}; {needs}{amount(all_of_them)}; make room, or set run.dir or checkpoint.keep")
+    else:
+        takes = f"; a checkpoint takes {amount(case.checkpoint)}" if case.checkpoint else ""
+        yield Finding("note", has + takes)
+
+
+def port(case: Case) -> Iterator[Finding]:
+    """The rendezvous port is free."""
+    if case.port:
+        yield Finding("error", case.port, case.hosts[0].name)
+
+
+def links(case: Case) -> Iterator[Finding]:
+    """Every host can connect to every other one, at any port: ranks choose theirs freely."""
+    for (host, other), said in case.links.items():
+        if said:
+            fix = "look at cable, routes and firewall between them: training needs all TCP ports"
+            yield Finding("error", f"cannot connect to {other}: {said}; {fix}", host)
+
+
+def bandwidth(case: Case) -> Iterator[Finding]:
+    """An all-reduce among the hosts is as fast as their links let expect."""
+    if isinstance(case.reduced, str):
+        fix = "; is it the interface ({} and {}), or torch itself? NCCL_DEBUG=INFO tells more".format(
+            *network.VARIABLES
+        )
+        yield Finding("error", case.reduced + fix) if case.failed else Finding("note", case.reduced)
+        return
+    for a, b, speed in case.reduced["pairs"]:
+        least, because = expected(case, a, b)
+        pair = f"{case.hosts[a].name} and {case.hosts[b].name}" if len(case.hosts) > 1 else "two ranks"
+        text = f"{pair}: {speed / 1e9:.2f} GB/s"
+        if speed < least:
+            text += f", expected {least / 1e9:.2f}: {because}"
+            yield Finding("warning", f"{text}; look at the interface, its cable, and who else uses the link")
+        else:
+            yield Finding(
+                "note", f"{text} ({f'at least {least / 1e9:.2f} expected' if least else 'no expectation'}: {because})"
+            )
+    together = f"{case.reduced['all'] / 1e9:.2f} GB/s, 4 bytes in {case.reduced['latency'] * 1e3:.2f} ms"
+    yield Finding("note", f"all: {together}, {case.reduced['backend']}")
+
+
+def expected(case: Case, a: int, b: int) -> tuple[float, str]:
+    """The least bandwidth between two hosts, in bytes a second, and why."""
+    if len(case.hosts) == 1:
+        return _LOOPBACK, "through this machine's memory"
+    ends = [(case.hosts[a], case.hosts[b]), (case.hosts[b], case.hosts[a])]
+    through = [(case.facts[x.name], case.facts[x.name].peers.get(y.address, Peer()).interface) for x, y in ends]
+    speeds = [known.speeds.get(name, 0) for known, name in through]
+    if not all(speeds):
+        return 0.0, f"the driver of {through[speeds.index(0)][1] or 'the interface'} tells no speed"
+    gloo, link = not isinstance(case.reduced, str) and case.reduced["backend"] == "gloo", min(speeds)
+    used, cap = (_GLOO_MBITS, " of what gloo can use") if gloo and link > _GLOO_MBITS else (link, "")
+    return _SHARE * used * 1e6 / 8, f"a fifth{cap} of a link of {link / 1000:g} Gbit/s"
+
+
+# Name, exit code where it fails, function.
+CHECKS: dict[str, tuple[int, Check]] = {
+    "ssh": (PEER_LOST, ssh),
+    "names": (PEER_LOST, names),
+    "interface": (PEER_LOST, interface),
+    "versions": (USAGE, versions),
+    "devices": (USAGE, devices),
+    "threads": (USAGE, threads),
+    "clock": (USAGE, clock),
+    "shm": (USAGE, shm),
+    "limits": (USAGE, limits),
+    "folder": (STORAGE, folder),
+    "disk": (STORAGE, disk),
+    "port": (USAGE, port),
+    "links": (PEER_LOST, links),
+    "bandwidth": (PEER_LOST, bandwidth),
+}
+
+
+def examine(case: Case, names: Sequence[str] = tuple(CHECKS)) -> dict[str, list[Finding]]:
+    """The findings of some checks."""
+    return {name: list(CHECKS[name][1](case)) for name in names}

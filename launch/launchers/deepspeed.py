@@ -1,0 +1,76 @@
+"""Ranks through DeepSpeed's launcher, over several hosts with its pdsh or its openmpi runner."""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import sys
+from pathlib import Path
+
+from launch.hosts.hostfile import UsageError
+from launch.hosts.job import Command, Job, Launch, ordered
+from launch.hosts.rendezvous import free_port
+
+_PLAIN = re.compile(r"[A-Za-z0-9_./:@,=+-]*")  # what a shell leaves as it is
+_EXPORTED = (
+    "MLFLOW",
+    "PYTHON",
+    "MV2",
+    "UCX",
+    "NCCL",
+    "CUDA",
+    "DS_",
+)  # the prefixes that DeepSpeed puts on command lines
+
+
+def command(job: Job) -> Launch:
+    """``deepspeed`` over a hostfile of its own.
+
+    It hands a line to a shell on every host, unquoted, and forwards few variables. So nothing of ours is in that line
+    but one word that names a file; the program, its arguments and all variables are in the file. What DeepSpeed would
+    export by itself is taken out of its environment.
+    """
+    here = str(Path.cwd())
+    for path in (here, sys.executable):
+        if not _PLAIN.fullmatch(path):
+            raise UsageError(
+                f"--via=deepspeed: its launcher lets a shell read {path!r}; move it, or use --via=torchrun"
+            )
+    hostfile = job.log_dir / "hostfile"
+    address, port = job.rendezvous or ("127.0.0.1", free_port())
+    openmpi = len(job.hosts) > 1 and job.runner == "openmpi"
+    meeting = {"MASTER_ADDR": address, "MASTER_PORT": str(port)} if openmpi else {}  # the other runner sets them
+    rank = ["--rank=OMPI_COMM_WORLD_RANK"] if openmpi else []
+    shim, files = ordered(job, meeting, "--stderr-fd=1", *rank, lease=True)
+    files[hostfile] = "".join(f"{host.name} slots={_slots(host.devices, host.slots)}\n" for host in job.hosts)
+    argv = [sys.executable, "-m", "deepspeed.launcher.runner", f"--hostfile={hostfile}", "--no_ssh_check"]
+    if any(host.devices is not None for host in job.hosts):
+        if openmpi:
+            raise UsageError("--runner=openmpi: DeepSpeed's cannot choose devices; use --runner=pdsh, or --via=mpirun")
+        chosen = (f"{host.name}:{','.join(map(str, host.devices or range(host.slots)))}" for host in job.hosts)
+        argv.append(f"--include={'@'.join(chosen)}")
+    if openmpi:
+        root = " --allow-run-as-root" if os.geteuid() == 0 else ""
+        argv += ["--launcher=openmpi", f"--launcher_args=--bind-to none{root}"]
+    elif len(job.hosts) > 1:
+        argv += ["--launcher=pdsh", "--launcher_args=-N"]  # -N: no host name before every line
+    argv += [f"--master_addr={address}", f"--master_port={port}", "--no_local_rank", "--module", *shim[1:]]
+    env = {"DS_ENV_FILE": os.devnull, "PDSH_SSH_ARGS_APPEND": _ssh(job)}
+    return Launch("deepspeed", [Command(argv, env, without=_EXPORTED)], files)
+
+
+def _slots(devices: tuple[int, ...] | None, slots: int) -> int:
+    """DeepSpeed counts slots from 0, so the highest chosen one has to exist."""
+    return slots if devices is None else max(devices) + 1
+
+
+def _ssh(job: Job) -> str:
+    words = ["-oBatchMode=yes", *(f"-o{option}" for option in job.ssh.options)]
+    if job.ssh.port is not None:
+        words.append(f"-p{job.ssh.port}")
+    if any(shlex.quote(word) != word for word in words):
+        raise UsageError(
+            f"launch.ssh.options={list(job.ssh.options)}: pdsh splits them at spaces; put them in ~/.ssh/config"
+        )
+    return " ".join(words)

@@ -1,0 +1,221 @@
+"""The shim around each rank: ``python -m launch.watch.rank --log-dir=DIR [OPTIONS] -- PROGRAM …``.
+
+It keeps the rank's output in ``DIR/rank_N.log``, passes signals on, and reports how the rank ended (``report.py``),
+since launchers hand back neither exit codes nor signals. Options: ``--rank=VARIABLE`` that holds the rank (RANK),
+``--stderr-fd=N`` for rank 0's errors, ``--wish=FILE`` in which a launcher on another machine says what it wants, and
+``--lease`` to end with it. ``--file=FILE`` stands for all of this: there the arguments are, and variables to set.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import io
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import NoReturn
+from urllib.parse import unquote
+
+from launch import process
+from launch.hosts import network
+from launch.watch.report import PREEMPTED, Report, last_words
+
+_STOP = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP, signal.SIGQUIT)  # what torchrun passes on
+_STOPPED_LIMIT_S = 2.0  # how long a rank that should save may stay stopped (SIGSTOP) before it is killed
+_POLL_S, _WISH_S = 0.2, 1.0
+_LEASE_S = 30.0  # a rank with a lease ends when its launcher has been silent for this long
+SAVE, END = "save", "end"  # wishes, each followed by the attempt that is meant
+_TAIL_BYTES = 8192
+_INHERITED = ("PMI_FD",)  # holds the descriptor through which MPICH's MPI_Init talks to its mpiexec
+
+
+class Copier(threading.Thread):
+    """Copies a pipe to a log, by whole lines, and, for rank 0, to the console as it comes.
+
+    A full disk or a closed console never blocks the rank.
+    """
+
+    def __init__(self, pipe: io.FileIO, log: io.FileIO, console: int | None) -> None:
+        super().__init__(daemon=True)
+        self.pipe, self.log, self.console = pipe, log, console
+        self.line, self.tail = b"", b""  # the unfinished line; the end of the output
+
+    def run(self) -> None:
+        while chunk := os.read(self.pipe.fileno(), 65536):
+            self.tail = (self.tail + chunk)[-_TAIL_BYTES:]
+            self._to_log(chunk)
+            self._to_console(chunk)
+        self._to_log(b"")
+
+    def _to_log(self, chunk: bytes) -> None:
+        text = self.line + chunk
+        end = max(text.rfind(b"\n"), text.rfind(b"\r")) + 1
+        if not chunk or len(text) - end > _TAIL_BYTES:
+            end = len(text)
+        self.line = text[end:]
+        with contextlib.suppress(OSError):  # the disk is full now, perhaps not later
+            self.log.write(text[:end])
+
+    def _to_console(self, chunk: bytes) -> None:
+        try:
+            while self.console is not None and chunk:
+                chunk = chunk[os.write(self.console, chunk) :]
+        except OSError:  # its reader went away
+            self.console = None
+
+
+def run(
+    log_dir: Path,
+    program: list[str],
+    rank: int,
+    attempt: int,
+    console: tuple[int, int] | None,
+    wish: Wish | None = None,
+) -> int:
+    """Run ``program`` to its end; ``console`` holds the descriptors for its stdout and stderr, if it is shown, and
+    ``wish`` tells what a launcher wants that cannot send signals.
+
+    Returns the exit code for the launcher: the program's own, 128 + N after signal N, but 0 when the program was
+    preempted, so that the launcher does not tear down the peers that are still saving.
+    """
+    watched = {*_STOP, signal.SIGUSR2, signal.SIGCHLD}
+    signal.pthread_sigmask(signal.SIG_BLOCK, watched)
+    log = (log_dir / f"rank_{rank}.log").open("ab", buffering=0)
+    # mpirun gives ranks a terminal, which is not the user's: there, both streams come as one.
+    on_terminal = console is not None and console[0] != console[1] and os.isatty(console[0])
+    relayed, relay = os.pipe()
+    child = process.start(
+        program,
+        unblock=watched,
+        env={**os.environ, "MLITE_RELAY": str(relayed)},
+        stdin=subprocess.DEVNULL,
+        stdout=console[0] if console and on_terminal else subprocess.PIPE,  # a progress line needs the terminal itself
+        stderr=subprocess.STDOUT if console is None else subprocess.PIPE,
+        bufsize=0,
+        pass_fds=[relayed, *(int(os.environ[name]) for name in _INHERITED if os.environ.get(name, "").isdecimal())],
+        process_group=0,  # torchrun signals our whole group: the program would get each signal twice
+    )
+    report = Report(rank, socket.gethostname(), child.pid, os.getpid(), attempt, time.time())
+    with contextlib.suppress(OSError):
+        stamp = time.strftime("%Y-%m-%dT%H:%M:%S%z", time.localtime(report.started))
+        log.write(f"# rank {rank}, attempt {attempt}, pid {child.pid} on {report.host}, {stamp}\n".encode())
+    report.write_start(log_dir)
+    outputs = [(child.stdout, console and console[0]), (child.stderr, console and console[1])]
+    copiers = [Copier(pipe, log, fd) for pipe, fd in outputs if pipe]  # type: ignore[arg-type]
+    for copier in copiers:
+        copier.start()
+
+    asked, stopped = _wait(child, watched, wish, relay)
+
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(child.pid, signal.SIGKILL)  # what the program started and left behind
+    for copier in copiers:
+        copier.join(timeout=1)
+    signum, code = max(0, -child.returncode), max(0, child.returncode)
+    ended = replace(
+        report,
+        exit_code=None if signum else code,
+        signal=signum or None,
+        asked=asked,
+        stopped=stopped,
+        time=time.time(),
+        message=last_words(copiers[-1].tail) if child.returncode not in (0, PREEMPTED) else "",
+    )
+    ended.write_end(log_dir)
+    return 128 + signum if signum else code if code != PREEMPTED else 0
+
+
+def _wait(
+    child: subprocess.Popen[bytes], watched: set[signal.Signals], wish: Wish | None, relay: int
+) -> tuple[bool, bool]:
+    """Pass signals and wishes on until ``child`` ends: was it asked to stop, and had it to be killed while stopped?
+
+    A byte in ``relay`` tells the program that it may be asked by others, too, and that it is one and the same wish.
+    """
+    asked, stopped, stopped_since = False, False, 0.0
+    while child.poll() is None:
+        received = signal.sigtimedwait(watched, _POLL_S if asked else _WISH_S if wish else 60)
+        wanted = wish.read() if wish else ""
+        if wanted == END:
+            process.send(child.pid, signal.SIGKILL)
+        if received and received.si_signo == signal.SIGUSR2:
+            process.send(child.pid, signal.SIGUSR2)
+        elif (wanted == SAVE or (received and received.si_signo in _STOP)) and not asked:
+            asked = True  # the supervisor and torchrun may both ask; a second signal would cut the save short
+            os.write(relay, b"1")
+            process.send(child.pid, signal.SIGTERM)
+        if not asked or process.state(child.pid) != "T":
+            stopped_since = 0.0
+        elif not stopped_since:
+            stopped_since = time.monotonic()
+        elif time.monotonic() - stopped_since > _STOPPED_LIMIT_S:
+            stopped = True
+            process.send(child.pid, signal.SIGKILL)
+    # A signal to a whole group may end the program between fork and exec, before this process has looked for its own.
+    return asked or not signal.sigpending().isdisjoint(_STOP), stopped
+
+
+class Wish:
+    """A file in which a launcher on another machine says what it wants, and, by changing it, that it is there.
+
+    Its text is ``WISH ATTEMPT NUMBER``. It is opened at each look: network file systems refresh a file then.
+    """
+
+    def __init__(self, path: Path, attempt: int, *, lease: bool) -> None:
+        self.path, self.attempt, self.lease = path, str(attempt), lease
+        self.text, self.since = "", time.monotonic()
+
+    def read(self) -> str:
+        """SAVE, END or nothing; END also when a lease has run out."""
+        with contextlib.suppress(OSError):
+            text = self.path.read_text()
+            if text != self.text:
+                self.text, self.since = text, time.monotonic()
+        if self.lease and time.monotonic() - self.since > _LEASE_S:
+            return END
+        wish, _, rest = self.text.partition(" ")
+        return wish if rest.partition(" ")[0] == self.attempt else ""
+
+
+def _arguments() -> list[str]:
+    """The command line, or what the file holds that it names; in the directory and with the variables of that file."""
+    argv = sys.argv[1:]
+    if not argv[0].startswith("--file="):
+        return argv
+    order = json.loads(Path(unquote(argv[0].removeprefix("--file=").replace("=", "%"))).read_text())
+    os.environ.update(order["env"])
+    os.chdir(order["cwd"])
+    return list(order["argv"])
+
+
+def main() -> NoReturn:
+    """Read the command line and the launcher's variables; everything unexpected is an error of the launcher."""
+    gc.freeze()
+    process.die_with_parent()
+    if os.getppid() == 1:
+        raise SystemExit("launch.watch.rank: the launcher has gone")
+    argv = _arguments()
+    os.environ.update(network.interface_env(os.environ))
+    split = argv.index("--")
+    options = dict(option.removeprefix("--").partition("=")[::2] for option in argv[:split])
+    program, log_dir = argv[split + 1 :], Path(options["log-dir"])
+    rank, attempt = int(os.environ[options.get("rank", "RANK")]), int(os.environ.get("MLITE_ATTEMPT", "0"))
+    console = (1, int(options.get("stderr-fd", "2"))) if rank == 0 else None
+    wish = Wish(Path(options["wish"]), attempt, lease="lease" in options) if "wish" in options else None
+    try:
+        raise SystemExit(run(log_dir, program, rank, attempt, console, wish))
+    except OSError as error:
+        print(f"error: rank {rank} could not be started: {error}", file=sys.stderr)
+        raise SystemExit(7 if error.filename != program[0] else 2) from None
+
+
+if __name__ == "__main__":
+    main()

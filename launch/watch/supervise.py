@@ -1,0 +1,443 @@
+"""Starts what a launcher's command describes, ends it when it has to end, and says why it ended."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import itertools
+import json
+import os
+import shlex
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from launch import process
+from launch.hosts.elastic import Pool, Probe
+from launch.hosts.hostfile import Host, UsageError, count
+from launch.hosts.job import Command, Job, Launch
+from launch.hosts.network import addresses, is_loopback, resolve
+from launch.hosts.rendezvous import meet
+from launch.hosts.ssh import check_program
+from launch.watch.host import BEAT_S
+from launch.watch.outcome import Outcome, judge, launcher_log
+from launch.watch.rank import END, SAVE
+from launch.watch.report import PEER_LOST, PREEMPTED, STORAGE, USAGE, Reports
+
+_POLL_S = 0.1
+_ASK_AFTER_S = 1.0  # after the first failure, ranks that have not noticed are asked to stop …
+_KILL_AFTER_S = 8.0  # … and at last killed
+_ANSWER_S = 4.0  # for a host to answer, when it may be the reason of a failure
+_AGENT_LIMIT_S = 3.0  # for a launcher's own end, once every rank has ended
+_DEATH_LIMIT_S = 10.0  # for the kernel to end what was killed
+_QUICK_S, _LONGEST_WAIT_S = 60.0, 60.0  # attempts that end sooner than this are followed by ever longer waits
+_HOSTS_WAIT_S, _HOSTS_RETRY_S = 600.0, 5.0  # for enough hosts to be reachable, or to come by themselves
+_SAY_AFTER_S, _SAY_AGAIN_S = 10.0, 60.0  # for whom it waits
+_SECOND_SIGNAL_S = 0.5  # `timeout` and some schedulers deliver one signal twice: only a later one is a second wish
+
+
+def supervise(job: Job, launcher: Callable[[Job], Launch], max_restarts: int = 0, pool: Pool | None = None) -> Outcome:
+    """Run ``job`` to its end, again after a lost peer up to ``max_restarts`` times; write ``RUN/outcome.json``.
+
+    With a ``pool`` of hosts each start takes those that can be reached, and a run that lost some takes them back. The
+    first SIGINT, SIGTERM, SIGHUP or SIGUSR1 asks every rank to finish its step and save; a second one kills them.
+    However it ends, no process that was started here is left.
+    """
+    if job.distributed or pool is not None:
+        check_program("ssh" if job.slurm is None else "srun")
+    try:
+        job.log_dir.mkdir(parents=True, exist_ok=True)
+        with _exclusive(job.lock) as holder, _cursor_shown(), _signals() as signals:
+            if holder:
+                return Outcome(USAGE, f"{job.run_dir} is in use by {holder}; choose another --run.name")
+            process.adopt_orphans()
+            outcome = _Supervisor(launcher, max_restarts, pool, signals).run(job)
+    except OSError as error:
+        return Outcome(STORAGE, f"{error.filename or job.log_dir}: {error.strerror}")
+    try:
+        partial = job.run_dir / f"outcome{job.own}.json.tmp"
+        partial.write_text(json.dumps(outcome.as_dict(), indent=2) + "\n")
+        partial.replace(job.run_dir / f"outcome{job.own}.json")
+    except OSError as error:
+        say(f"warning: {job.run_dir}/outcome{job.own}.json could not be written: {error.strerror}")
+    return outcome
+
+
+@dataclass(frozen=True)
+class _Supervisor:
+    """Attempt after attempt, until one ends that is not to be followed by another."""
+
+    launcher: Callable[[Job], Launch]
+    max_restarts: int
+    pool: Pool | None
+    signals: set[signal.Signals]
+
+    def run(self, job: Job) -> Outcome:
+        """Every attempt but the last ended with a lost peer, or was asked to make room for more hosts."""
+        restarts = quick = 0
+        while True:
+            if self.pool is not None:
+                hosts = self._choose(job, self.pool)
+                if isinstance(hosts, Outcome):
+                    return hosts
+                job = replace(job, hosts=hosts)
+            if job.attempt:
+                on = f" on {', '.join(host.name for host in job.hosts)}" if self.pool is not None else ""
+                start = f"as at first ({job.begin[0]})" if job.begin else "from the last checkpoint"
+                say(f"restarting {start}{on}, attempt {job.attempt + 1}")
+            if early := self._wait_for_name(job):
+                return early
+            began = time.monotonic()
+            try:
+                attempt = _Attempt(job, self.launcher(meet(job)), self.signals, self.pool)
+                outcome = attempt.run()
+                over, growing = bool(attempt.stop_asked), attempt.growing and outcome.exit_code == PREEMPTED
+            except UsageError as error:
+                if not job.attempt:
+                    raise
+                outcome, over, growing = Outcome(PEER_LOST, str(error)), False, False
+            if over or not (growing or (outcome.exit_code == PEER_LOST and restarts < self.max_restarts)):
+                return outcome
+            if not growing:
+                restarts += 1
+                say(f"{outcome.line}; restart {restarts} of {self.max_restarts}")
+                quick = quick + 1 if time.monotonic() - began < _QUICK_S else 0
+                if stopped := self._sleep(min(_LONGEST_WAIT_S, 2.0 ** (quick - 1) - 1) if quick else 0.0):
+                    return stopped
+            job = job.next_attempt()
+
+    def _choose(self, job: Job, pool: Pool) -> tuple[Host, ...] | Outcome:
+        """The hosts for the next start, waiting for enough of them to answer."""
+        deadline, told = time.monotonic() + _HOSTS_WAIT_S, False
+        while True:
+            reachable = Probe(pool.hosts, job.ssh).answered()
+            if hosts := pool.choose(reachable):
+                return hosts
+            enough = f"{len(reachable)} of {len(pool.hosts)} hosts can be reached; --nodes wants at least {pool.least}"
+            if time.monotonic() > deadline:
+                return Outcome(PEER_LOST, enough)
+            if not told:
+                say(f"waiting: {enough}, as many as the config can divide its batch by")
+                told = True
+            if stopped := self._sleep(_HOSTS_RETRY_S):
+                return stopped
+
+    def _wait_for_name(self, job: Job) -> Outcome | None:
+        """Where ranks meet may get its name only with the host that has it, as pods do."""
+        deadline, told = time.monotonic() + job.rendezvous_wait, False
+        while job.rendezvous_wait and job.rendezvous and not resolve(job.rendezvous[0]):
+            if time.monotonic() > deadline:
+                return Outcome(PEER_LOST, f"{job.rendezvous[0]} did not resolve for {job.rendezvous_wait} s")
+            if not told:
+                say(f"waiting: {job.rendezvous[0]}, where ranks meet, does not resolve yet")
+                told = True
+            if stopped := self._sleep(1.0, "before any rank had started"):
+                return stopped
+        return None
+
+    def _sleep(self, seconds: float, when: str = "between two attempts, after the last checkpoint") -> Outcome | None:
+        """Wait; a signal that ends the wait ends the run."""
+        deadline = time.monotonic() + seconds
+        while (left := deadline - time.monotonic()) > 0:
+            received = signal.sigtimedwait(self.signals, left)
+            if received and received.si_signo != signal.SIGCHLD:
+                name = signal.Signals(received.si_signo).name
+                return Outcome(PREEMPTED, f"{name}: stopped {when}")
+        return None
+
+
+class _Attempt:
+    """One start of all ranks, from nothing to no process left."""
+
+    def __init__(self, job: Job, launch: Launch, signals: set[signal.Signals], pool: Pool | None) -> None:
+        self.job, self.launch, self.signals, self.pool = job, launch, signals, pool
+        self.ranks = frozenset(place.rank for place in job.watched)
+        self.stop_asked = 0.0  # when a signal first asked the run to stop
+        self.growing = False  # hosts came back: the ranks are asked to save, to start again with more of them
+        self.told: set[int] = set()  # shims that were passed the wish
+        self.agents: list[subprocess.Popen[bytes]] = []  # one for each of the launch's commands
+        self.began = self.beaten = self.probed = time.monotonic()
+        self.remind_at = self.began + _SAY_AFTER_S
+        self.hosts_wait = max(_HOSTS_WAIT_S, job.rendezvous_wait)
+        self.wished, self.beats = "", 0
+        self.probe: Probe | None = None  # of hosts that are missing
+        self.unreachable: set[Host] = set()
+        self.search: Probe | None = None  # of hosts that may be the reason why ranks lost each other
+
+    def run(self) -> Outcome:
+        for stale in self.job.log_dir.glob("rank_*.*.json"):
+            if int(stale.name.split("_")[1].split(".")[0]) in self.ranks:
+                stale.unlink()
+        if self.job.distributed:
+            self._wish("")
+        for path, text in self.launch.files.items():
+            path.touch(mode=0o600)
+            path.write_text(text)
+        try:
+            for command in self.launch.commands:
+                self.agents.append(self._start(command))
+            outcome = self._watch()
+            endings = [agent.poll() for agent in self.agents]
+            if outcome is None:
+                self._look_for_the_lost()
+        finally:
+            self._kill_all()
+        if outcome:
+            return outcome
+        ended = [(command.host, code) for command, code in zip(self.launch.commands, endings, strict=True)]
+        return judge(self.job, self.launch.name, ended, bool(self.stop_asked), self.unreachable)
+
+    def _start(self, command: Command) -> subprocess.Popen[bytes]:
+        remote = command.stdin is not None
+        name = launcher_log(self.job, self.launch.name, command.host if remote else None)
+        kept = {name: value for name, value in os.environ.items() if not name.startswith(command.without)}
+        first = command.host is None or command.host == self.job.hosts[0]  # where rank 0 is
+        with name.open("ab" if self.job.attempt else "wb") as log:
+            agent = process.start(
+                command.argv,
+                unblock=self.signals,
+                stdin=subprocess.PIPE if remote else sys.stderr.fileno() if command.console else subprocess.DEVNULL,
+                stdout=None if first else log,
+                stderr=None if first and remote else log,
+                env={**kept, **command.env},
+                start_new_session=True,  # Ctrl-C reaches this process only
+            )
+        if agent.stdin is not None:
+            assert command.stdin is not None
+            with contextlib.suppress(BrokenPipeError):  # it will be seen to have ended
+                agent.stdin.write(command.stdin.encode())
+                agent.stdin.flush()
+            os.set_blocking(agent.stdin.fileno(), False)
+        return agent
+
+    def _watch(self) -> Outcome | None:
+        """Until the launcher's commands have ended, or have to be ended; the outcome, if a signal decided it."""
+        failed_at = ended_at = 0.0
+        while any(agent.poll() is None for agent in self.agents):
+            received = signal.sigtimedwait(self.signals, _POLL_S)
+            reports, now = self._reports(), time.monotonic()
+            self._beat(now)
+            if received and received.si_signo != signal.SIGCHLD:
+                name = signal.Signals(received.si_signo).name
+                if not reports.started:
+                    return Outcome(PREEMPTED, f"{name}: stopped before any rank had started")
+                if not self.stop_asked:
+                    self.stop_asked = now
+                    again = "Ctrl-C again" if name == "SIGINT" else "another signal"
+                    say(f"{name}: the ranks finish their step, save and exit; {again} ends them at once")
+                elif now - self.stop_asked > _SECOND_SIGNAL_S:
+                    return Outcome(128 + received.si_signo, f"{name} again: ended at once, without saving")
+            if self._waited_too_long(reports, now):
+                return Outcome(PEER_LOST, f"waited {self.hosts_wait:g} s for {self._missing()}")
+            failed_at = failed_at or (now if reports.failures or self._host_lost(reports) else 0.0)
+            if self._all_unreachable(reports, failed=bool(failed_at)):
+                break
+            ended_at = ended_at or (now if len(reports.ended) == len(self.ranks) else 0.0)
+            self._look_for_hosts(reports, now)
+            if self.stop_asked or self.growing or (failed_at and now - failed_at > _ASK_AFTER_S):
+                self._tell({report.shim for report in reports.running})
+            if (failed_at and now - failed_at > _KILL_AFTER_S) or (ended_at and now - ended_at > _AGENT_LIMIT_S):
+                break
+        return None
+
+    def _waited_too_long(self, reports: Reports, now: float) -> bool:
+        """Whether other hosts, which start their own ranks, have not come to where they meet; says so now and then."""
+        if self.job.node is None or len(self.job.hosts) == 1 or now < self.remind_at or reports.started:
+            return False
+        if now - self.began > self.hosts_wait:
+            return True
+        say(f"waiting for {self._missing()}")
+        self.remind_at = min(now + _SAY_AGAIN_S, self.began + self.hosts_wait)
+        return False
+
+    def _missing(self) -> str:
+        """The hosts that this one waits for, in words: those that hold no lock, where there is a common run folder."""
+        assert self.job.rendezvous is not None
+        address, port = self.job.rendezvous
+        others = [node for node in range(len(self.job.hosts)) if node != self.job.node]
+        absent = [str(node) for node in others if not held(replace(self.job, node=node).lock)]
+        line = f"{count(len(absent or others), 'other host')} at {address}:{port}"
+        if absent:
+            some = f"{', '.join(absent[:8])}{', …' * (len(absent) > 8)}"
+            line += f"; {self.job.log_dir} has no launcher of --node_rank={some}"
+        found = resolve(address)
+        if any(map(is_loopback, found)):
+            line += f"; {address} is each host itself"
+        elif self.job.node == 0 and set(found).isdisjoint(itertools.chain(*addresses().values())):
+            line += f"; {address} is no address of this host, where ranks are to meet"
+        return line
+
+    def _all_unreachable(self, reports: Reports, *, failed: bool) -> bool:
+        """Whether no rank is left to wait for but on hosts that ssh does not get through to any more.
+
+        They are asked as soon as a rank reports a hang, just before its collective fails.
+        """
+        if not self.job.distributed or not (failed or reports.hung):
+            self.search = None  # of a hang that went on after all
+            return False
+        if self.search is None:
+            self.search = Probe(self.job.hosts, self.job.ssh, _ANSWER_S)
+        if not failed or not self.search.done:
+            return False
+        self._look_for_the_lost()
+        return bool(self.unreachable) and all(
+            place.host in self.unreachable for place in self.job.watched if place.rank not in reports.ended
+        )
+
+    def _look_for_the_lost(self) -> None:
+        """Which hosts do not answer, where that was asked; waits for those that still have time to."""
+        if self.search is not None:
+            self.unreachable = set(self.job.hosts) - set(self.search.answered())
+
+    def _reports(self) -> Reports:
+        return Reports(self.job.log_dir, self.job.attempt, self.ranks)
+
+    def _beat(self, now: float) -> None:
+        """A sign of life for other hosts, each second; without one they end what runs there."""
+        if now - self.beaten < BEAT_S:
+            return
+        self.beaten, self.beats = now, self.beats + 1
+        if self.job.distributed:
+            with contextlib.suppress(OSError):
+                self._wish(self.wished)
+        for agent in self.agents:
+            if agent.stdin is not None:
+                with contextlib.suppress(OSError):  # it has ended, or the link does not take any more
+                    os.write(agent.stdin.fileno(), b"\n")
+
+    def _host_lost(self, reports: Reports) -> bool:
+        """Whether a host's command ended although ranks of that host have not."""
+        gone = {c.host for c, agent in zip(self.launch.commands, self.agents, strict=True) if agent.poll() is not None}
+        return any(place.host in gone and place.rank not in reports.ended for place in self.job.watched)
+
+    def _look_for_hosts(self, reports: Reports, now: float) -> None:
+        """While hosts of the pool are missing: ask for them now and then, and have the run make room for them."""
+        if self.pool is None or self.growing or len(self.job.hosts) == self.pool.most:
+            return
+        if self.probe is None:
+            if now - self.probed > self.pool.interval and len(reports.running) == len(self.ranks):
+                self.probe = Probe([host for host in self.pool.hosts if host not in self.job.hosts], self.job.ssh)
+        elif self.probe.done:
+            more = self.pool.choose([*self.job.hosts, *self.probe.answered()])
+            self.probe, self.probed = None, now
+            if sum(host.slots for host in more) > self.job.size:
+                back = ", ".join(host.name for host in more if host not in self.job.hosts)
+                say(f"{back} can be reached again: saving, to go on with more ranks")
+                self.growing = True
+
+    def _tell(self, shims: set[int]) -> None:
+        """Ask ranks to stop: by signal where they are below this process, by the wish everywhere else."""
+        if new := shims - self.told:
+            if self.job.distributed:
+                self._wish(SAVE)
+            for pid in new.intersection(process.descendants()):  # a pid from a dead shim's report may be a stranger's
+                process.send(pid, signal.SIGTERM)
+            self.told |= new
+
+    def _wish(self, wish: str) -> None:
+        # In place and always of one size: it works on a full disk, and other hosts see it as soon as they open it.
+        self.wished = wish
+        with self.job.wish.open("r+" if self.job.wish.exists() else "w") as file:
+            file.write(f"{wish} {self.job.attempt} {self.beats}".ljust(63) + "\n")
+
+    def _kill_all(self) -> None:
+        """Kill everything below this process; other hosts do the same when their lifeline ends."""
+        if self.job.distributed:
+            with contextlib.suppress(OSError):
+                self._wish(END)
+        elsewhere = []  # what ends by itself, once it has ended what it started on hosts that can be reached
+        for command, agent in zip(self.launch.commands, self.agents, strict=False):
+            if command.host is None or (agent.stdin is not None and command.host not in self.unreachable):
+                elsewhere.append(agent)
+            if agent.stdin is not None:
+                with contextlib.suppress(BrokenPipeError):
+                    agent.stdin.close()
+            elif command.stop is not None:
+                agent.send_signal(command.stop)
+        deadline = time.monotonic() + (_AGENT_LIMIT_S if self.job.distributed else 0)
+        while any(agent.poll() is None for agent in elsewhere) and time.monotonic() < deadline:
+            signal.sigtimedwait({signal.SIGCHLD}, _POLL_S)
+        if left := process.kill_all(self.agents, _DEATH_LIMIT_S):
+            say(f"warning: the kernel does not end {left} (waiting for a device or a file server?)")
+
+
+def say(line: str) -> None:
+    """One plain line from the launcher, on stderr."""
+    with contextlib.suppress(OSError):  # nobody listens any more: not a reason to end differently
+        print(line, file=sys.stderr, flush=True)
+
+
+def describe(launch: Launch) -> str:
+    """The launch as shell text, for reading: variables, command, files. Nothing is ever run through a shell."""
+    lines = []
+    for command in launch.commands:
+        if len(launch.commands) > 1 and command.host is not None:
+            lines.append(f"# {command.host.name}")
+        lines += [f"{name}={shlex.quote(value)} \\" for name, value in sorted(command.env.items())]
+        lines.append(" ".join(map(shlex.quote, command.argv)))
+        if command.stdin is not None:
+            lines.append(f"# on its stdin: {command.stdin.rstrip()}")
+    for path, text in launch.files.items():
+        lines += [f"# file {shlex.quote(str(path))}:", text.rstrip()]
+    return "\n".join(lines)
+
+
+@contextlib.contextmanager
+def _signals() -> Iterator[set[signal.Signals]]:
+    """Hold back the signals this module waits for, so that none is lost between two looks; nohup's stay ignored."""
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # where it is ignored, the kernel keeps no exit codes
+    wanted = {signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1}
+    watched = {s for s in wanted if signal.getsignal(s) != signal.SIG_IGN} | {signal.SIGCHLD}
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, watched)
+    try:
+        yield watched
+    finally:
+        while signal.sigtimedwait(watched, 0):  # what came too late has nothing to stop any more
+            pass
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+@contextlib.contextmanager
+def _exclusive(path: Path) -> Iterator[str]:
+    """Hold ``path`` for this launcher; yields who else holds it. The kernel lets go of a dead launcher's."""
+    with path.open("a+") as file:
+        for wait in (0.1, 0.3, 0.6, 0.0):  # somebody may just be looking (``held``)
+            with contextlib.suppress(BlockingIOError):
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            time.sleep(wait)
+        else:
+            file.seek(0)
+            yield file.read().strip() or "another launcher"
+            return
+        file.truncate(0)
+        print(f"a launcher (pid {os.getpid()} on {socket.gethostname()})", file=file, flush=True)
+        yield ""
+
+
+def held(path: Path) -> bool:
+    """Whether a launcher holds ``path``."""
+    try:
+        with path.open() as file:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:
+        pass
+    return False
+
+
+@contextlib.contextmanager
+def _cursor_shown() -> Iterator[None]:
+    """A rank that is killed in the middle of a progress line leaves the terminal's cursor hidden: show it again."""
+    try:
+        yield
+    finally:
+        if sys.stdout.isatty():
+            with contextlib.suppress(OSError):
+                os.write(sys.stdout.fileno(), b"\x1b[?25h")

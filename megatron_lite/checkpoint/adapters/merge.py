@@ -1,0 +1,122 @@
+"""A LoRA or DoRA adapter merged into its base, as one more source: any rectangle of W + s B A, made when it is read.
+
+So everything that takes a source takes a merged model: rewriting, export, comparison, ``init.from``. Nothing but the
+rectangle, and the factors' parts that belong to it, is in memory.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from megatron_lite.checkpoint.adapters.fingerprint import check_base, fingerprint_of
+from megatron_lite.checkpoint.source import CheckpointSource, Info, Source
+from megatron_lite.config import LoRAConfig, ModelConfig
+from megatron_lite.data.ends import named_ends, with_ends
+from megatron_lite.distributed.shard import Tile
+from megatron_lite.errors import CheckpointError
+
+
+class Update(NamedTuple):
+    """What LoRA adds, by the linear ``name``, to ``length`` rows of a global tensor from ``start`` on; ``factors`` is
+    the beginning of its factors' names."""
+
+    name: str
+    factors: str
+    start: int
+    length: int
+    scale: float
+
+
+def updates(config: LoRAConfig, model: ModelConfig) -> dict[str, list[Update]]:
+    """By the name of the weight, what is added to it."""
+    assert model.num_kv_heads and model.head_dim and model.ffn_size
+    q, kv, ffn = model.num_heads * model.head_dim, model.num_kv_heads * model.head_dim, model.ffn_size
+    gate = ffn if model.family == "llama" else 0
+    vocab, hidden = model.padded_vocab_size, model.hidden_size
+    places = {  # the linear that holds it, its first row there, its rows
+        "q": ("qkv", 0, q),
+        "k": ("qkv", q, kv),
+        "v": ("qkv", q + kv, kv),
+        "o": ("out", 0, hidden),
+        "gate": ("up", 0, ffn),
+        "up": ("up", gate, ffn),
+        "down": ("down", 0, hidden),
+        "embedding": ("embedding", 0, vocab),
+        "head": ("head", 0, vocab),
+    }
+    found: dict[str, list[Update]] = {}
+    for name in config.matched(model):
+        half, _, short = name.rpartition(".")
+        linear, start, length = places[short]
+        owner = ".".join(filter(None, ("model", half, linear)))
+        update = Update(name, f"{owner}.lora_{short}", start, length, config.scale_of(name))
+        found.setdefault(f"{owner}.weight", []).append(update)
+    return found
+
+
+class Merged(Source):
+    """``base`` with ``adapter`` in it, in float32; ``sign`` -1 takes it out again. Raises CheckpointError for a method
+    that is no change of weights, and for a base that the adapter was not trained on."""
+
+    def __init__(self, base: Source, adapter: CheckpointSource, *, sign: int = 1) -> None:
+        config = adapter.peft
+        if config is None:
+            raise CheckpointError(f"{adapter.path} holds no adapter")
+        if not isinstance(config, LoRAConfig):
+            raise CheckpointError(f"{adapter.path}: peft.method={config.method} changes no weights: nothing to merge")
+        if config.dora and sign < 0:
+            raise CheckpointError(f"{adapter.path}: what DoRA scales by is not known once it is merged")
+        if sign > 0:
+            check_base(adapter.checkpoint, fingerprint_of(base), base.path)
+        self.base, self.adapter, self.config, self.sign = base, adapter, config, sign
+        self.path, self.model, self.precision, self.notes = adapter.path, base.model, base.precision, base.notes
+        self.updates = updates(config, base.model)
+        self.tensors = {
+            name: Info(torch.promote_types(info.dtype, torch.float32), info.shape)
+            for name, info in base.tensors.items()
+            if name.startswith("model.")
+        }
+
+    def read(self, name: str, tile: Tile) -> None:
+        if name not in self.updates:
+            self.base.read(name, tile)
+            return
+        rows, columns = tile.place
+        whole = slice(0, self.tensors[name].shape[1]) if self.config.dora else columns  # magnitudes are of whole rows
+        weight = _part(self.base, name, rows, whole)
+        before = torch.linalg.vector_norm(weight, dim=1) if self.config.dora else None
+        trained = torch.ones(len(weight))
+        for _, factors, start, length, scale in self.updates[name]:
+            first, last = max(rows.start, start), min(rows.stop, start + length)
+            if first >= last:
+                continue
+            here, there = slice(first - rows.start, last - rows.start), slice(first - start, last - start)
+            if name == "model.embedding.weight":  # a table: A has its rows, B its columns
+                a = _part(self.adapter, f"{factors}_a", there)
+                weight[here] += self.sign * scale * a @ _part(self.adapter, f"{factors}_b", whole).t()
+            else:
+                b = _part(self.adapter, f"{factors}_b", there)
+                weight[here] += self.sign * scale * b @ _part(self.adapter, f"{factors}_a", None, whole)
+            if before is not None:
+                trained[here] = _part(self.adapter, f"{factors}_m", there)
+        if before is not None:
+            weight *= (trained * before / torch.linalg.vector_norm(weight, dim=1)).unsqueeze(1)
+            weight = weight[:, columns]
+        tile.data.copy_(weight)
+
+    def extras(self) -> dict[str, bytes]:
+        base = self.base.extras()
+        return with_ends({**base, **self.adapter.extras()}, named_ends(base))
+
+
+def _part(source: Source, name: str, *place: slice | None) -> Tensor:
+    """A rectangle of a tensor in float32; None: the whole dim."""
+    shape = source.tensors[name].shape
+    wanted = [place[dim] if dim < len(place) else None for dim in range(len(shape))]
+    slices = [part or slice(0, size) for part, size in zip(wanted, shape, strict=True)]
+    part = torch.empty([s.stop - s.start for s in slices])
+    source.read(name, Tile(part, tuple(s.start for s in slices)))
+    return part

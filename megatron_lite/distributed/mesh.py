@@ -1,0 +1,189 @@
+"""The mesh: which ranks talk to which. Axes, outermost first: pp, dp_replicate, dp_shard, cp, tp.
+
+``Axis`` is all that layers and engines see of the distributed world: a rank, a size and a process group.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections import deque
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as torch_dist
+from torch.distributed.device_mesh import DeviceMesh
+
+from megatron_lite.distributed.env import Rank
+from megatron_lite.distributed.rendezvous import meet
+from megatron_lite.errors import ConfigError
+
+AXES = ("pp", "dp_replicate", "dp_shard", "cp", "tp")
+
+
+@dataclass(frozen=True)
+class Axis:
+    """One line of ranks. At size 1 there is no group and every collective along it is the identity.
+
+    ``layer``: whose copy of the axis this is. ``calls``: the last collectives that were started along the axis, from
+    any copy: the number that the process group gives each, the layer, whether in backward.
+    """
+
+    name: str
+    rank: int = 0
+    size: int = 1
+    group: torch_dist.ProcessGroup | None = field(default=None, repr=False, compare=False)
+    layer: str = field(default="", compare=False)
+    calls: deque[tuple[int, str, bool]] = field(default_factory=lambda: deque(maxlen=256), repr=False, compare=False)
+
+    def of(self, layer: str) -> Axis:
+        """This axis for the use of one layer, by whose name its collectives will be known."""
+        return replace(self, layer=layer)
+
+    def note(self) -> None:
+        """A collective is about to start: should it hang, it is told whose it was. Takes less than a microsecond."""
+        group: Any = self.group
+        backward = torch._C._current_graph_task_id() >= 0  # type: ignore[attr-defined]
+        self.calls.append((group._get_sequence_number_for_group() + 1, self.layer, backward))
+
+
+@dataclass(frozen=True)
+class Mesh:
+    """The axes that pass through this rank. ``dp`` is dp_replicate × dp_shard; ``world`` holds every rank."""
+
+    world: Axis
+    pp: Axis
+    dp_replicate: Axis
+    dp_shard: Axis
+    cp: Axis
+    tp: Axis
+    dp: Axis
+    device: torch.device
+    device_mesh: DeviceMesh | None = field(default=None, repr=False, compare=False)
+
+
+def solo_mesh(device: torch.device | str = "cpu") -> Mesh:
+    """The mesh of a single process, without any process group."""
+    world, pp, dp_replicate, dp_shard, cp, tp, dp = (Axis(name) for name in ("world", *AXES, "dp"))
+    return Mesh(world, pp, dp_replicate, dp_shard, cp, tp, dp, torch.device(device))
+
+
+def build_mesh(degrees: Mapping[str, int], device: torch.device, ranks: Sequence[int] | None = None) -> Mesh | None:
+    """Make the process groups of a mesh with the given degrees (missing axes are 1).
+
+    ``ranks`` (default: all) are the members; a rank outside them helps to make the groups and gets None. Collective
+    over the default process group: every rank calls it, in the same order.
+    """
+    sizes = [degrees.get(name, 1) for name in AXES]
+    world = torch_dist.get_world_size() if torch_dist.is_initialized() else 1
+    members = list(range(world)) if ranks is None else list(ranks)
+    grid = torch.tensor(members).view(sizes)
+    if world == 1:
+        return solo_mesh(device)
+    device_mesh = DeviceMesh(device.type, grid, mesh_dim_names=AXES)
+    dp_lines = grid.permute(0, 3, 4, 1, 2).reshape(-1, sizes[1] * sizes[2]).tolist()
+    dp_group = None
+    if sizes[1] > 1 and sizes[2] > 1:
+        dp_group, _ = torch_dist.new_subgroups_by_enumeration(dp_lines)
+    world_group = torch_dist.group.WORLD if len(members) == world else torch_dist.new_group(members)
+    here = torch_dist.get_rank()
+    if here not in members:
+        return None
+
+    def axis(name: str) -> Axis:
+        line = device_mesh[name]
+        if line.size() == 1:
+            return Axis(name)
+        return Axis(name, line.get_local_rank(), line.size(), line.get_group())
+
+    axes = {name: axis(name) for name in AXES}
+    if dp_group is not None:
+        line = next(line for line in dp_lines if here in line)
+        dp = Axis("dp", line.index(here), len(line), dp_group)
+    else:
+        side = axes["dp_shard"] if sizes[2] > 1 else axes["dp_replicate"]
+        dp = Axis("dp", side.rank, side.size, side.group)
+    everyone = Axis("world", members.index(here), len(members), world_group if len(members) > 1 else None)
+    return Mesh(world=everyone, **axes, dp=dp, device=device, device_mesh=device_mesh)
+
+
+def pick_device(rank: Rank) -> torch.device:
+    """The device of this rank: its own GPU where there is one, else the CPU. Raises ConfigError as ``gpu_index``."""
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    device = torch.device("cuda", gpu_index(torch.cuda.device_count(), rank))
+    torch.cuda.set_device(device)
+    return device
+
+
+def gpu_index(visible: int, rank: Rank) -> int:
+    """Which of the GPUs that it sees a rank takes: the only one, as Slurm and others give each task its own, or that of
+    its local rank. That no other rank has the same is checked where they meet.
+
+    Raises ConfigError where it sees several, but fewer than its host has ranks.
+    """
+    if visible == 1:
+        return 0
+    if visible < rank.local_size:
+        raise ConfigError(
+            f"{rank.local_size} ranks were started on {rank.host}, where this one sees {visible} GPUs; start at most "
+            f"{visible} there, let each see its own alone, or hide the GPUs with CUDA_VISIBLE_DEVICES="
+        )
+    return rank.local_rank
+
+
+def _gpu_identity(device: torch.device) -> dict[str, str]:
+    """What tells this rank's GPU from all others; of a part of one (MIG) only its driver knows."""
+    if device.type != "cuda":
+        return {}
+    properties = torch.cuda.get_device_properties(device)
+    return {} if "MIG" in properties.name else {"device": str(getattr(properties, "uuid", ""))}
+
+
+def peer_failure(error: BaseException) -> bool:
+    """Whether a collective failed because another rank died, hung or became unreachable."""
+    if isinstance(error, (torch_dist.DistBackendError, torch_dist.DistNetworkError, torch_dist.DistStoreError)):
+        return True
+    # gloo reports all of these as RuntimeError; a test with a killed and a stopped peer pins the wording.
+    signs = ("Connection closed by peer", "Connection reset by peer", "Timed out waiting", "Connection refused")
+    return isinstance(error, RuntimeError) and any(sign in str(error) for sign in signs)
+
+
+def limit_waits(seconds: float) -> None:
+    """Let no collective of any group that exists by now wait longer: torch gives every new group its own 30 minutes,
+    whatever the default group was told."""
+    for group in list(torch_dist.distributed_c10d._world.pg_map):
+        group.set_timeout(timedelta(seconds=seconds))
+
+
+@contextlib.contextmanager
+def process_group(
+    rank: Rank, device: torch.device, timeout_seconds: float, identity: Mapping[str, str] | None = None
+) -> Iterator[list[str]]:
+    """The default process group for the length of a ``with`` block; nothing is made for a single process.
+
+    Before it is made, the ranks find out whether they belong together (``rendezvous.meet``); yields every rank's host
+    on rank 0. On CUDA, gloo runs beside NCCL and carries what lives on the CPU (checkpoint plans, flags).
+    """
+    if rank.size == 1:
+        yield [rank.host]
+        return
+    store, hosts = meet(rank, {**(identity or {}), **_gpu_identity(device)}, timeout_seconds)
+    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+    # Without a device_id: with one, the mesh's groups are split off, and torch hands NCCL's options to gloo's split.
+    torch_dist.init_process_group(
+        backend,
+        store=store,
+        rank=rank.rank,
+        world_size=rank.size,
+        timeout=timedelta(seconds=timeout_seconds),
+    )
+    try:
+        yield hosts
+    except BaseException:
+        # Peers may be gone: tearing the group down could block, and the process is about to end anyway.
+        raise
+    else:
+        torch_dist.destroy_process_group()

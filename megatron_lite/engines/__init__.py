@@ -1,0 +1,1 @@
+"""Engines: who owns gradients, their reduction, and the optimizer."""

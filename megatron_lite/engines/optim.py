@@ -1,0 +1,99 @@
+"""The optimizer: which parameters decay, the learning-rate schedule, and the global gradient norm."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from megatron_lite.config import OptimConfig
+from megatron_lite.distributed import comm
+from megatron_lite.distributed.mesh import Axis
+from megatron_lite.distributed.shard import ShardSpec
+
+
+def decays(name: str, spec: ShardSpec) -> bool:
+    """Weight decay applies to matrices, not to norms, biases or embeddings looked up by index."""
+    return len(spec.shape) >= 2 and not name.startswith(("embedding.", "positions."))
+
+
+def is_updated_whole(name: str, spec: ShardSpec, config: OptimConfig) -> bool:
+    """Whether the optimizer has to see this parameter whole: Muon the blocks' matrices, Adafactor everything."""
+    hidden_matrix = name.startswith("blocks.") and len(spec.shape) == 2
+    return config.name == "adafactor" or (config.name == "muon" and hidden_matrix)
+
+
+def build_adamw(
+    model: nn.Module, specs: Mapping[str, ShardSpec], config: OptimConfig, group_elements: float = math.inf
+) -> torch.optim.AdamW:
+    """AdamW (Loshchilov and Hutter 2019), fused, over what decays and what does not, without what another optimizer
+    updates: ``specs`` know the shapes, which an engine may have taken from the parameters. A group ends with the
+    parameter that fills it to ``group_elements``."""
+    groups: list[dict[str, Any]] = []
+    for decay in (True, False):
+        groups.append({"params": [], "weight_decay": config.weight_decay if decay else 0.0})
+        size = 0
+        for name, parameter in model.named_parameters():
+            if not parameter.requires_grad or is_updated_whole(name, specs[name], config):
+                continue
+            if decays(name, specs[name]) != decay:
+                continue
+            if size >= group_elements:
+                groups.append({**groups[-1], "params": []})
+                size = 0
+            groups[-1]["params"].append(parameter)
+            size += parameter.numel()
+    groups = [group for group in groups if group["params"]] or groups[:1]
+    return torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, eps=config.eps, fused=True)
+
+
+def learning_rate(config: OptimConfig, step: int, steps: int) -> float:
+    """The learning rate of ``step`` (from 0) of ``steps``: linear warm-up, then the schedule.
+
+    ``wsd`` (warm-up, stable, decay; Hu et al. 2024) falls linearly over the last ``decay_steps``.
+    """
+    if step < config.warmup_steps:
+        return config.lr * (step + 1) / config.warmup_steps
+    span = max(1, steps - config.warmup_steps)
+    progress = min(1.0, (step - config.warmup_steps) / span)
+    if config.schedule == "cosine":
+        level = (1 + math.cos(math.pi * progress)) / 2
+    elif config.schedule == "linear":
+        level = 1 - progress
+    elif config.schedule == "wsd":
+        level = min(1.0, (steps - step) / max(1, config.decay(steps)))
+    else:
+        return config.lr
+    return config.lr * (config.min_lr_ratio + (1 - config.min_lr_ratio) * level)
+
+
+@torch.no_grad()
+def gradient_norm(gradients: Iterable[tuple[Tensor, ShardSpec]], tp: Axis, dp_shard: Axis) -> Tensor:
+    """L2 norm of the global gradient, each element counted once: a scalar all-reduced over tp, then over dp_shard.
+
+    Along tp, parameters that are split are summed; a replicated one is the same on each rank and counts once. Along
+    dp_shard (size 1 where gradients are not divided) every element is on one rank only.
+    """
+    split: list[Tensor] = []
+    whole: list[Tensor] = []
+    for gradient, spec in gradients:
+        (split if spec.dim is not None else whole).append(gradient)
+
+    def squared(tensors: list[Tensor]) -> Tensor:
+        if not tensors:
+            return torch.zeros(())
+        return torch.stack(torch._foreach_norm(tensors)).to(torch.float64).square().sum()
+
+    device = (split or whole)[0].device
+    total = comm.all_reduce(squared(split).to(device), tp) + squared(whole).to(device)
+    return comm.all_reduce(total, dp_shard).sqrt()
+
+
+@torch.no_grad()
+def scale_gradients(gradients: list[Tensor], norm: Tensor, limit: float) -> None:
+    """Clip by the global norm: scale every gradient by min(1, limit / norm)."""
+    factor = (limit / (norm + 1e-6)).clamp(max=1.0)
+    torch._foreach_mul_(gradients, factor.to(gradients[0].dtype))

@@ -1,0 +1,102 @@
+"""Logits of what is on disk, by our model and by the library that owns a format: what a converter is judged by."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import io
+import math
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from megatron_lite.checkpoint.formats.hf import CONFIG, read_json
+from megatron_lite.checkpoint.source import Source
+from megatron_lite.config import ModelConfig
+from megatron_lite.distributed.mesh import Axis
+from megatron_lite.distributed.shard import materialize, pieces_of
+from megatron_lite.errors import CheckpointError
+from megatron_lite.families.huggingface import FAMILIES
+from megatron_lite.models.decoder import Decoder
+
+_MOST_ELEMENTS = 2 << 30
+
+
+def load_model(source: Source) -> Decoder:
+    """The whole model on the CPU, in float32, to compute with."""
+    with torch.device("meta"):
+        model = Decoder(source.model, Axis("tp"), sp=False)
+    materialize(model, torch.device("cpu"))
+    source.load({f"model.{name}": piece for name, piece in pieces_of(model, Axis("tp")).items()})
+    return model
+
+
+def some_tokens(model: ModelConfig, most: int) -> Tensor:
+    """Tokens to compare logits by, [1, seq], at most so many."""
+    return torch.arange(min(32, most)).unsqueeze(0) * 7919 % (model.vocab_size or 1)
+
+
+def too_large(source: Source) -> str:
+    """Why logits are not compared, if so: a model is held twice, in float32."""
+    elements = sum(math.prod(info.shape) for name, info in source.tensors.items() if name.startswith("model."))
+    lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
+    free = next(int(line.split()[1]) << 10 for line in lines if line.startswith("MemAvailable:"))
+    if elements <= min(_MOST_ELEMENTS, free // 8):
+        return ""
+    return f"its logits were not compared: {elements:,} parameters are too many to hold twice"
+
+
+@contextlib.contextmanager
+def in_silence() -> Iterator[None]:
+    """Without the progress bars and warnings of the libraries that logits are compared with."""
+    with warnings.catch_warnings(action="ignore"), contextlib.redirect_stderr(io.StringIO()):
+        yield
+
+
+def cannot_read(library: str, error: Exception) -> str:
+    """Why logits are not compared with a library that raised this."""
+    first = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    return f"its logits were not compared: {library} cannot read it: {first:.200}"
+
+
+def relative_gap(ours: Tensor, want: Tensor) -> float:
+    """How far logits are apart, as a part of the largest."""
+    return float((ours - want).abs().max() / want.abs().max())
+
+
+def same_as_transformers(source: Source, folder: Path, dtype: torch.dtype | None = None) -> str:
+    """Compare the logits of ``source``, its weights rounded to ``dtype``, with those that transformers computes from a
+    Hugging Face folder: what was compared, for the user. No code of the folder runs, and nothing pickled is read.
+
+    Raises CheckpointError where they differ.
+    """
+    if importlib.util.find_spec("transformers") is None:
+        return "its logits were not compared: transformers is not installed"
+    if reason := too_large(source):
+        return reason
+    tokens = some_tokens(source.model, source.model.max_seq_len)
+    owner = FAMILIES[read_json(folder, CONFIG)["model_type"]].architecture
+    with in_silence(), torch.no_grad():
+        try:
+            import transformers
+
+            theirs = getattr(transformers, owner).from_pretrained(
+                folder.resolve(), dtype=torch.float32, local_files_only=True, use_safetensors=True
+            )
+            theirs.config.return_dict = True
+            want = theirs.eval()(tokens).logits[:, -1]
+        except Exception as error:
+            return cannot_read("transformers", error)
+        del theirs
+        model = load_model(source)
+        if dtype is not None:
+            for parameter in model.parameters():
+                parameter.copy_(parameter.to(dtype))
+        ours = model(tokens)
+    gap = relative_gap(ours, want)
+    if not gap < 1e-4:
+        raise CheckpointError(f"{folder}: transformers computes other logits from it, by {gap:.2g} of the largest")
+    return f"transformers' logits are ours within {gap:.1g}"

@@ -1,0 +1,1 @@
+"""Proof that two layouts train the same model."""

@@ -1,0 +1,153 @@
+"""The life of a rank's process: who may use the run folder, what asks it to stop, and how it ends."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import fcntl
+import hashlib
+import os
+import platform
+import signal
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Iterator
+from importlib import metadata
+from pathlib import Path
+from typing import Any, NoReturn
+
+from megatron_lite import __version__
+from megatron_lite.config import Config
+from megatron_lite.distributed.env import Rank
+from megatron_lite.distributed.mesh import peer_failure
+from megatron_lite.errors import ConfigError, MegatronLiteError, PeerError, Preempted, StorageError
+
+_STOP = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
+_ONE_WISH_S = 0.5  # between the signals to two processes of one job, at most
+
+
+@contextlib.contextmanager
+def locked(folder: Path, rank: Rank) -> Iterator[None]:
+    """Hold the run folder's lock on rank 0; the kernel drops it when the process dies, however it dies."""
+    if rank.rank != 0:
+        yield
+        return
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with (folder / "lock").open("a+") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                file.seek(0)
+                owner = file.read().strip() or "another process"
+                raise ConfigError(f"{folder} is in use by {owner}; choose another run.name or end that run") from None
+            file.truncate(0)
+            file.write(f"pid {os.getpid()} on {rank.host}")
+            file.flush()
+            yield
+    except OSError as error:
+        raise StorageError(f"cannot use the run folder: {error.filename or folder}: {error.strerror}") from None
+
+
+def identity(config: Config) -> dict[str, str]:
+    """What has to be the same on all ranks of a run: versions, our own code, every key of the config."""
+    versions = {}
+    for package in ("torch", "deepspeed"):
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            versions[package] = metadata.version(package)
+    code = hashlib.sha256()
+    for path in sorted(Path(__file__).parents[1].rglob("*.py")):
+        code.update(path.read_bytes())
+
+    def flat(tree: Any, key: str) -> Iterator[tuple[str, str]]:
+        if isinstance(tree, dict):
+            for name, value in tree.items():
+                yield from flat(value, f"{key}.{name}" if key else name)
+        else:
+            yield key, str(tree)
+
+    return {
+        "python": platform.python_version(),
+        **versions,
+        "megatron_lite": __version__,
+        "megatron_lite's code": code.hexdigest()[:12],
+        **dict(flat(config.model_dump(mode="json"), "")),
+    }
+
+
+def _die_with_parent(wanted: bool) -> None:
+    """Ask the kernel to kill this process when its parent goes, as long as the calling thread, whose wish it is, wants
+    that."""
+    ctypes.CDLL(None).prctl(1, signal.SIGKILL if wanted else 0)  # PR_SET_PDEATHSIG
+
+
+class StopRequest:
+    """SIGTERM, SIGINT, SIGUSR1 or SIGHUP ask to save and stop after the current step; a second wish ends the process
+    now, and before training has begun (``begun``) the first one does.
+
+    One wish may come more than once: a scheduler signals every process of a job, one after another, and those above
+    this one pass it on. What the shim passes on is no second wish; it says so with a byte in the pipe ``relay``.
+    Without a shim nothing tells what a launcher passed on, and no second wish is what comes while a scheduler may still
+    be on its way through this host's launcher and ``local_size`` ranks. Signals are read by a thread: their time is
+    that of their coming, also while a collective or a rendezvous keeps the main thread.
+
+    No rank (``attached``) trains on after its launcher has died. One that was asked to save does save: of the two it is
+    often the launcher that signals end first.
+    """
+
+    def __init__(self, relay: int | None = None, *, attached: bool = False, local_size: int = 1) -> None:
+        self.asked = self.begun = False
+        self._relay, self._attached, self._since = relay, attached, 0.0
+        self._one_wish_s = _ONE_WISH_S * (1 if relay is not None or not attached else 1 + local_size)
+        reader, writer = os.pipe()
+        os.set_blocking(writer, False)
+        if relay is not None:
+            os.set_blocking(relay, False)
+        signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
+        for number in _STOP:
+            if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:  # nohup's stays ignored
+                signal.signal(number, lambda *_: None)
+        threading.Thread(target=self._listen, args=(reader,), daemon=True).start()
+
+    def _listen(self, reader: int) -> None:
+        _die_with_parent(self._attached)
+        while received := os.read(reader, 1):
+            if received[0] in _STOP:  # others have handlers, too
+                self._receive(received[0], time.monotonic())
+
+    def _receive(self, number: int, now: float) -> None:
+        if not self.begun:
+            print(f"{signal.Signals(number).name}: stopped before training had begun", file=sys.stderr, flush=True)
+            os._exit(Preempted.exit_code)
+        self.asked = True
+        _die_with_parent(False)
+        if self._relayed():
+            return
+        if self._since and now - self._since > self._one_wish_s:
+            os._exit(128 + number)
+        self._since = self._since or now
+
+    def _relayed(self) -> bool:
+        with contextlib.suppress(BlockingIOError):
+            return self._relay is not None and bool(os.read(self._relay, 1))
+        return False
+
+
+def die(error: BaseException) -> NoReturn:
+    """Report and leave at once: with peers gone, an orderly shutdown of the process group could block."""
+    if isinstance(error, MegatronLiteError):
+        failure: MegatronLiteError = error
+    elif peer_failure(error):
+        failure = PeerError(f"lost contact with another rank: {' '.join(str(error).split())[:300]}")
+    else:
+        traceback.print_exception(error)
+        sys.stderr.flush()
+        os._exit(1)
+    prefix = "" if isinstance(failure, Preempted) else "error: "
+    for line in str(failure).splitlines():
+        print(f"{prefix}{line}", file=sys.stderr)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(failure.exit_code)

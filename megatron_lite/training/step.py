@@ -1,0 +1,166 @@
+"""The training step: one batch from the loader through the model to new weights."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from megatron_lite import peft
+from megatron_lite.config import Config
+from megatron_lite.distributed import comm, random, shard
+from megatron_lite.distributed.mesh import Axis, Mesh
+from megatron_lite.engines.engine import build_engine
+from megatron_lite.engines.optim import learning_rate
+from megatron_lite.errors import NonFiniteError
+from megatron_lite.layers import matmul
+from megatron_lite.layers.loss import IGNORED
+from megatron_lite.models.decoder import Decoder
+from megatron_lite.models.offload import apply_offload
+from megatron_lite.models.recompute import apply_recompute
+from megatron_lite.planning.plan import Plan
+from megatron_lite.training.faults import Faults
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
+
+
+@dataclass
+class TrainState:
+    """Every number that a resumed run continues from, beside weights and optimizer state.
+
+    ``step``: steps done. ``updates``: those that changed the weights (a skipped batch does not).
+    ``samples``: samples consumed, the loader's whole position.
+    """
+
+    step: int = 0
+    updates: int = 0
+    samples: int = 0
+    skipped: int = 0
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What one step reports: mean loss per target token, global gradient norm before clipping, learning rate."""
+
+    loss: float
+    grad_norm: float
+    lr: float
+    tokens: int
+    stop: bool
+    skipped: bool = False
+    busy: tuple[float, ...] = ()  # what each rank said it was, where it was asked
+
+
+class Trainer:
+    """Model, engine and state of one run on this rank; ``train_step`` is the whole of training."""
+
+    def __init__(self, config: Config, mesh: Mesh, plan: Plan, faults: Faults) -> None:
+        self.config, self.mesh, self.plan, self.faults = config, mesh, plan, faults
+        self.compute_dtype = DTYPES[config.train.precision]
+        matmul.measure(self.compute_dtype, mesh.device)
+        with torch.device("meta"):
+            self.model = Decoder(config.model, mesh.tp, sp=plan.sp)
+        peft.apply(self.model, config.peft, self.compute_dtype)
+        shard.check_model(self.model, mesh.tp.size)
+        _name_axes(self.model)
+        apply_recompute(self.model.blocks, config.parallel.recompute)
+        if config.parallel.offload_activations:
+            apply_offload(self.model.blocks)
+        if config.train.compile:
+            for block in self.model.blocks:
+                block.compile()
+        self.engine = build_engine(self.model, config, mesh)
+        self.state = TrainState()
+        self.before_update: Callable[[], None] = lambda: None  # called when weights and optimizer state are to change
+
+    def loss(self, batch: Any, *, training: bool) -> Tensor:
+        """Sum of the cross entropies of one micro batch."""
+        seed = random.mix(self.config.run.seed, batch.index) if training else None
+        model = self.engine.forward if training else self.model
+        return model(
+            batch.tokens,
+            batch.targets,
+            counted=batch.counted,
+            positions=batch.positions,
+            document_ids=batch.document_ids,
+            seed=seed,
+            dtype=self.compute_dtype,
+        )
+
+    def train_step(self, micro_batches: list[Any], *, stop: bool = False, busy: float | None = None) -> StepResult:
+        """One step over this rank's micro batches: forward, backward, reduce, clip, update.
+
+        ``stop``: this rank was asked to stop; the result says whether any rank was. ``busy``: a number that the others
+        shall know, given by all ranks or none. Raises NonFiniteError on every
+        rank, before the update, when the global loss or gradient norm is not finite.
+        """
+        state, mesh, step = self.state, self.mesh, self.state.step + 1
+        counts = torch.stack([(batch.targets != IGNORED).sum() for batch in micro_batches]).sum()
+        tokens = comm.all_reduce(counts, mesh.dp).clamp(min=1)  # without any target, the loss and gradients are 0
+
+        total = torch.zeros((), dtype=torch.float64, device=mesh.device)
+        for i, batch in enumerate(micro_batches):
+            self.faults.at("fwd", step)
+            loss = self.faults.poison(self.loss(batch, training=True) / tokens, step)
+            self.faults.at("bwd", step)
+            self.engine.backward(loss, last=i == len(micro_batches) - 1)
+            total += loss.detach()
+
+        norm = self.engine.finish_gradients()
+        # Every tp rank holds the same loss: divided by tp, the sum over the world is the sum over dp.
+        said = total.new_zeros(2 + (mesh.world.size if busy is not None else 0))
+        said[0], said[1] = total / mesh.tp.size, float(stop)
+        if busy is not None:
+            said[2 + mesh.world.rank] = busy
+        loss_value, stops, *everyone = comm.read(comm.all_reduce(said, mesh.world))
+        norm_value = norm.item()
+
+        lr = learning_rate(self.config.optim, state.step, self.config.train.steps)
+        finite = math.isfinite(loss_value) and math.isfinite(norm_value)
+        if finite:
+            self.faults.at("optim", step)
+            self.before_update()
+            if self.config.optim.clip > 0:
+                self.engine.clip(norm, self.config.optim.clip)
+            self.engine.step(lr)
+            state.updates += 1
+        else:
+            self._refuse(step, loss_value, norm_value)
+        state.step = step
+        state.samples += self.config.train.global_batch_size
+        return StepResult(loss_value, norm_value, lr, int(tokens), stops > 0, not finite, tuple(everyone))
+
+    def _refuse(self, step: int, loss: float, norm: float) -> None:
+        """A step that must not touch the weights: count it as skipped where the config allows, else stop the run."""
+        state, size = self.state, self.config.train.global_batch_size
+        self.engine.drop_gradients()
+        if state.skipped >= self.config.train.skip_bad_batches:
+            raise NonFiniteError(
+                f"step {step}: loss {loss:g}, gradient norm {norm:g} on samples {state.samples} to "
+                f"{state.samples + size - 1}; the weights of step {step - 1} are untouched "
+                f"(train.skip_bad_batches={self.config.train.skip_bad_batches})"
+            )
+        state.skipped += 1
+
+    @torch.no_grad()
+    def evaluate(self, steps: Iterable[list[Any]]) -> float:
+        """Mean loss per target token over validation batches, as many on every rank; the same on every rank."""
+        sums = torch.zeros(2, dtype=torch.float64, device=self.mesh.device)
+        for micro_batches in steps:
+            for batch in micro_batches:
+                sums[0] += self.loss(batch, training=False)
+                sums[1] += (batch.targets != IGNORED).sum()
+        total, count = comm.all_reduce(sums, self.mesh.dp).tolist()
+        return total / max(count, 1)
+
+
+def _name_axes(model: nn.Module) -> None:
+    """Give each module a copy of its axes under its own name, so that a collective that hangs tells whose it is."""
+    for name, module in model.named_modules():
+        for attribute, axis in list(vars(module).items()):
+            if isinstance(axis, Axis):
+                setattr(module, attribute, axis.of(name or "loss"))
