@@ -18,6 +18,7 @@ from megatron_lite.config.section import (
     Probability,
     Section,
 )
+from megatron_lite.tasks import TASKS
 
 
 class RunConfig(Section):
@@ -145,13 +146,15 @@ PRECISIONS = get_args(Precision)
 class TrainConfig(Section):
     """How long and how much at a time. The gradient accumulation follows: global batch ÷ (micro batch × dp).
 
-    ``eval_every`` so many steps, validation is over ``eval_steps`` global batches, or all there is, each window once.
+    ``task``: what is learnt. ``eval_every`` so many steps, validation is over ``eval_steps`` global batches, or all
+    there is, each window once.
     """
 
     steps: Positive = 100
     global_batch_size: Positive = 8
     micro_batch_size: Positive = 8
     precision: Precision = "float32"
+    task: Literal[tuple(TASKS)] = "causal_lm"  # type: ignore[valid-type]
     compile: bool = False
     log_every: Positive = 10
     eval_every: Count = 0

@@ -40,13 +40,14 @@ class FullyShardedDataParallel(Engine):
             policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=master, cast_forward_inputs=False)
             fully_shard(module, mesh=device_mesh[axes], reshard_after_forward=reshard, mp_policy=policy)
 
-        for block in model.blocks:
+        blocks = list(model.blocks)
+        for block in blocks:
             divide(block, compute, config.parallel.zero == 3)
         divide(model, None, False)
         ahead = config.parallel.prefetch
-        for i, block in enumerate(model.blocks):
-            block.set_modules_to_forward_prefetch(list(model.blocks[i + 1 : i + 1 + ahead]))
-            block.set_modules_to_backward_prefetch(list(model.blocks[max(0, i - ahead) : i])[::-1])
+        for i, block in enumerate(blocks):
+            block.set_modules_to_forward_prefetch(blocks[i + 1 : i + 1 + ahead])
+            block.set_modules_to_backward_prefetch(blocks[max(0, i - ahead) : i][::-1])
         self.reduce_once = config.parallel.reduce_once
         for module in model.modules():
             if isinstance(module, FSDPModule):

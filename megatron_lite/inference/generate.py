@@ -27,7 +27,8 @@ from megatron_lite.distributed.mesh import Mesh, build_mesh, pick_device, proces
 from megatron_lite.distributed.shard import materialize, pieces_of, spec_of
 from megatron_lite.errors import CheckpointError, ConfigError, DataError, MegatronLiteError, NonFiniteError
 from megatron_lite.inference.requests import Answer, Request, Sampling
-from megatron_lite.layers.attention import KeyValueCache
+from megatron_lite.layers.cache import KeyValueCache
+from megatron_lite.layers.context import Context
 from megatron_lite.models.decoder import Decoder
 from megatron_lite.peft.prefix import fold
 from megatron_lite.planning.plan import check_tp, packing_mistakes
@@ -83,13 +84,13 @@ def generate(
     tokens: logits are gathered, and all draw alike.
     """
     assert all(0 <= token < (model.config.vocab_size or 0) for token in prompt)  # beyond are rows that only pad
-    device = model.embedding.weight.device
-    caches = [KeyValueCache() for _ in model.blocks]
+    device, most = model.projection.weight.device, most_tokens(model, prompt, sampling)
+    context = Context(dtype=dtype, cache=KeyValueCache(1, len(prompt) + most))
     tokens = torch.tensor([prompt], device=device)
     produced: list[int] = []
     with model.whole_tokens():
-        for _ in range(most_tokens(model, prompt, sampling)):
-            logits = model(tokens, caches=caches, dtype=dtype)[:, :known]
+        for _ in range(most):
+            logits = model(tokens, context)[:, :known]
             token = int(choose(logits, sampling, len(prompt) + len(produced)))
             if token in stop:
                 break

@@ -1,8 +1,6 @@
-"""Causal self-attention, heads split over tensor-parallel ranks."""
+"""Self-attention, heads split over tensor-parallel ranks."""
 
 from __future__ import annotations
-
-from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -11,41 +9,10 @@ from torch import Tensor, nn
 from megatron_lite.distributed import comm, random
 from megatron_lite.distributed.mesh import Axis
 from megatron_lite.layers import matmul
+from megatron_lite.layers.context import Context
 from megatron_lite.layers.linear import ColumnParallelLinear, RowParallelLinear
 from megatron_lite.layers.norm import RMSNorm
 from megatron_lite.layers.positions import rotate
-
-
-@dataclass
-class KeyValueCache:
-    """Keys and values of one layer seen so far while generating, [batch, kv_heads, length, head_dim]."""
-
-    keys: Tensor | None = None
-    values: Tensor | None = None
-
-    def extend(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """Append those of new tokens and return all."""
-        if self.keys is not None and self.values is not None:
-            keys, values = torch.cat((self.keys, keys), dim=2), torch.cat((self.values, values), dim=2)
-        self.keys, self.values = keys, values
-        return keys, values
-
-
-@dataclass
-class Context:
-    """What every block of one forward pass shares.
-
-    ``angles``: rotary cosines and sines. ``mask``: [batch, 1, seq, keys], True where a query may look; None where one
-    query sees all, or several, without keys before their own, see causally. ``seed``: of this micro batch's dropout
-    masks, None in evaluation. ``prefix``: what all layers' prefixes are made from, where they are (``peft/prefix.py``).
-    """
-
-    batch: int
-    angles: tuple[Tensor, Tensor] | None = None
-    mask: Tensor | None = None
-    seed: int | None = None
-    caches: list[KeyValueCache] | None = None
-    prefix: Tensor | None = None
 
 
 class Attention(nn.Module):
@@ -110,8 +77,8 @@ class Attention(nn.Module):
             qk = rotate(qk, context.angles)
         q, k = qk.split((heads, kv), dim=2)
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
-        if context.caches is not None:
-            k, v = context.caches[self.layer].extend(k, v)
+        if context.cache is not None:
+            k, v = context.cache.append(self.layer, k, v)
         if self.prefix is not None:
             first_k, first_v = self.prefix(context.prefix, k.dtype)
             k = torch.cat((first_k.expand(k.shape[0], -1, -1, -1), k), dim=2)
@@ -122,10 +89,10 @@ class Attention(nn.Module):
             random.seed_default(random.mix(context.seed, 3 * self.layer, self.tp.rank), q.device)
         if matmul.attends_in_float32(q):
             q, k, v = q.float(), k.float(), v.float()
-        causal = context.mask is None and q.shape[2] > 1
+        keys, causal = context.visible
         assert not causal or q.shape[2] == k.shape[2]  # is_causal lets the first query see the first key alone
         attended = F.scaled_dot_product_attention(
-            q, k, v, attn_mask=context.mask, dropout_p=dropout, is_causal=causal, enable_gqa=heads != kv
+            q, k, v, attn_mask=keys, dropout_p=dropout, is_causal=causal, enable_gqa=heads != kv
         )
         return attended.to(qkv.dtype).transpose(1, 2).reshape(qkv.shape[0], heads * self.head_dim)
 

@@ -9,9 +9,10 @@ from torch import Tensor, nn
 from megatron_lite.distributed import comm
 from megatron_lite.distributed.mesh import Axis
 from megatron_lite.distributed.shard import ShardSpec, attach
+from megatron_lite.layers.projection import Projection
 
 
-class VocabParallelEmbedding(nn.Module):
+class VocabParallelEmbedding(Projection):
     """Look up token ids [batch, seq] → [tokens, hidden], or [tokens / tp, hidden] under ``sp``.
 
     Each rank holds an equal range of the padded vocabulary and contributes zeros for ids outside it. Forward:

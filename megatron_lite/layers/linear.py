@@ -15,6 +15,7 @@ from megatron_lite.distributed.mesh import Axis
 from megatron_lite.distributed.quantization import unpack
 from megatron_lite.distributed.shard import ShardSpec, attach, spec_of
 from megatron_lite.layers import matmul
+from megatron_lite.layers.projection import Projection
 
 _ALONE = Axis("tp")
 
@@ -109,7 +110,7 @@ class _Linear(nn.Module):
         return comm.apply(_Product, x, self._weight(x), bias, tp, sp, self.packing)  # type: ignore[no-any-return]
 
 
-class ColumnParallelLinear(_Linear):
+class ColumnParallelLinear(_Linear, Projection):
     """``y = x W^T + b`` with W split by output features; each rank computes its own columns of y.
 
     In: [tokens, in_features], or [tokens / tp, in_features] under ``sp``. Out: [tokens, out_features / tp].
@@ -137,11 +138,6 @@ class ColumnParallelLinear(_Linear):
         if bias:
             spec = ShardSpec((out_features,), dim=0, chunks=chunks)
             self.bias = attach(nn.Parameter(torch.empty(spec.local_shape(tp.size))), spec, 0.0)
-
-    def low_rank(self, x: Tensor, seed: int | None = None) -> tuple[Tensor, Tensor] | None:
-        """An update of W that is a product, for those who multiply by W themselves: x times its one factor [tokens, r]
-        (slices under ``sp``), and the other [out_features / tp, r]. None: there is none."""
-        return None
 
     def forward(self, x: Tensor, seed: int | None = None) -> Tensor:
         bias = None if self.bias is None else self.bias.to(x.dtype)

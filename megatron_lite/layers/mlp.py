@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from megatron_lite.distributed.mesh import Axis
+from megatron_lite.layers.context import Context
 from megatron_lite.layers.linear import ColumnParallelLinear, RowParallelLinear
 
 
@@ -40,5 +41,5 @@ class MLP(nn.Module):
         gate, up = x.chunk(2, dim=-1)
         return F.silu(gate) * up
 
-    def forward(self, x: Tensor, seed: int | None = None) -> Tensor:
-        return self.down(self.activation(self.up(x, seed)), seed)
+    def forward(self, x: Tensor, context: Context) -> Tensor:
+        return self.down(self.activation(self.up(x, context.seed)), context.seed)

@@ -25,6 +25,7 @@ from megatron_lite.distributed.shard import ShardSpec, attach, spec_of
 from megatron_lite.layers import matmul
 from megatron_lite.layers.embedding import VocabParallelEmbedding
 from megatron_lite.layers.linear import ColumnParallelLinear, RowParallelLinear, product
+from megatron_lite.layers.projection import VocabProduct, add_product
 
 # What our fused linears hold, one below the other.
 _QKV = ("attention.q", "attention.k", "attention.v")
@@ -122,12 +123,38 @@ def _plus(y: Tensor, low: Tensor, b: Tensor) -> Tensor:
     return y + product(low, b) if matmul.through_float32(low, b) else torch.addmm(y, low, b.t())
 
 
+class UpdatedProduct(VocabProduct):
+    """``hidden W^T + low b^T``, for the head."""
+
+    def __init__(self, wanted: tuple[bool, ...], hidden: Tensor, weight: Tensor, low: Tensor, b: Tensor) -> None:
+        super().__init__(wanted, hidden, weight)
+        self.low, self.b = low.to(self.hidden.dtype), b.to(self.hidden.dtype)
+        self.grad_low = self.grad_b = None
+        if self.grad_hidden is not None:
+            self.grad_low, self.grad_b = torch.zeros_like(self.low), torch.zeros_like(self.b, dtype=self.precise)
+
+    def logits(self, tokens: slice | Tensor, into: Tensor) -> None:
+        super().logits(tokens, into)
+        into.addmm_(self.low[tokens], self.b.t())
+
+    def accumulate(self, tokens: slice | Tensor, grad: Tensor) -> None:
+        super().accumulate(tokens, grad)
+        assert self.grad_low is not None and self.grad_b is not None
+        self.grad_low[tokens] = matmul.linear(grad, self.b.t())
+        add_product(self.grad_b, grad, self.low[tokens])
+
+    def gradients(self) -> list[Tensor | None]:
+        return [*super().gradients(), self.grad_low, self.grad_b]
+
+
 class LoRAColumnLinear(_Adapted, ColumnParallelLinear):
     """A column-parallel linear with updates: A replicated, B split as W's rows are.
 
     Forward: ``low`` of this rank's tokens joins x in its all-gather (``sp``). Backward: their gradients are
     reduce-scattered (``sp``) or all-reduced together.
     """
+
+    product_kind = UpdatedProduct
 
     def __init__(self, base: ColumnParallelLinear, name: str, updates: list[Update], config: LoRAConfig) -> None:
         nn.Module.__init__(self)
@@ -147,8 +174,12 @@ class LoRAColumnLinear(_Adapted, ColumnParallelLinear):
         split = self.tp.rank if self.sp else 0
         return product(self.dropped(x, seed, split), comm.copy_to(a, self.tp) if self.sp else a)
 
-    def low_rank(self, x: Tensor, seed: int | None = None) -> tuple[Tensor, Tensor]:
-        return self.low(x, seed), self.b(x.dtype)
+    def enter(self, x: Tensor, seed: int | None) -> tuple[Tensor, ...]:
+        x, low = comm.enter_joined(x, self.low(x, seed), self.tp, sp=self.sp)
+        return x, self.weight, low, self.b(x.dtype)
+
+    def rows(self, x: Tensor) -> Tensor:
+        return super().rows(x) + self.low(x, None) @ self.b(x.dtype).t()
 
     def forward(self, x: Tensor, seed: int | None = None) -> Tensor:
         x, low = comm.enter_joined(x, self.low(x, seed), self.tp, sp=self.sp)

@@ -23,7 +23,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from megatron_lite.config import Config
-from megatron_lite.data.loader import Loader, build_dataset
+from megatron_lite.data.dataset import build_dataset
+from megatron_lite.data.loader import Loader
 from megatron_lite.distributed import comm
 from megatron_lite.distributed.mesh import Axis, Mesh, build_mesh
 from megatron_lite.distributed.shard import Piece

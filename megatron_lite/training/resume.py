@@ -11,7 +11,7 @@ from typing import Any
 
 from megatron_lite.checkpoint import Checkpoint, CheckpointSource, Source
 from megatron_lite.config import Config, ModelConfig, OptimConfig, TrainConfig, parse_section
-from megatron_lite.data.loader import Dataset
+from megatron_lite.data.dataset import Dataset
 from megatron_lite.data.template import find_template
 from megatron_lite.data.tokenizer import MAIN, TOKENIZER_FILES, Tokenizer, read_tokenizer
 from megatron_lite.engines.optim import learning_rate

@@ -3,26 +3,29 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from megatron_lite import peft
 from megatron_lite.config import Config
+from megatron_lite.data.batch import Batch
+from megatron_lite.data.tokenizer import Tokenizer
 from megatron_lite.distributed import comm, random, shard
 from megatron_lite.distributed.mesh import Axis, Mesh
 from megatron_lite.engines.engine import build_engine
 from megatron_lite.engines.optim import learning_rate
 from megatron_lite.errors import NonFiniteError
 from megatron_lite.layers import matmul
-from megatron_lite.layers.loss import IGNORED
+from megatron_lite.layers.context import Context
 from megatron_lite.models.decoder import Decoder
 from megatron_lite.models.offload import apply_offload
 from megatron_lite.models.recompute import apply_recompute
 from megatron_lite.planning.plan import Plan
+from megatron_lite.tasks import build_task
+from megatron_lite.tasks.task import Task
 from megatron_lite.training.faults import Faults
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
@@ -58,7 +61,8 @@ class StepResult:
 class Trainer:
     """Model, engine and state of one run on this rank; ``train_step`` is the whole of training."""
 
-    def __init__(self, config: Config, mesh: Mesh, plan: Plan, faults: Faults) -> None:
+    def __init__(self, config: Config, mesh: Mesh, plan: Plan, faults: Faults, task: Task | None = None) -> None:
+        self.task = task or build_task(config)
         self.config, self.mesh, self.plan, self.faults = config, mesh, plan, faults
         self.compute_dtype = DTYPES[config.train.precision]
         matmul.measure(self.compute_dtype, mesh.device)
@@ -77,29 +81,25 @@ class Trainer:
         self.state = TrainState()
         self.before_update: Callable[[], None] = lambda: None  # called when weights and optimizer state are to change
 
-    def loss(self, batch: Any, *, training: bool) -> Tensor:
-        """Sum of the cross entropies of one micro batch."""
-        seed = random.mix(self.config.run.seed, batch.index) if training else None
-        model = self.engine.forward if training else self.model
-        return model(
-            batch.tokens,
-            batch.targets,
-            counted=batch.counted,
+    def loss(self, batch: Batch, *, training: bool) -> Tensor:
+        """Sum of the losses of one micro batch's targets."""
+        context = Context(
+            dtype=self.compute_dtype,
+            seed=random.mix(self.config.run.seed, batch.index) if training else None,
             positions=batch.positions,
             document_ids=batch.document_ids,
-            seed=seed,
-            dtype=self.compute_dtype,
         )
+        return self.task.loss(self.engine.forward if training else self.model, batch, context)
 
-    def train_step(self, micro_batches: list[Any], *, stop: bool = False, busy: float | None = None) -> StepResult:
+    def train_step(self, micro_batches: list[Batch], *, stop: bool = False, busy: float | None = None) -> StepResult:
         """One step over this rank's micro batches: forward, backward, reduce, clip, update.
 
-        ``stop``: this rank was asked to stop; the result says whether any rank was. ``busy``: a number that the others
-        shall know, given by all ranks or none. Raises NonFiniteError on every
-        rank, before the update, when the global loss or gradient norm is not finite.
+        ``stop``: this rank was asked to stop; the result says whether any rank was. ``busy``: a number to share
+        with all ranks, given by all of them or none. Raises NonFiniteError on every rank, before the update, when the
+        global loss or gradient norm is not finite.
         """
         state, mesh, step = self.state, self.mesh, self.state.step + 1
-        counts = torch.stack([(batch.targets != IGNORED).sum() for batch in micro_batches]).sum()
+        counts = torch.stack([self.task.count(batch) for batch in micro_batches]).sum()
         tokens = comm.all_reduce(counts, mesh.dp).clamp(min=1)  # without any target, the loss and gradients are 0
 
         total = torch.zeros((), dtype=torch.float64, device=mesh.device)
@@ -147,15 +147,19 @@ class Trainer:
         state.skipped += 1
 
     @torch.no_grad()
-    def evaluate(self, steps: Iterable[list[Any]]) -> float:
+    def evaluate(self, steps: Iterable[list[Batch]]) -> float:
         """Mean loss per target token over validation batches, as many on every rank; the same on every rank."""
         sums = torch.zeros(2, dtype=torch.float64, device=self.mesh.device)
         for micro_batches in steps:
             for batch in micro_batches:
                 sums[0] += self.loss(batch, training=False)
-                sums[1] += (batch.targets != IGNORED).sum()
+                sums[1] += self.task.count(batch)
         total, count = comm.all_reduce(sums, self.mesh.dp).tolist()
         return total / max(count, 1)
+
+    def sample(self, tokenizer: Tokenizer, files: Mapping[str, bytes]) -> str | None:
+        """A text that shows what the model has learnt, if the task has one to show."""
+        return self.task.sample(self.model, tokenizer, files, Context(dtype=self.compute_dtype))
 
 
 def _name_axes(model: nn.Module) -> None:

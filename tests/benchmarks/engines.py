@@ -50,7 +50,7 @@ def ours(
     model: dict[str, Any], batch: Batches, size: int, engine: str, stage: int, method: str, dtype: str
 ) -> Callable[[], None]:
     from megatron_lite.config import parse_config
-    from megatron_lite.data.loader import Batch
+    from megatron_lite.data.batch import Batch
     from megatron_lite.distributed.mesh import build_mesh
     from megatron_lite.planning.plan import make_plan
     from megatron_lite.training.allocator import keep_freed

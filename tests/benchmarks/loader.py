@@ -18,8 +18,9 @@ import numpy as np
 import torch
 
 from megatron_lite.config import DataConfig, SourceConfig
+from megatron_lite.data.dataset import build_dataset
 from megatron_lite.data.indexed import IndexedWriter
-from megatron_lite.data.loader import Loader, build_dataset
+from megatron_lite.data.loader import Loader
 
 BATCH = 16
 

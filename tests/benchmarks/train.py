@@ -186,7 +186,7 @@ def counted(targets: Any) -> Any:
 def ours(model: dict[str, Any], dtype: str, mode: str, batch: Batches) -> Contender:
     """This project's train_step, in a process as ``train`` prepares it."""
     from megatron_lite.config import parse_config
-    from megatron_lite.data.loader import Batch
+    from megatron_lite.data.batch import Batch
     from megatron_lite.distributed.mesh import solo_mesh
     from megatron_lite.planning.plan import make_plan
     from megatron_lite.training.allocator import keep_freed

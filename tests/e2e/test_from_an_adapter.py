@@ -10,7 +10,8 @@ import torch.nn.functional as F
 import yaml
 
 from megatron_lite.config import load_config
-from megatron_lite.data.loader import Loader, build_dataset
+from megatron_lite.data.dataset import build_dataset
+from megatron_lite.data.loader import Loader
 from tests.kit.foreign import their_adapter
 from tests.kit.jobs import PYTHON, Result, run_job
 from tests.kit.tiny import ENGINES, VOCAB, losses, tiny_config, tiny_data

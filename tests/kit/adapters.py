@@ -55,7 +55,7 @@ def saved(
     vocab = model.config.vocab_size
     with torch.no_grad():  # what is loaded has no padding
         model.embedding.weight[vocab:] = 0.0
-        model.head_weight[vocab:] = 0.0
+        model.projection.weight[vocab:] = 0.0
     pieces = pieces_of(model, Axis("tp"))
     state = {"vocab_size": vocab, "tokenizer_sha256": None}
     if method is not None:

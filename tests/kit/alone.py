@@ -34,7 +34,7 @@ def run_alone(config: Path, *flags: str, faults: str = "") -> tuple[Run, str]:
         stack.callback(gc.enable)  # which a run does for itself
         watchdog = stack.enter_context(contextlib.closing(Watchdog(checked.folder / "logs", rank, mesh, 60)))
         run = Run(checked, make_plan(checked, 1), rank, mesh, stop, watchdog)
-        stack.callback(lambda: run.reporter is not None and run.reporter.close())
+        stack.callback(run.close)
         run.loop()
     return run, log.getvalue()
 

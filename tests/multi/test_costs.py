@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from megatron_lite.config import Config, parse_config
-from megatron_lite.data.loader import Loader, build_dataset
+from megatron_lite.data.dataset import build_dataset
+from megatron_lite.data.loader import Loader
 from megatron_lite.distributed.mesh import build_mesh
 from megatron_lite.distributed.spawn import run_ranks
 from megatron_lite.errors import PeerError

@@ -6,6 +6,7 @@ import torch
 from megatron_lite.distributed.mesh import build_mesh
 from megatron_lite.distributed.spawn import run_ranks
 from megatron_lite.inference.generate import Sampling, generate
+from megatron_lite.layers.context import Context
 from megatron_lite.planning.plan import make_plan
 from megatron_lite.proof.prove import batches
 from megatron_lite.training.faults import Faults
@@ -36,7 +37,7 @@ def uncached(model, prompt, count):
     tokens = list(prompt)
     with torch.no_grad(), model.whole_tokens():
         for _ in range(count):
-            tokens.append(int(model(torch.tensor([tokens]), dtype=torch.float64).argmax()))
+            tokens.append(int(model(torch.tensor([tokens]), Context(torch.float64)).argmax()))
     return tokens[len(prompt) :]
 
 

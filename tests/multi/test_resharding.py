@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from megatron_lite import checkpoint
-from megatron_lite.data.loader import Loader, build_dataset
+from megatron_lite.data.dataset import build_dataset
+from megatron_lite.data.loader import Loader
 from megatron_lite.distributed import comm
 from megatron_lite.distributed.mesh import Mesh
 from megatron_lite.distributed.spawn import run_ranks

@@ -7,11 +7,12 @@ import numpy as np
 import pytest
 import torch
 
+from megatron_lite.data.batch import IGNORED
+from megatron_lite.data.dataset import build_dataset
 from megatron_lite.data.indexed import IndexedWriter
-from megatron_lite.data.loader import build_dataset, once
+from megatron_lite.data.loader import once
 from megatron_lite.distributed.mesh import build_mesh, solo_mesh
 from megatron_lite.distributed.spawn import run_ranks
-from megatron_lite.layers.loss import IGNORED
 from megatron_lite.planning.plan import make_plan
 from megatron_lite.training.faults import Faults
 from megatron_lite.training.step import Trainer

@@ -9,10 +9,11 @@ import pytest
 import torch
 
 from megatron_lite.config import DataConfig, SourceConfig
+from megatron_lite.data.batch import IGNORED
+from megatron_lite.data.dataset import build_dataset
 from megatron_lite.data.indexed import IndexedWriter
-from megatron_lite.data.loader import Loader, build_dataset, once
+from megatron_lite.data.loader import Loader, once
 from megatron_lite.errors import DataError
-from megatron_lite.layers.loss import IGNORED
 
 CPU = torch.device("cpu")
 

@@ -11,11 +11,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_lite.config import DataConfig
+from megatron_lite.data.batch import IGNORED
+from megatron_lite.data.dataset import build_dataset
 from megatron_lite.data.indexed import IndexedWriter
-from megatron_lite.data.loader import Loader, build_dataset, once
+from megatron_lite.data.loader import Loader, once
 from megatron_lite.data.packing import pack
 from megatron_lite.errors import DataError
-from megatron_lite.layers.loss import IGNORED
 
 
 def write(prefix: Path, conversations: list[list[int]]) -> str:

@@ -18,7 +18,8 @@ from megatron_lite.distributed.spawn import run_ranks
 from megatron_lite.errors import CheckpointError, ConfigError, NonFiniteError
 from megatron_lite.inference.generate import Codec, choose, generate, generate_text, of_request, open_models
 from megatron_lite.inference.requests import Request, Sampling
-from megatron_lite.training.run import Run
+from megatron_lite.layers.context import Context
+from megatron_lite.tasks.causal_lm import CausalLM
 from tests.kit.adapters import FAMILIES, LENGTH, VOCAB, decoder, saved
 from tests.kit.corpora import UNMARKED, write_json_tokenizer
 from tests.kit.tokenizers import slow_folder
@@ -35,7 +36,7 @@ def test_with_the_cache_as_without(family):
     model = decoder(family)
     tokens = list(PROMPT)
     for _ in range(20):
-        tokens.append(int(model(torch.tensor([tokens]), dtype=torch.float64).argmax()))
+        tokens.append(int(model(torch.tensor([tokens]), Context(torch.float64)).argmax()))
     assert produce(model, max_new_tokens=20) == tokens[len(PROMPT) :]
     assert len(set(tokens)) > 5
 
@@ -108,7 +109,7 @@ def test_logits_that_are_no_numbers_are_refused(temperature):
 def test_rows_that_only_pad_the_vocabulary_are_never_drawn():
     model = decoder("gpt2")  # 61 tokens, 64 rows, which are those of the embedding, too
     with torch.no_grad():
-        model.head_weight[VOCAB:] = 50 * model.head_weight[:3]
+        model.projection.weight[VOCAB:] = 50 * model.projection.weight[:3]
     hot = produce(model, temperature=100.0, max_new_tokens=28)
     assert max(hot) < VOCAB and len(set(hot)) > 10
     some = generate(model, PROMPT, Sampling(temperature=100.0), (), torch.float64, known=50)
@@ -312,8 +313,8 @@ def test_a_text_ends_with_what_the_files_say_and_an_answer_with_what_the_templat
         "{{ messages[0].content }}{% if messages[1] %}{{ messages[1].content + '" + "<|im_end|>" + "' }}{% endif %}"
     )
     with torch.no_grad():  # in a chat <|im_end|>, which no file names, is what it says at once
-        model.head_weight[tokenizer.special["<|im_end|>"]] = model.head_weight[produced[0]]
-        model.head_weight[produced[0]] = 0.0
+        model.projection.weight[tokenizer.special["<|im_end|>"]] = model.projection.weight[produced[0]]
+        model.projection.weight[produced[0]] = 0.0
     saved(tmp_path / "chat", model, 1, files={**files, "chat_template.jinja": template.encode()})
     plain, chat = said(tmp_path / "chat", Request("import os"), Request(CHAT))
     assert (plain.num_tokens, plain.finish_reason) == (8, "length")
@@ -323,8 +324,8 @@ def test_a_text_ends_with_what_the_files_say_and_an_answer_with_what_the_templat
 @pytest.mark.parametrize(("tokens", "eos"), [([], -1), ([5, 90], 2)])
 def test_training_shows_no_sample_of_a_prompt_that_the_model_has_no_rows_for(tokens, eos, caplog):
     tokenizer = SimpleNamespace(encode_prompt=lambda text: tokens or [eos], eos_id=eos)
-    config = SimpleNamespace(train=SimpleNamespace(sample_prompt="x"), model=SimpleNamespace(vocab_size=90))
-    Run.sample(SimpleNamespace(tokenizer=tokenizer, config=config))
+    task = CausalLM(SimpleNamespace(train=SimpleNamespace(sample_prompt="x")))
+    assert task.sample(SimpleNamespace(vocab_size=90), tokenizer, {}, Context()) is None
     assert "no sample: train.sample_prompt has tokens that the model does not" in caplog.text
 
 

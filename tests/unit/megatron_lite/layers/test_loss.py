@@ -7,8 +7,22 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from megatron_lite.distributed.mesh import Axis
 from megatron_lite.layers import loss as module
 from megatron_lite.layers.loss import linear_cross_entropy
+from megatron_lite.layers.projection import Projection, VocabProduct
+from megatron_lite.peft.lora import UpdatedProduct
 
 TOKENS, HIDDEN, VOCAB, PADDED = 50, 3, 37, 40  # so narrow that chunks may be of 7 tokens
+
+
+class Given(Projection):
+    """A projection made of tensors that are there: a weight, and perhaps the factors of an update."""
+
+    def __init__(self, weight, *factors):
+        super().__init__()
+        self.tp, self.sp, self.tensors = Axis("tp"), False, (weight, *factors)
+        self.product_kind = UpdatedProduct if factors else VocabProduct
+
+    def enter(self, x, seed):
+        return x, *self.tensors
 
 
 def inputs(dtype=torch.float64):
@@ -28,7 +42,7 @@ def test_equal_to_torch(monkeypatch, chunk, told):
     monkeypatch.setattr(module, "_CHUNK_ELEMENTS", chunk)
     hidden, weight, targets = inputs()
     counted = (targets != -100).nonzero().squeeze(1) if told else None
-    loss = linear_cross_entropy(hidden, weight, targets, VOCAB, Axis("tp"), sp=False, counted=counted)
+    loss = linear_cross_entropy(hidden, Given(weight), targets, VOCAB, counted=counted)
     (3 * loss).backward()
     got = loss.detach(), hidden.grad.clone(), weight.grad.clone()
     hidden.grad = weight.grad = None
@@ -45,9 +59,7 @@ def test_an_update_of_the_weight_is_equal_to_torch(told):
     weight = weight.detach()
     low, factor = (torch.randn(rows, 3, dtype=torch.float64, requires_grad=True) for rows in (TOKENS, PADDED))
     counted = (targets != -100).nonzero().squeeze(1) if told else None
-    linear_cross_entropy(
-        hidden, weight, targets, VOCAB, Axis("tp"), sp=False, low_rank=(low, factor), counted=counted
-    ).backward()
+    linear_cross_entropy(hidden, Given(weight, low, factor), targets, VOCAB, counted=counted).backward()
     got = [tensor.grad.clone() for tensor in (hidden, low, factor)]
     hidden.grad = low.grad = factor.grad = None
     logits = (hidden @ weight.t() + low @ factor.t())[:, :VOCAB]
@@ -58,7 +70,7 @@ def test_an_update_of_the_weight_is_equal_to_torch(told):
 
 def test_bfloat16_keeps_sums_in_float32():
     hidden, weight, targets = inputs(torch.bfloat16)
-    loss = linear_cross_entropy(hidden, weight, targets, VOCAB, Axis("tp"), sp=False)
+    loss = linear_cross_entropy(hidden, Given(weight), targets, VOCAB)
     loss.backward()
     assert (loss.dtype, hidden.grad.dtype, weight.grad.dtype) == (torch.float32, torch.bfloat16, torch.float32)
     logits = hidden.double() @ weight.double().t()
@@ -70,7 +82,7 @@ def test_bfloat16_keeps_sums_in_float32():
 def test_nothing_counted_is_zero_and_without_gradient(counted):
     hidden, weight, targets = inputs()
     none = torch.full_like(targets, -100)
-    loss = linear_cross_entropy(hidden, weight, none, VOCAB, Axis("tp"), sp=False, counted=counted)
+    loss = linear_cross_entropy(hidden, Given(weight), none, VOCAB, counted=counted)
     loss.backward()
     assert (loss.item(), hidden.grad.abs().max().item(), weight.grad.abs().max().item()) == (0, 0, 0)
 
@@ -92,7 +104,7 @@ def test_only_counted_tokens_are_multiplied():
     targets[4:] = -100
     with Largest() as largest:
         counted = torch.tensor([1, 2, 3])
-        linear_cross_entropy(hidden, weight.detach(), targets, VOCAB, Axis("tp"), sp=False, counted=counted).backward()
+        linear_cross_entropy(hidden, Given(weight.detach()), targets, VOCAB, counted=counted).backward()
     assert largest.numel == TOKENS * HIDDEN
 
 
@@ -100,5 +112,5 @@ def test_the_whole_logits_never_exist(monkeypatch):
     monkeypatch.setattr(module, "_CHUNK_ELEMENTS", 1)
     hidden, weight, targets = inputs()
     with Largest() as largest:
-        linear_cross_entropy(hidden, weight, targets, VOCAB, Axis("tp"), sp=False).backward()
+        linear_cross_entropy(hidden, Given(weight), targets, VOCAB).backward()
     assert largest.numel == 7 * PADDED <= 2 * TOKENS * HIDDEN < TOKENS * VOCAB

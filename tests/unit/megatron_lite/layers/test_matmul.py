@@ -11,9 +11,12 @@ import torch
 from megatron_lite.config import LoRAConfig
 from megatron_lite.distributed.mesh import Axis
 from megatron_lite.layers import matmul
-from megatron_lite.layers.attention import Attention, Context
+from megatron_lite.layers.attention import Attention
+from megatron_lite.layers.context import Context
+from megatron_lite.layers.embedding import VocabParallelEmbedding
 from megatron_lite.layers.linear import ColumnParallelLinear
 from megatron_lite.layers.loss import linear_cross_entropy
+from megatron_lite.layers.mask import Visible
 from megatron_lite.peft.lora import LoRAColumnLinear, Update
 
 ROWS, INNER, OUTER = 37, 80, 24
@@ -99,11 +102,12 @@ def _layers(dtype):
         32, 2, 2, 16, alone, layer=0, bias=False, qkv_bias=False, sp=False, std=0.02, out_std=0.02, dropout=0.0
     )
     x = _numbers(ROWS, INNER).to(dtype).requires_grad_()
-    head = _numbers(48, 32).requires_grad_()
-    hidden = attention.core(layer(x), Context(batch=1))
-    loss = linear_cross_entropy(hidden, head, torch.arange(ROWS), 48, alone, sp=False)
+    head = VocabParallelEmbedding(48, 32, alone, sp=False, std=0.02)
+    head.weight.data = _numbers(48, 32)
+    hidden = attention.core(layer(x), Context(visible=Visible(causal=True)))
+    loss = linear_cross_entropy(hidden, head, torch.arange(ROWS), 48)
     loss.backward()
-    return [hidden.detach(), loss.detach(), x.grad, head.grad, layer.weight.grad, layer.lora_up_b.grad]
+    return [hidden.detach(), loss.detach(), x.grad, head.weight.grad, layer.weight.grad, layer.lora_up_b.grad]
 
 
 @pytest.mark.skipif(not matmul.chooses(torch.empty(0)), reason="this torch has no MKL, or no oneDNN")

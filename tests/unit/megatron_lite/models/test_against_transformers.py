@@ -2,11 +2,13 @@
 
 import pytest
 import torch
-from torch.nn.functional import cross_entropy
+import torch.nn.functional as F
 
 from megatron_lite.config import ModelConfig
 from megatron_lite.distributed.mesh import Axis
+from megatron_lite.layers.context import Context
 from megatron_lite.models.decoder import Decoder
+from megatron_lite.models.head import cross_entropy
 
 transformers = pytest.importorskip("transformers", reason="transformers is not installed (pip install '.[hf]')")
 
@@ -112,10 +114,10 @@ def test_same_logits_loss_and_gradients(name):
     targets[1, 5] = -100
     tolerance = 1e-12 if name == "gpt2" else 1e-5  # their Llama computes norms and rotation in float32 in any case
     want = theirs(tokens).logits
-    assert_near(model(tokens, dtype=torch.float64), want[:, -1], tolerance, "logits")
+    assert_near(model(tokens, Context(torch.float64)), want[:, -1], tolerance, "logits")
 
-    want_loss = cross_entropy(want.flatten(0, 1), targets.flatten(), reduction="sum")
-    loss = model(tokens, targets, dtype=torch.float64)
+    want_loss = F.cross_entropy(want.flatten(0, 1), targets.flatten(), reduction="sum")
+    loss = model(tokens, Context(torch.float64), cross_entropy(targets))
     assert_near(loss, want_loss, tolerance, "loss")
     want_loss.backward()
     loss.backward()

@@ -5,8 +5,10 @@ import torch
 
 from megatron_lite.config import ModelConfig
 from megatron_lite.distributed.mesh import Axis
+from megatron_lite.layers.context import Context
 from megatron_lite.models import offload
 from megatron_lite.models.decoder import Decoder
+from megatron_lite.models.head import cross_entropy
 from megatron_lite.models.recompute import apply_recompute
 
 LAYERS, TOKENS, HIDDEN = 2, 32, 32
@@ -32,7 +34,7 @@ def train(recompute: str, *, offloaded: bool) -> tuple[Decoder, list[torch.Tenso
         offload.apply_offload(model.blocks)
     tokens = torch.arange(TOKENS).view(2, 16)
     documents = (tokens > 5).long()
-    model(tokens, tokens, document_ids=documents).backward()
+    model(tokens, Context(document_ids=documents), cross_entropy(tokens)).backward()
     return model, [parameter.grad for parameter in model.parameters()]
 
 

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from megatron_lite.checkpoint.formats import open_peft
 from megatron_lite.checkpoint.formats.hf import HuggingFaceSource
 from megatron_lite.config import parse_config
-from megatron_lite.data.loader import Batch
+from megatron_lite.data.batch import Batch
 from megatron_lite.distributed.mesh import solo_mesh
 from megatron_lite.planning.plan import make_plan
 from megatron_lite.training.faults import Faults

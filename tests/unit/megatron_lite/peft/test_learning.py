@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from megatron_lite.config import parse_config
-from megatron_lite.data.loader import Batch
+from megatron_lite.data.batch import Batch
 from megatron_lite.distributed.mesh import solo_mesh
 from megatron_lite.planning.plan import make_plan
 from megatron_lite.training.faults import Faults

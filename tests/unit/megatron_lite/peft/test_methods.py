@@ -8,7 +8,8 @@ from megatron_lite.config import parse_config
 from megatron_lite.distributed.mesh import Axis
 from megatron_lite.distributed.shard import initialize, inits_of, pieces_of
 from megatron_lite.inference.generate import Sampling, generate
-from megatron_lite.layers.attention import KeyValueCache
+from megatron_lite.layers.cache import KeyValueCache
+from megatron_lite.layers.context import Context
 from megatron_lite.models.decoder import Decoder
 from megatron_lite.peft.prefix import fold
 from tests.kit.tiny import SEQ_LEN, VOCAB
@@ -54,21 +55,22 @@ def test_at_the_start_it_is_the_base_to_the_last_bit(family, method):
     frozen = {name for name, parameter in model.named_parameters() if not parameter.requires_grad}
     assert frozen == dict(base.named_parameters()).keys()
     assert len(frozen) < len(dict(model.named_parameters()))
-    assert torch.equal(model(TOKENS, dtype=torch.float64), base(TOKENS, dtype=torch.float64))
+    assert torch.equal(model(TOKENS, Context(torch.float64)), base(TOKENS, Context(torch.float64)))
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_prefix_of_a_prompts_keys_and_values_is_that_prompt(family):
     """Positions and masks are right when nobody can tell whether the prompt was read or trained."""
     base, model, length = decoder(family), decoder(family, PREFIXES["prefix"]), PREFIXES["prefix"]["length"]
-    caches = [KeyValueCache() for _ in base.blocks]
-    base(TOKENS[:, :length], caches=caches, dtype=torch.float64)
+    cache = KeyValueCache(len(TOKENS), length)
     with torch.no_grad():
-        for block, cache in zip(model.blocks, caches, strict=True):
-            block.attention.prefix.keys.copy_(cache.keys[0])
-            block.attention.prefix.values.copy_(cache.values[0])
-    want = base(TOKENS, dtype=torch.float64)
-    torch.testing.assert_close(model(TOKENS[:, length:], dtype=torch.float64), want, rtol=1e-12, atol=1e-12)
+        base(TOKENS[:, :length], Context(torch.float64, cache=cache))
+        for block in model.blocks:
+            keys, values = cache._held[block.layer]
+            block.attention.prefix.keys.copy_(keys[0])
+            block.attention.prefix.values.copy_(values[0])
+    want = base(TOKENS, Context(torch.float64))
+    torch.testing.assert_close(model(TOKENS[:, length:], Context(torch.float64)), want, rtol=1e-12, atol=1e-12)
     prompt = TOKENS[0].tolist()
     read = generate(base, prompt, Sampling(max_new_tokens=20), (), torch.float64)
     trained = generate(model, prompt[length:], Sampling(max_new_tokens=20), (), torch.float64)
@@ -77,7 +79,7 @@ def test_a_prefix_of_a_prompts_keys_and_values_is_that_prompt(family):
 
 def test_a_folded_prefix_computes_the_same_without_its_mlp():
     model = decoder("llama", PREFIXES["by an mlp"])
-    want = model(TOKENS, dtype=torch.float64)
+    want = model(TOKENS, Context(torch.float64))
     fold(model, torch.float64)
     assert not [name for name, _ in model.named_parameters() if name.startswith("prefix.")]
-    torch.testing.assert_close(model(TOKENS, dtype=torch.float64), want, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(model(TOKENS, Context(torch.float64)), want, rtol=1e-12, atol=1e-12)

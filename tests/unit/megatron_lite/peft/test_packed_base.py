@@ -10,7 +10,9 @@ from megatron_lite import peft
 from megatron_lite.config import PACKED_BYTES, parse_config
 from megatron_lite.distributed.mesh import Axis
 from megatron_lite.distributed.shard import initialize, inits_of, pieces_of, spec_of
+from megatron_lite.layers.context import Context
 from megatron_lite.models.decoder import Decoder
+from megatron_lite.models.head import cross_entropy
 
 SOLO = Axis("tp")
 SIZES = {"vocab_size": 61, "hidden_size": 64, "num_layers": 2, "num_heads": 4, "ffn_size": 192, "max_seq_len": 48}
@@ -40,7 +42,7 @@ def decoder(family, method, base_dtype, dtype=torch.float64):
 
 
 def gradients(model, dtype=torch.float64):
-    model(TOKENS[:, :-1], TOKENS[:, 1:], seed=3, dtype=dtype).backward()
+    model(TOKENS[:, :-1], Context(dtype, seed=3), cross_entropy(TOKENS[:, 1:])).backward()
     return {name: parameter.grad for name, parameter in model.named_parameters() if parameter.grad is not None}
 
 
@@ -55,7 +57,7 @@ def test_it_computes_what_its_numbers_compute(family, method, packing):
             target.data.copy_(tile.numbers)
     changed = {n for n, p in packed.named_parameters() if spec_of(p).packing}
     assert changed == {f"blocks.{i}.{name}" for i in range(2) for name in LINEARS}
-    torch.testing.assert_close(packed(TOKENS, dtype=torch.float64), plain(TOKENS, dtype=torch.float64))
+    torch.testing.assert_close(packed(TOKENS, Context(torch.float64)), plain(TOKENS, Context(torch.float64)))
     found, wanted = gradients(packed), gradients(plain)
     assert found.keys() == {name for name, parameter in plain.named_parameters() if parameter.requires_grad}
     torch.testing.assert_close(found, wanted, rtol=1e-10, atol=1e-12)
@@ -70,7 +72,7 @@ def test_no_unpacked_weight_waits_for_backward(method, packing):
     sizes = {math.prod(spec_of(p).shape) for p in model.parameters() if spec_of(p).packing}
     saved = []
     with saved_tensors_hooks(lambda tensor: saved.append(tensor) or tensor, lambda tensor: tensor):
-        loss = model(TOKENS[:, :-1], TOKENS[:, 1:], seed=3, dtype=torch.bfloat16)
+        loss = model(TOKENS[:, :-1], Context(torch.bfloat16, seed=3), cross_entropy(TOKENS[:, 1:]))
     kept = {tensor.untyped_storage().data_ptr() for tensor in saved if tensor.dtype == torch.uint8}
     assert kept and kept <= bytes_of.keys()
     whole = {p.untyped_storage().data_ptr() for p in model.parameters()}

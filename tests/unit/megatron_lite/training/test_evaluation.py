@@ -9,7 +9,7 @@ from tests.kit.tiny import tiny_config, tiny_data
 
 
 def validation(run):
-    lines = [json.loads(line) for line in (run.folder / "metrics.jsonl").read_text().splitlines()]
+    lines = [json.loads(line) for line in (run.config.folder / "metrics.jsonl").read_text().splitlines()]
     return [line["validation_loss"] for line in lines if "validation_loss" in line]
 
 

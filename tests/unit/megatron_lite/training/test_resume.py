@@ -155,7 +155,7 @@ def test_another_chat_template_is_refused_unless_it_is_named(tmp_path):
     )
     run, log = run_alone(config, "train.steps=4", "checkpoint.allow_change=[chat_template]")
     assert f"changed since the checkpoint: {SETTINGS}\nchanged since the checkpoint: chat template sha " in log
-    assert json.loads((run.checkpoints / "step_00000004" / SETTINGS).read_bytes())["chat_template"] == "{{ messages }}"
+    assert json.loads((run.saver.folder / "step_00000004" / SETTINGS).read_bytes())["chat_template"] == "{{ messages }}"
     assert "chat template" not in run_alone(config, "train.steps=5")[1]
 
 

@@ -11,6 +11,7 @@ from megatron_lite.checkpoint.formats.hf import HuggingFaceSource
 from megatron_lite.distributed.mesh import solo_mesh
 from megatron_lite.errors import CheckpointError
 from megatron_lite.inference.generate import open_models
+from megatron_lite.layers.context import Context
 from tests.kit.adapters import decoder, saved
 
 METHODS = {
@@ -36,7 +37,7 @@ def test_it_computes_what_both_compute(tmp_path, name, family, capsys):
     beside = decoder(family, method=method)
     saved(tmp_path / "adapter", beside, 2, method)
     with torch.no_grad():
-        want = beside(TOKENS, dtype=torch.float64)
+        want = beside(TOKENS, Context(torch.float64))
         alone = logits(open_source(tmp_path / "base"))
 
     convert.merge_adapter(tmp_path / "adapter", tmp_path / "ours", None, "ours", "stored", unmerge=False, trust=False)
@@ -110,14 +111,14 @@ def test_an_adapter_is_computed_with_as_it_was_trained(tmp_path, to, capsys):
     saved(tmp_path / "adapter", other, 2, method)
     beside.load_state_dict(other.state_dict())
     with torch.no_grad():
-        want, as_base = (model(TOKENS, dtype=torch.float64) for model in (other, beside))
+        want, as_base = (model(TOKENS, Context(torch.float64)) for model in (other, beside))
     assert (want - as_base).abs().max() > 0.1
     convert.merge_adapter(tmp_path / "adapter", tmp_path / "out", None, to, "float32", unmerge=False, trust=False)
     out = capsys.readouterr().out
     assert "note: model.rope_theta is 3.0, as " in out and "; its base has 10000.0\n" in out
     torch.testing.assert_close(logits(open_source(tmp_path / "out")).double(), want, rtol=1e-4, atol=1e-4)
     with open_models(tmp_path / "adapter", solo_mesh(), torch.float64, {}, None) as (models, _, name), torch.no_grad():
-        torch.testing.assert_close(models[name](TOKENS, dtype=torch.float64), want)
+        torch.testing.assert_close(models[name](TOKENS, Context(torch.float64)), want)
         assert models[name].config.max_seq_len == open_source(tmp_path / "out").model.max_seq_len == 64
     with pytest.raises(
         CheckpointError, match=r"was trained with model\.norm_eps=0\.5 \(its base: 1e-05\), model\.rope"

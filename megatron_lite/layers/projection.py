@@ -1,0 +1,81 @@
+"""From hidden states to the vocabulary: the products that the loss and the logits are made from."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from megatron_lite.distributed import comm
+from megatron_lite.distributed.mesh import Axis
+from megatron_lite.layers import matmul
+
+
+class VocabProduct:
+    """``hidden W^T``, some tokens at a time, and the gradients of its tensors from those of the logits.
+
+    ``wanted``: whose gradients. What is computed in may be wider than what comes in (``matmul.through_float32``).
+    """
+
+    def __init__(self, wanted: tuple[bool, ...], hidden: Tensor, weight: Tensor) -> None:
+        self.precise = torch.promote_types(hidden.dtype, torch.float32)
+        if matmul.through_float32(hidden, weight):
+            hidden = hidden.float()
+        self.hidden, self.matrix = hidden, weight.to(hidden.dtype)
+        self.grad_hidden = hidden.new_zeros(hidden.shape) if any(wanted) else None
+        self.grad_weight = weight.new_zeros(weight.shape, dtype=self.precise) if wanted[1] else None
+
+    def logits(self, tokens: slice | Tensor, into: Tensor) -> None:
+        """Write the logits of some tokens."""
+        self.chunk = self.hidden[tokens]
+        torch.mm(self.chunk, self.matrix.t(), out=into)
+
+    def accumulate(self, tokens: slice | Tensor, grad: Tensor) -> None:
+        """Take in the gradient of the logits that were written last."""
+        assert self.grad_hidden is not None
+        self.grad_hidden[tokens] = matmul.linear(grad, self.matrix.t())
+        if self.grad_weight is not None:
+            add_product(self.grad_weight, grad, self.chunk)
+
+    def gradients(self) -> list[Tensor | None]:
+        """Of each tensor; None where it is not wanted."""
+        return [self.grad_hidden, self.grad_weight]
+
+
+def add_product(into: Tensor, grad: Tensor, chunk: Tensor) -> None:
+    """Add a chunk's ``grad^T chunk`` to the gradient of a matrix."""
+    if grad.dtype == into.dtype:
+        into.addmm_(grad.t(), chunk)
+    else:
+        into.add_(matmul.linear(grad.t(), chunk.t()))
+
+
+class Projection(nn.Module):
+    """A module that can stand at the end of a model: ``weight`` [rows of the padded vocabulary / tp, hidden].
+
+    The output projection, or the token embedding that it is tied to.
+    """
+
+    tp: Axis
+    sp: bool
+    weight: nn.Parameter
+    product_kind: type[VocabProduct] = VocabProduct
+
+    def enter(self, x: Tensor, seed: int | None) -> tuple[Tensor, ...]:
+        """What ``product_kind`` takes, for all tokens: an all-gather of x under ``sp``; backward a reduce-scatter
+        (``sp``) or an all-reduce of its gradient."""
+        return (comm.gather_from(x, self.tp) if self.sp else comm.copy_to(x, self.tp)), self.weight
+
+    def rows(self, x: Tensor) -> Tensor:
+        """The logits of this rank's rows, without gradient or communication."""
+        return matmul.linear(x, matmul.factor(self.weight, x))
+
+    def whole(self, x: Tensor, batch: int) -> Tensor:
+        """The tokens of all ranks as [batch, seq, hidden]; an all-gather under ``sp``. Without gradient."""
+        x = comm.all_gather(x, self.tp) if self.sp else x
+        return x.view(batch, -1, x.shape[-1])
+
+    def logits(self, x: Tensor, vocab_size: int) -> Tensor:
+        """[rows, hidden], the same on all ranks → logits [rows, vocab_size] of float32 or better, without gradient; an
+        all-gather over the vocabulary."""
+        rows = self.rows(x)
+        return comm.all_gather(rows.to(torch.promote_types(x.dtype, torch.float32)), self.tp, dim=1)[:, :vocab_size]

@@ -1,0 +1,44 @@
+"""What is made of a model's hidden states: an ``output`` for its forward pass."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import TYPE_CHECKING
+
+from torch import Tensor
+
+from megatron_lite.layers.context import Context
+from megatron_lite.layers.loss import linear_cross_entropy
+
+if TYPE_CHECKING:
+    from megatron_lite.models.decoder import Decoder
+
+Output = Callable[["Decoder", Tensor, Context], Tensor]
+
+
+def hidden_states(model: Decoder, x: Tensor, context: Context) -> Tensor:
+    """These themselves, [tokens (/ tp under sp), hidden]."""
+    return x
+
+
+def _cross_entropy(
+    model: Decoder, x: Tensor, context: Context, *, targets: Tensor, counted: Tensor | None = None
+) -> Tensor:
+    return linear_cross_entropy(x, model.projection, targets, model.vocab_size, seed=context.seed, counted=counted)
+
+
+def cross_entropy(targets: Tensor, counted: Tensor | None = None) -> Output:
+    """The sum of the cross entropies of every token's ``targets`` [batch, seq], as ``linear_cross_entropy`` has it."""
+    return partial(_cross_entropy, targets=targets, counted=counted)
+
+
+def last_logits(model: Decoder, x: Tensor, context: Context) -> Tensor:
+    """Logits of each row's last position, [batch, vocab_size] of float32 or better, on every rank; no gradient."""
+    return model.projection.logits(model.projection.whole(x, context.batch)[:, -1], model.vocab_size)
+
+
+def all_logits(model: Decoder, x: Tensor, context: Context) -> Tensor:
+    """As ``last_logits``, of every position: [batch, seq, vocab_size]."""
+    whole = model.projection.whole(x, context.batch)
+    return model.projection.logits(whole.flatten(0, 1), model.vocab_size).view(*whole.shape[:2], -1)
