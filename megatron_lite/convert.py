@@ -33,11 +33,10 @@ from megatron_lite.config import PeftConfig, PrefixConfig, model_section, parse_
 from megatron_lite.distributed.mesh import Axis
 from megatron_lite.distributed.shard import materialize, pieces_of
 from megatron_lite.errors import CheckpointError, ConfigError, MegatronLiteError
-from megatron_lite.inference.generate import trained_shapes
+from megatron_lite.inference.loading import load_model, trained_shapes
 from megatron_lite.inference.logits import (
     cannot_read,
     in_silence,
-    load_model,
     relative_gap,
     same_as_transformers,
     some_tokens,

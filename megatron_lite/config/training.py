@@ -143,6 +143,12 @@ Precision = Literal["float32", "bfloat16", "float64"]
 PRECISIONS = get_args(Precision)
 
 
+def _task(name: str) -> str:
+    if name not in TASKS:
+        raise ValueError(f"expected one of {', '.join(TASKS)}{nearest(name, TASKS)}")
+    return name
+
+
 class TrainConfig(Section):
     """How long and how much at a time. The gradient accumulation follows: global batch ÷ (micro batch × dp).
 
@@ -154,7 +160,7 @@ class TrainConfig(Section):
     global_batch_size: Positive = 8
     micro_batch_size: Positive = 8
     precision: Precision = "float32"
-    task: Literal[tuple(TASKS)] = "causal_lm"  # type: ignore[valid-type]
+    task: Annotated[str, AfterValidator(_task)] = "causal_lm"
     compile: bool = False
     log_every: Positive = 10
     eval_every: Count = 0

@@ -16,22 +16,11 @@ from torch import Tensor
 from megatron_lite.checkpoint.formats.hf import CONFIG, read_json
 from megatron_lite.checkpoint.source import Source
 from megatron_lite.config import ModelConfig
-from megatron_lite.distributed.mesh import Axis
-from megatron_lite.distributed.shard import materialize, pieces_of
 from megatron_lite.errors import CheckpointError
 from megatron_lite.families.huggingface import FAMILIES
-from megatron_lite.models.decoder import Decoder
+from megatron_lite.inference.loading import load_model
 
 _MOST_ELEMENTS = 2 << 30
-
-
-def load_model(source: Source) -> Decoder:
-    """The whole model on the CPU, in float32, to compute with."""
-    with torch.device("meta"):
-        model = Decoder(source.model, Axis("tp"), sp=False)
-    materialize(model, torch.device("cpu"))
-    source.load({f"model.{name}": piece for name, piece in pieces_of(model, Axis("tp")).items()})
-    return model
 
 
 def some_tokens(model: ModelConfig, most: int) -> Tensor:

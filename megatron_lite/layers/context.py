@@ -10,6 +10,9 @@ from torch import Tensor
 from megatron_lite.layers.cache import KeyValueCache
 from megatron_lite.layers.mask import Visible
 
+# What is computed in, by ``train.precision``.
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
+
 
 @dataclass
 class Context:

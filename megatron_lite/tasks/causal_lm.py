@@ -12,7 +12,8 @@ from megatron_lite.data.batch import Batch
 from megatron_lite.data.ends import ends
 from megatron_lite.data.objective import NEXT_TOKEN
 from megatron_lite.data.tokenizer import Tokenizer
-from megatron_lite.inference.generate import Sampling, generate
+from megatron_lite.inference.requests import Sampling
+from megatron_lite.inference.sampling import generate
 from megatron_lite.layers.context import Context
 from megatron_lite.models.decoder import Decoder
 from megatron_lite.models.head import cross_entropy

@@ -19,7 +19,7 @@ from megatron_lite.engines.engine import build_engine
 from megatron_lite.engines.optim import learning_rate
 from megatron_lite.errors import NonFiniteError
 from megatron_lite.layers import matmul
-from megatron_lite.layers.context import Context
+from megatron_lite.layers.context import DTYPES, Context
 from megatron_lite.models.decoder import Decoder
 from megatron_lite.models.offload import apply_offload
 from megatron_lite.models.recompute import apply_recompute
@@ -27,8 +27,6 @@ from megatron_lite.planning.plan import Plan
 from megatron_lite.tasks import build_task
 from megatron_lite.tasks.task import Task
 from megatron_lite.training.faults import Faults
-
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
 
 
 @dataclass

@@ -13,7 +13,8 @@ from safetensors.torch import load_file, save_file
 
 from megatron_lite import convert
 from megatron_lite.errors import CheckpointError
-from megatron_lite.inference.generate import Request, Sampling, generate_text
+from megatron_lite.inference.generate import generate_text
+from megatron_lite.inference.requests import Request, Sampling
 from tests.e2e.test_row_31_malicious_pickle import malicious
 from tests.e2e.test_row_32_hostile_folder import FUZZ
 from tests.kit.adapters import decoder, saved

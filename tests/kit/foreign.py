@@ -17,7 +17,7 @@ import torch
 
 from megatron_lite.checkpoint.formats.hf import HuggingFaceSource
 from megatron_lite.families.huggingface import FAMILIES
-from megatron_lite.inference.logits import load_model
+from megatron_lite.inference.loading import load_model
 
 SIZES = {"vocab_size": 99, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
 SIZES |= {"num_key_value_heads": 2, "intermediate_size": 48, "max_position_embeddings": 32}

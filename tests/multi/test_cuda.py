@@ -8,7 +8,8 @@ import torch
 
 from megatron_lite.config import Config
 from megatron_lite.distributed.mesh import solo_mesh
-from megatron_lite.inference.generate import Sampling, generate
+from megatron_lite.inference.requests import Sampling
+from megatron_lite.inference.sampling import generate
 from megatron_lite.proof.prove import compare, record
 from tests.kit.jobs import PYTHON, run_job
 from tests.kit.parity import STEPS, Layout, ruffle

@@ -5,7 +5,8 @@ import torch
 
 from megatron_lite.distributed.mesh import build_mesh
 from megatron_lite.distributed.spawn import run_ranks
-from megatron_lite.inference.generate import Sampling, generate
+from megatron_lite.inference.requests import Sampling
+from megatron_lite.inference.sampling import generate
 from megatron_lite.layers.context import Context
 from megatron_lite.planning.plan import make_plan
 from megatron_lite.proof.prove import batches

@@ -16,8 +16,11 @@ from megatron_lite.distributed.mesh import build_mesh, solo_mesh
 from megatron_lite.distributed.shard import spec_of
 from megatron_lite.distributed.spawn import run_ranks
 from megatron_lite.errors import CheckpointError, ConfigError, NonFiniteError
-from megatron_lite.inference.generate import Codec, choose, generate, generate_text, of_request, open_models
+from megatron_lite.inference.codec import Codec
+from megatron_lite.inference.generate import generate_text
+from megatron_lite.inference.loading import open_models
 from megatron_lite.inference.requests import Request, Sampling
+from megatron_lite.inference.sampling import choose, generate, of_request
 from megatron_lite.layers.context import Context
 from megatron_lite.tasks.causal_lm import CausalLM
 from tests.kit.adapters import FAMILIES, LENGTH, VOCAB, decoder, saved

@@ -7,7 +7,8 @@ from megatron_lite import peft
 from megatron_lite.config import parse_config
 from megatron_lite.distributed.mesh import Axis
 from megatron_lite.distributed.shard import initialize, inits_of, pieces_of
-from megatron_lite.inference.generate import Sampling, generate
+from megatron_lite.inference.requests import Sampling
+from megatron_lite.inference.sampling import generate
 from megatron_lite.layers.cache import KeyValueCache
 from megatron_lite.layers.context import Context
 from megatron_lite.models.decoder import Decoder

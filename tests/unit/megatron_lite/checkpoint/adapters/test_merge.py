@@ -10,7 +10,7 @@ from megatron_lite.checkpoint import open_source
 from megatron_lite.checkpoint.formats.hf import HuggingFaceSource
 from megatron_lite.distributed.mesh import solo_mesh
 from megatron_lite.errors import CheckpointError
-from megatron_lite.inference.generate import open_models
+from megatron_lite.inference.loading import open_models
 from megatron_lite.layers.context import Context
 from tests.kit.adapters import decoder, saved
 

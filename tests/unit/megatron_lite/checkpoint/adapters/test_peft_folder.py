@@ -15,7 +15,7 @@ from megatron_lite.checkpoint.formats.hf import HuggingFaceSource
 from megatron_lite.distributed.mesh import build_mesh, solo_mesh
 from megatron_lite.distributed.spawn import run_ranks
 from megatron_lite.errors import CheckpointError
-from megatron_lite.inference.generate import Models
+from megatron_lite.inference.loading import Models
 from tests.kit.adapters import LENGTH, VOCAB, decoder, saved
 from tests.kit.foreign import their_adapter
 

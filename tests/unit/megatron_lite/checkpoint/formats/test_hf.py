@@ -12,7 +12,8 @@ from megatron_lite.checkpoint.formats.hf import HuggingFaceSource
 from megatron_lite.distributed.mesh import Axis
 from megatron_lite.distributed.shard import materialize, pieces_of
 from megatron_lite.errors import CheckpointError
-from megatron_lite.inference.generate import Sampling, generate
+from megatron_lite.inference.requests import Sampling
+from megatron_lite.inference.sampling import generate
 from megatron_lite.models.decoder import Decoder
 
 transformers = pytest.importorskip("transformers", reason="transformers is not installed (pip install '.[hf]')")
