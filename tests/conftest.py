@@ -13,6 +13,7 @@ from collections.abc import Generator
 import pytest
 from hypothesis import settings
 
+pytest_plugins = ["tests.kit.fixtures"]
 gc.set_threshold(50_000, 20, 20)  # what tests import is large, and no garbage
 
 # What passes once passes again; raise ``max_examples`` to search.

@@ -48,9 +48,9 @@ def show(fault: str, times: list[float]) -> None:
 def main() -> None:
     rounds = int(sys.argv[1]) if len(sys.argv) > 1 else 3
     faults: dict[str, Callable[[RunningJob, Path], None]] = {
-        "row 1, a rank is killed": lambda job, run: os.kill(job.rank_pid(run, 1), signal.SIGKILL),
-        "row 4, the agent is killed": lambda job, run: os.kill(job.agent_pid(), signal.SIGKILL),
-        "row 7, a rank is stopped": lambda job, run: os.kill(job.rank_pid(run, 1), signal.SIGSTOP),
+        "a rank is killed": lambda job, run: os.kill(job.rank_pid(run, 1), signal.SIGKILL),
+        "the agent is killed": lambda job, run: os.kill(job.agent_pid(), signal.SIGKILL),
+        "a rank is stopped": lambda job, run: os.kill(job.rank_pid(run, 1), signal.SIGSTOP),
     }
     with tempfile.TemporaryDirectory() as name:
         data, number = tiny_data(Path(name)), 0
@@ -73,9 +73,9 @@ def main() -> None:
                     with cluster.start(0, command, timeout=100, env=ENV) as job:
                         times.append(seconds(job, lambda: cluster.cut(1)))
                     cluster.reset()
-                show("row 5, a link is cut", times)
+                show("a link is cut", times)
         except Unavailable as error:
-            print(f"row 5: not measured: {error}")
+            print(f"a link is cut: not measured: {error}")
 
 
 if __name__ == "__main__":

@@ -1,27 +1,17 @@
 """One job over real hosts, started in every way there is: ranks where the plan says, and the same losses to the bit."""
 
 import json
-import shutil
 from pathlib import Path
 
 import pytest
 
 from tests.kit.cluster import Cluster
-from tests.kit.jobs import PYTHON, Result
+from tests.kit.jobs import PYTHON
+from tests.kit.launches import launch, needs, no_leftovers, through
 from tests.kit.mpi import mpich, open_mpi
 from tests.kit.tiny import losses, short_config
 
 BIN = Path(PYTHON).parent
-
-
-def launch(cluster: Cluster, folder: Path, *words: str, timeout: float = 110) -> Result:
-    hostfile = cluster.hostfile(folder / "hosts", [1, 1])
-    argv = [PYTHON, "-m", "launch", *words, f"--hostfile={hostfile}"]
-    return cluster.run(0, argv, timeout=timeout, env={"OMP_NUM_THREADS": "1"})
-
-
-def no_leftovers(cluster: Cluster) -> bool:
-    return not any(cluster.processes(index) for index in range(cluster.count))
 
 
 def test_torchrun_over_two_hosts_trains_what_one_host_trains(
@@ -68,20 +58,6 @@ def test_launchers_of_ones_own_train_the_same(
     with cluster.start(0, argv, timeout=110, env={"OMP_NUM_THREADS": "1", **env}) as job:
         job.finish(grace=10).expect(exit_code=0, traceback=True)  # Open MPI's ssh outlives its mpirun
     assert losses(tmp_path / "run") == by_hand
-
-
-def through(name: str, cluster: Cluster) -> list[str]:
-    """The flags of a launcher; skips where it is missing."""
-    via = "mpirun" if name in ("Open MPI", "MPICH") else name
-    needs(via, cluster)
-    return [f"--via={via}", *([f"--mpirun={mpich().mpiexec}"] if name == "MPICH" else [])]
-
-
-def needs(via: str, cluster: Cluster) -> None:
-    if via == "deepspeed" and shutil.which("pdsh") is None:
-        pytest.skip("there is no pdsh: tests/kit/install_system_packages.sh installs it")
-    if cluster.kind == "loopback":
-        pytest.skip(f"{via} needs hosts with names: run as root on Linux")
 
 
 @pytest.mark.parametrize(

@@ -7,38 +7,13 @@ from pathlib import Path
 import pytest
 
 from launch.launchers.slurm import expand
-from tests.kit.cluster import eventually
-from tests.kit.jobs import PYTHON, Result
+from tests.kit.hosts import eventually
+from tests.kit.jobs import PYTHON
+from tests.kit.launches import HEALED, LIMIT, launch_on, output, queued_again, submit
 from tests.kit.slurm import Slurm
 from tests.kit.tiny import TinyRuns, assert_same_run, checkpoint_steps, tiny_config
 
 pytestmark = pytest.mark.timeout(300)
-
-
-LIMIT = 150  # of waiting for a run, on a busy machine
-# The second start of a job is without faults.
-HEALED = """--launch.slurm.setup=['[ -z "$SLURM_RESTART_COUNT" ] || unset MLITE_FAULT']"""
-
-
-def launch(slurm: Slurm, *words: str, faults: str = "") -> Result:
-    return slurm.run([PYTHON, "-m", "launch", *words], timeout=60, env={"MLITE_FAULT": faults})
-
-
-def submit(slurm: Slurm, tiny: TinyRuns, folder: Path, *flags: str, faults: str = "") -> list[int]:
-    """Submit the tiny model on two nodes, one rank on each; returns the jobs' numbers."""
-    config = tiny_config(folder, tiny.data, **{f"parallel__{key}": value for key, value in tiny.parallel.items()})
-    words = ["run", str(config), "--via=slurm", "--nodes=2", "--launch.tp_across_hosts=true", *flags]
-    return [int(job) for job in launch(slurm, *words, faults=faults).expect(exit_code=0).stdout.split()]
-
-
-def output(run_dir: Path, job: int) -> str:
-    path = run_dir / f"logs/slurm-{job}.out"
-    return path.read_text() if path.exists() else ""
-
-
-def queued_again(slurm: Slurm, job: int) -> None:
-    """Wait until a job has gone back to the queue; it starts some 10 s later (see tests/kit/slurm.py)."""
-    eventually(lambda: slurm.job(job)["Restarts"] == "1", f"{job} is queued again", LIMIT, every=0.2)
 
 
 def hosts_of_ranks(run_dir: Path) -> list[str]:
@@ -57,11 +32,13 @@ def test_a_submitted_run_computes_what_torchrun_does_on_the_nodes_in_order(
     assert_same_run(tmp_path / "run", tiny.reference)
     if slurm.cluster.kind == "namespaces":
         assert hosts_of_ranks(tmp_path / "run") == slurm.nodes[:2]
-    shown = launch(slurm, "status", str(job)).expect(exit_code=0).stdout
-    assert re.search(rf"^job {job} \(run\): COMPLETED on \S+, .*\n.*: step 12; last outcome: done\n", shown)
+    status = launch_on(slurm, "status", str(job)).expect(exit_code=0).stdout
+    assert re.search(rf"^job {job} \(run\): COMPLETED on \S+, .*\n.*: step 12; last outcome: done\n", status)
     for words in ([str(job)], [str(tmp_path / "run"), "--follow"]):
-        launch(slurm, "logs", *words).expect(exit_code=0, stdout="run: 2 ranks on 2 hosts through slurm[^$]*step 12 ")
-    launch(slurm, "logs", str(job), "--rank=1").expect(exit_code=0, stdout="# rank 1, attempt 0")
+        launch_on(slurm, "logs", *words).expect(
+            exit_code=0, stdout="run: 2 ranks on 2 hosts through slurm[^$]*step 12 "
+        )
+    launch_on(slurm, "logs", str(job), "--rank=1").expect(exit_code=0, stdout="# rank 1, attempt 0")
 
 
 @pytest.mark.slow
@@ -72,15 +49,15 @@ def test_a_run_is_cancelled_when_it_has_saved_and_what_waits_for_it_with_it(
     run_dir = tmp_path / "run"
     eventually(lambda: "step 1 " in output(run_dir, first), f"{first} trains", LIMIT)
     assert slurm.job(second)["Dependency"].startswith(f"afternotok:{first}")
-    shown = launch(slurm, "status", str(run_dir)).expect(exit_code=0).stdout
+    shown = launch_on(slurm, "status", str(run_dir)).expect(exit_code=0).stdout
     assert re.search(rf"job {first} \(run\): RUNNING on \S+, .*\njob {second} \(run\): PENDING \(Dependency\)", shown)
-    cancelled = launch(slurm, "cancel", str(first))
+    cancelled = launch_on(slurm, "cancel", str(first))
     cancelled.expect(exit_code=0, stderr=rf"cancelled {second}, which waited for it\nasked {first} to save")
     ended = slurm.job(first)
     assert (ended["JobState"], ended["ExitCode"], ended["Restarts"]) == ("FAILED", "75:0", "0")
     assert slurm.job(second)["JobState"] == "CANCELLED"
     assert checkpoint_steps(run_dir)[-1] < 12
-    launch(slurm, "cancel", str(first)).expect(exit_code=0, stderr="nothing left to cancel")
+    launch_on(slurm, "cancel", str(first)).expect(exit_code=0, stderr="nothing left to cancel")
 
 
 @pytest.mark.slow
@@ -124,14 +101,14 @@ def test_a_task_of_an_array_is_queued_again_and_cancelled_by_itself(
     slurm.run(["scancel", "--batch", "--signal=USR1", f"{job}_1"], timeout=20).expect(exit_code=0)
     eventually(lambda: [f"{job}_1", "PENDING"] in states(), "the task is queued again", LIMIT, every=0.2)
     assert [f"{job}_0", "RUNNING"] in states()
-    launch(slurm, "cancel", f"{job}_0").expect(exit_code=0, stderr=f"^asked {job}_0 to save")
+    launch_on(slurm, "cancel", f"{job}_0").expect(exit_code=0, stderr=f"^asked {job}_0 to save")
     assert [state[0] for state in states()] == [f"{job}_1"]
-    shown = launch(slurm, "status", str(job)).expect(exit_code=0).stdout
+    shown = launch_on(slurm, "status", str(job)).expect(exit_code=0).stdout
     assert re.search(rf"^job {job}_1 \(run\): .*, queued again 1 times$", shown, re.MULTILINE)
     assert re.search(r"/run-0: step \d+; last outcome: preempted, saved$", shown, re.MULTILINE)
-    launch(slurm, "logs", f"{job}_0", "--rank=1").expect(exit_code=0, stdout="# rank 1, attempt 0")
-    launch(slurm, "logs", str(job)).expect(exit_code=2, stderr=f"{job} is an array of 2 runs; give one of them")
-    launch(slurm, "cancel", str(tmp_path / "run-1")).expect(exit_code=0)
+    launch_on(slurm, "logs", f"{job}_0", "--rank=1").expect(exit_code=0, stdout="# rank 1, attempt 0")
+    launch_on(slurm, "logs", str(job)).expect(exit_code=2, stderr=f"{job} is an array of 2 runs; give one of them")
+    launch_on(slurm, "cancel", str(tmp_path / "run-1")).expect(exit_code=0)
     assert states() == []
 
 
@@ -154,7 +131,7 @@ def test_ranks_fill_the_nodes_of_an_allocation_in_order(
 
 def test_what_sbatch_refuses_is_one_line(slurm: Slurm, tiny: TinyRuns, tmp_path: Path) -> None:
     config = tiny_config(tmp_path, tiny.data)
-    refused = launch(slurm, "run", str(config), "--via=slurm", "--launch.slurm.partition=none")
+    refused = launch_on(slurm, "run", str(config), "--via=slurm", "--launch.slurm.partition=none")
     refused.expect(exit_code=2, stderr=r"^error: sbatch: .*Invalid partition.*; the script: \S+/run/logs/slurm.sh\n$")
 
 
@@ -172,8 +149,8 @@ def test_an_option_that_srun_refuses_is_a_mistake_in_the_config(slurm: Slurm, ti
 
 def test_a_task_that_was_never_there_is_one_that_slurm_does_not_know(slurm: Slurm) -> None:
     job = slurm.submit("#!/bin/sh\nsleep 60\n", "--array=0-1", "--hold")
-    launch(slurm, "status", f"{job}_9").expect(exit_code=2, stderr=f"^Slurm knows no job {job}_9 any more\n$")
-    launch(slurm, "cancel", f"{job}_9").expect(exit_code=0, stderr="nothing left to cancel")
+    launch_on(slurm, "status", f"{job}_9").expect(exit_code=2, stderr=f"^Slurm knows no job {job}_9 any more\n$")
+    launch_on(slurm, "cancel", f"{job}_9").expect(exit_code=0, stderr="nothing left to cancel")
 
 
 def test_slurm_reads_a_hostile_name_as_it_is_written(slurm: Slurm, tiny: TinyRuns, tmp_path: Path) -> None:
@@ -181,10 +158,10 @@ def test_slurm_reads_a_hostile_name_as_it_is_written(slurm: Slurm, tiny: TinyRun
     folder.mkdir()
     config = tiny_config(folder, tiny.data)
     words = ["run", str(config), "--via=slurm", "--launch.slurm.extra=[--hold]", "--launch.slurm.constraint=cpu"]
-    (job,) = launch(slurm, *words).expect(exit_code=0).stdout.split()
+    (job,) = launch_on(slurm, *words).expect(exit_code=0).stdout.split()
     shown = rf"PENDING \(JobHeldUser\).*\n{re.escape(str(folder))}/run: no step yet\n"
-    launch(slurm, "status", job).expect(exit_code=0, stdout=shown)
-    launch(slurm, "cancel", job).expect(exit_code=0, stderr=f"cancelled {job}\n")
+    launch_on(slurm, "status", job).expect(exit_code=0, stdout=shown)
+    launch_on(slurm, "cancel", job).expect(exit_code=0, stderr=f"cancelled {job}\n")
 
 
 def test_the_short_form_of_a_list_is_read_as_slurm_reads_it(slurm: Slurm) -> None:

@@ -72,6 +72,17 @@ def short_config(folder: Path, data: Path) -> Path:
     return tiny_config(folder, data, train__steps=3, checkpoint__every=0, parallel__zero=3)
 
 
+def train_argv(config: Path) -> list[str]:
+    """Two steps as one of two tensor-parallel ranks, without a launcher."""
+    return [PYTHON, "-m", "megatron_lite", "train", str(config), "--parallel.tp=2", "--train.steps=2"]
+
+
+def rank_env(rank: int, port: int, job: str = "") -> dict[str, str]:
+    """What a launcher would tell ``rank`` of two."""
+    place = {"RANK": rank, "WORLD_SIZE": 2, "LOCAL_RANK": rank, "LOCAL_WORLD_SIZE": 2, "MASTER_PORT": port}
+    return {"MASTER_ADDR": "127.0.0.1", "MLITE_JOB": job, **{name: str(value) for name, value in place.items()}}
+
+
 def losses(run_dir: Path) -> dict[int, float]:
     """The loss of every step; of a step that was done again after a restart, the last one."""
     lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]

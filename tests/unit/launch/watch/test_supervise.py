@@ -268,7 +268,7 @@ def test_ctrl_c_twice_on_a_terminal_ends_it(tmp_path: Path) -> None:
 
 
 class TestTorchrun:
-    """The same with the real torchrun: few, since each takes seconds to start (more in tests/e2e/test_row_*)."""
+    """The same with the real torchrun: few, since each takes seconds to start (more in tests/faults)."""
 
     def test_arguments_variables_and_quiet(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         nasty = (
