@@ -38,7 +38,6 @@ class Decoder(nn.Module):
     def __init__(self, config: ModelConfig, tp: Axis, *, sp: bool, stage: Stage | None = None) -> None:
         super().__init__()
         assert config.vocab_size and config.head_dim
-        sp = sp and tp.size > 1
         stage = stage or Stage(range(config.num_layers))
         self.config, self.tp, self.sp, self.stage = config, tp, sp, stage
         self.vocab_size = config.vocab_size

@@ -150,8 +150,13 @@ def test_layers_and_models_are_told_their_place(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", [name for name in SOURCES if within(name, M + "models")])
-def test_models_know_no_collective(name: str) -> None:
-    assert not [target for target, _ in imports(name) if within(target, "torch.distributed")]
+def test_models_know_no_rank_group_or_collective(name: str) -> None:
+    collectives = {node.name for node in SOURCES[M + "distributed.comm"].body if isinstance(node, ast.FunctionDef)}
+    assert {"all_reduce", "all_gather", "copy_to"} <= collectives
+    assert not [t for t, _ in imports(name) if within(t, "torch.distributed") or within(t, M + "distributed.comm")]
+    for node in ast.walk(SOURCES[name]):
+        word = getattr(node, "attr", getattr(node, "id", ""))
+        assert word not in {"rank", "size", "group", *collectives}, f"{name}:{node.lineno}: {word}"
 
 
 @pytest.mark.parametrize("name", SOURCES)
