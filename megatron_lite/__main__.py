@@ -12,7 +12,9 @@ from megatron_lite.config import PACKED_BYTES, load_config
 from megatron_lite.distributed.env import read_rank
 from megatron_lite.errors import ConfigError, DataError
 from megatron_lite.inference.requests import Request, Sampling, read_requests
-from megatron_lite.planning.plan import checkpoint_bytes, make_plan, parse_side
+from megatron_lite.planning.memory import checkpoint_bytes
+from megatron_lite.planning.plan import make_plan
+from megatron_lite.proof.side import parse_side
 
 
 def config(config: str, ranks: int | None = None, **overrides: str) -> None:

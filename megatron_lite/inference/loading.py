@@ -20,7 +20,7 @@ from megatron_lite.errors import CheckpointError, ConfigError
 from megatron_lite.layers.context import DTYPES
 from megatron_lite.models.decoder import Decoder
 from megatron_lite.peft.prefix import fold
-from megatron_lite.planning.plan import check_tp, packing_mistakes
+from megatron_lite.planning.checks import check_tp, packing_mistakes
 
 
 class Models:

@@ -31,7 +31,8 @@ from megatron_lite.distributed.shard import Piece
 from megatron_lite.distributed.spawn import run_ranks
 from megatron_lite.engines.engine import Engine
 from megatron_lite.errors import MegatronLiteError
-from megatron_lite.planning.plan import Side, make_plan
+from megatron_lite.planning.plan import make_plan
+from megatron_lite.proof.side import Side
 from megatron_lite.training.faults import Faults
 from megatron_lite.training.step import Trainer
 

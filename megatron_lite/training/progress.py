@@ -12,7 +12,9 @@ from megatron_lite.config import Config
 from megatron_lite.data.dataset import Dataset
 from megatron_lite.engines.engine import Engine
 from megatron_lite.families.targets import summary
-from megatron_lite.planning.plan import Plan, bytes_per_frozen_parameter, bytes_per_parameter, picture
+from megatron_lite.planning.memory import bytes_per_frozen_parameter, bytes_per_parameter
+from megatron_lite.planning.picture import picture
+from megatron_lite.planning.plan import Plan
 from megatron_lite.training.origin import note
 from megatron_lite.training.report import Reporter, flops_per_token, memory_bytes, peak_flops
 from megatron_lite.training.step import StepResult, Trainer

@@ -6,7 +6,8 @@ from typing import Any
 
 from megatron_lite.config import parse_config
 from megatron_lite.errors import ConfigError
-from megatron_lite.planning.plan import bytes_per_parameter, make_plan
+from megatron_lite.planning.memory import bytes_per_parameter
+from megatron_lite.planning.plan import make_plan
 
 ENGINES = [("fsdp", zero) for zero in range(4)] + [("deepspeed", zero) for zero in range(4)]
 FEATURES: dict[str, dict[str, dict[str, Any]]] = {

@@ -15,7 +15,8 @@ from megatron_lite.data.loader import Loader
 from megatron_lite.distributed.mesh import build_mesh
 from megatron_lite.distributed.spawn import run_ranks
 from megatron_lite.errors import PeerError
-from megatron_lite.planning.plan import bytes_per_parameter, make_plan
+from megatron_lite.planning.memory import bytes_per_parameter
+from megatron_lite.planning.plan import make_plan
 from megatron_lite.training.faults import Faults
 from megatron_lite.training.step import Trainer
 from tests.kit.tiny import tiny_data

@@ -2,8 +2,8 @@
 
 import pytest
 
-from megatron_lite.planning.plan import parse_side
 from megatron_lite.proof.prove import LayoutsDifferError, prove
+from megatron_lite.proof.side import parse_side
 from tests.kit.parity import Layout
 from tests.kit.tiny import tiny_data
 

@@ -30,6 +30,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     M + "models": (M + "layers", M + "distributed"),
     M + "peft": (M + "layers", M + "distributed"),
     M + "planning": (M + "cli",),
+    M + "proof.side": (M + "cli", M + "planning"),
     M + "engines": (M + "distributed",),
     M + "checkpoint": (
         M + "data.ends",
@@ -60,6 +61,7 @@ NO_TORCH = (
     M + "cli",
     M + "errors",
     M + "planning",
+    M + "proof.side",
     M + "data.indexed",
     M + "distributed.env",
 )

@@ -24,7 +24,7 @@ from megatron_lite.distributed.mesh import Axis
 from megatron_lite.distributed.shard import spec_of
 from megatron_lite.errors import ConfigError
 from megatron_lite.models.decoder import Decoder
-from megatron_lite.planning.plan import checkpoint_bytes
+from megatron_lite.planning.memory import checkpoint_bytes
 
 CONFIGS = Path(__file__).resolve().parents[4] / "configs"
 PUBLISHED = {  # parameters in millions and the vocabulary, from the models' papers and cards

@@ -6,7 +6,9 @@ import pytest
 
 from megatron_lite.config import parse_config
 from megatron_lite.errors import ConfigError
-from megatron_lite.planning.plan import Plan, bytes_per_frozen_parameter, make_plan, picture
+from megatron_lite.planning.memory import bytes_per_frozen_parameter
+from megatron_lite.planning.picture import picture
+from megatron_lite.planning.plan import Plan, make_plan
 from tests.kit import plans
 
 

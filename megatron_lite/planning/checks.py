@@ -1,0 +1,147 @@
+"""What cannot be: the layouts that a model, its format or an engine does not allow. No torch."""
+
+from __future__ import annotations
+
+import math
+from importlib.util import find_spec
+
+from megatron_lite.config import PACKED_BLOCK, Config, ModelConfig
+from megatron_lite.errors import ConfigError
+
+
+def degrees_that_fit(model: ModelConfig, limit: int = 64) -> list[int]:
+    """Every tensor-parallel degree up to ``limit`` that this model can be split by."""
+    return [tp for tp in range(1, limit + 1) if not _tp_mistakes(model, tp)]
+
+
+def _tp_mistakes(model: ModelConfig, tp: int) -> list[str]:
+    assert model.num_kv_heads and model.head_dim and model.ffn_size
+    mistakes = []
+    if model.num_heads % tp:
+        mistakes.append(f"model.num_heads={model.num_heads}")
+    kv_width = model.num_kv_heads * model.head_dim
+    if model.num_kv_heads % tp and (tp % model.num_kv_heads or kv_width % tp):
+        mistakes.append(f"model.num_kv_heads={model.num_kv_heads}")
+    if model.ffn_size % tp:
+        mistakes.append(f"model.ffn_size={model.ffn_size}")
+    if model.vocab_size is not None and model.padded_vocab_size % tp:
+        mistakes.append(
+            f"the vocabulary of {model.vocab_size} padded to {model.padded_vocab_size} (model.vocab_multiple)"
+        )
+    return mistakes
+
+
+def check_tp(model: ModelConfig, tp: int) -> None:
+    """Raises ConfigError when this model cannot be split over ``tp`` ranks."""
+    if unfit := _tp_mistakes(model, tp):
+        fits = ", ".join(map(str, degrees_that_fit(model)))
+        raise ConfigError(f"parallel.tp={tp} does not divide {' nor '.join(unfit)}; this model can use tp {fits}")
+
+
+def engine_mistakes(config: Config, dp: int) -> list[str]:
+    """What the engine cannot do for ``dp`` data-parallel ranks."""
+    mistakes, parallel = [], config.parallel
+    offload, keys = f"parallel.offload={parallel.offload}", parallel.deepspeed
+    if parallel.engine == "fsdp":
+        if parallel.offload != "none":
+            mistakes.append(f"{offload} takes parallel.engine=deepspeed")
+        if parallel.reduce_once and parallel.zero == 0:
+            mistakes.append("parallel.reduce_once: with parallel.zero=0 gradients are reduced once a step anyway")
+        if keys:
+            mistakes.append("parallel.deepspeed: these keys take parallel.engine=deepspeed")
+        return mistakes
+    if config.optim.name != "adamw":
+        mistakes.append(
+            f"optim.name={config.optim.name} updates whole matrices, and DeepSpeed's parts begin and end anywhere in "
+            "them; use engine=fsdp"
+        )
+    if parallel.reduce_once:
+        mistakes.append("parallel.reduce_once is FSDP2's; DeepSpeed does so at zero 0 and 1, and never at 2 and 3")
+    if find_spec("deepspeed") is None:
+        mistakes.append("parallel.engine=deepspeed: not installed here; pip install 'megatron_lite[deepspeed]'")
+    if parallel.dp_replicate > 1:
+        mistakes.append("parallel.dp_replicate: hybrid sharding is FSDP2's; it takes parallel.engine=fsdp")
+    if parallel.offload != "none" and dp == 1:
+        mistakes.append(f"{offload}: a single data-parallel rank has nothing divided; start more ranks")
+    if parallel.offload != "none" and parallel.zero < (least := 3 if parallel.offload == "all" else 1):
+        mistakes.append(f"{offload} takes parallel.zero={least} or more")
+    if parallel.zero == 3 and config.train.compile:
+        mistakes.append("train.compile: DeepSpeed's ZeRO 3 hooks are compiled anew at every module; use engine=fsdp")
+    ours = sorted(keys.keys() & _OURS) + ["zero_optimization.stage"] * (
+        "stage" in (keys.get("zero_optimization") or {})
+    )
+    if ours:
+        mistakes.append(f"parallel.deepspeed: {', '.join(ours)} follows from this config and cannot be given there")
+    return mistakes
+
+
+_OURS = {  # what DeepSpeed's config says twice
+    *("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping"),
+    *("gradient_allreduce_op", "optimizer", "scheduler", "fp16", "bf16", "data_types", "communication_data_type"),
+}
+
+
+def _linears(model: ModelConfig) -> dict[str, tuple[int, int, bool]]:
+    """A block's linears: rows, columns, and whether tensor parallelism splits the columns."""
+    assert model.num_kv_heads and model.head_dim and model.ffn_size
+    hidden, ffn, heads = model.hidden_size, model.ffn_size, model.num_heads * model.head_dim
+    return {
+        "attention.qkv": (heads + 2 * model.num_kv_heads * model.head_dim, hidden, False),
+        "attention.o": (hidden, heads, True),
+        "mlp.up": ((2 if model.family == "llama" else 1) * ffn, hidden, False),
+        "mlp.down": (hidden, ffn, True),
+    }
+
+
+def packing_mistakes(model: ModelConfig, tp: int, packing: str | None) -> list[str]:
+    """The linears whose rows, or this rank's parts of them, are no whole blocks."""
+    if packing is None:
+        return []
+    mistakes = []
+    for name, (_, columns, split) in _linears(model).items():
+        parts = tp if split else 1
+        if columns % (parts * PACKED_BLOCK):
+            fits = [str(n) for n in degrees_that_fit(model) if n < tp and not packing_mistakes(model, n, packing)]
+            fix = f"use tp {' or '.join(fits)}" if fits else "use bfloat16"
+            over = f" over parallel.tp={tp}" if parts > 1 else ""
+            mistakes.append(
+                f"peft.base_dtype={packing}: {name} has {columns} input features{over}, which are no whole blocks of "
+                f"{PACKED_BLOCK}; {fix}"
+            )
+    return mistakes
+
+
+def _cut_blocks(config: Config, dp: int) -> list[str]:
+    """DeepSpeed's stage 3 divides bytes, wherever that cuts."""
+    tp, model = config.parallel.tp, config.model
+    blocks = {name: rows * columns // tp // PACKED_BLOCK for name, (rows, columns, _) in _linears(model).items()}
+    cut = [name for name, count in blocks.items() if count % dp]
+    common = math.gcd(*blocks.values())
+    near = max((n for n in range(1, dp + 1) if common % n == 0), default=1)
+    return [
+        f"peft.base_dtype={config.peft and config.peft.packing}: dp {dp} does not divide the {blocks[name]} blocks of "
+        f"{PACKED_BLOCK} numbers in {name}, and DeepSpeed's ZeRO 3 would cut within one; use dp {near}, zero 2, or "
+        "engine=fsdp"
+        for name in cut[:1]
+    ]
+
+
+def peft_mistakes(config: Config, dp: int) -> list[str]:
+    """What does not go with ``peft``: optimizers, and formats of the base that degrees cut."""
+    mistakes, peft = [], config.peft
+    if peft is None:
+        return []
+    if config.optim.name != "adamw":
+        mistakes.append(
+            f"optim.name={config.optim.name} is for a model's own matrices, not for what peft adds to them; use adamw"
+        )
+    computed = config.train.precision
+    mistakes += packing_mistakes(config.model, config.parallel.tp, peft.packing)
+    if config.parallel.engine == "deepspeed" and config.parallel.zero == 3 and peft.packing:
+        mistakes += _cut_blocks(config, dp)
+    if config.parallel.engine == "deepspeed" and dp > 1 and peft.base_dtype not in (None, computed, peft.packing):
+        mistakes.append(
+            f"peft.base_dtype={peft.base_dtype}: DeepSpeed holds all weights in what is computed in, "
+            f"train.precision={computed}; leave it out, or use engine=fsdp"
+        )
+    return mistakes

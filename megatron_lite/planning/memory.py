@@ -1,0 +1,54 @@
+"""What a layout takes: a rank's memory for each parameter, and a checkpoint's bytes on disk. No torch."""
+
+from __future__ import annotations
+
+from megatron_lite.config import PACKED_BLOCK, PACKED_BYTES, Config
+from megatron_lite.planning.plan import Plan
+
+
+def bytes_per_parameter(config: Config, plan: Plan) -> dict[str, float]:
+    """What a rank keeps from step to step, in bytes for each parameter of its tp shard; activations, buckets and what
+    is gathered for a moment come on top, and with Muon the moments of what AdamW updates. After Rajbhandari et al. 2020
+    (ZeRO), but with gradients in float32."""
+    deepspeed, zero, shards = config.parallel.engine == "deepspeed", config.parallel.zero, plan.dp_shard
+    master = 8.0 if config.train.precision == "float64" else 4.0
+    compute = 2.0 if config.train.precision == "bfloat16" else master
+    moments = {"adamw": 2 * master / shards, "muon": master / plan.dp, "adafactor": 0.0}[config.optim.name]
+    if shards == 1:
+        return {"weights": master, "gradients": master, "moments": moments}
+    parts = {"masters": master / shards, "gradients": master / shards, "moments": moments}
+    if deepspeed:
+        if zero == 1:
+            parts["gradients"] = master
+        return {"weights": compute / shards if zero == 3 else compute, **parts}
+    return {"weights": compute, **parts} if zero == 2 else parts
+
+
+def bytes_per_frozen_parameter(config: Config, plan: Plan, packing: str | None = None) -> float:
+    """What a rank keeps of each parameter of its tp shard that stays as it is, and is packed or not: nothing but the
+    weight."""
+    parallel, train, peft = config.parallel, config.train, config.peft
+    sizes = {"float64": 8.0, "float32": 4.0, "bfloat16": 2.0}
+    if packing is not None:
+        held = used = PACKED_BYTES[packing] / PACKED_BLOCK
+    else:
+        held, used = sizes.get((peft and peft.base_dtype) or "", sizes[train.precision]), sizes[train.precision]
+    if plan.dp_shard == 1 or (parallel.engine == "deepspeed" and parallel.zero < 3):
+        return held
+    return held / plan.dp_shard + (used if parallel.zero == 2 else 0.0)
+
+
+def checkpoint_bytes(config: Config) -> int:
+    """What a checkpoint takes on disk, within some percent: weights and moments; small tensors are left out,
+    and so is an adapter, which has but a few MB."""
+    if config.peft is not None:
+        return 0
+    model = config.model
+    assert model.num_kv_heads and model.head_dim and model.ffn_size
+    attention = 2 * (model.num_heads + model.num_kv_heads) * model.head_dim
+    mlp = (3 if model.family == "llama" else 2) * model.ffn_size
+    vocabulary = model.padded_vocab_size * (1 if model.tie_embeddings else 2)
+    positions = model.max_seq_len if model.family == "gpt2" else 0
+    weights = model.hidden_size * (model.num_layers * (attention + mlp) + vocabulary + positions)
+    moments = {"adamw": 2, "muon": 1, "adafactor": 0}[config.optim.name]
+    return weights * (1 + moments) * (8 if config.train.precision == "float64" else 4)
