@@ -1,261 +1,34 @@
 """The equivalence prover: train the same steps under two layouts and compare everything that should be equal.
 
-Each layout really runs, as processes on this machine over gloo, from the same seed and the same global batches. Per
-step it records, whole and in the order they come to be: the size of every block's output, the loss, every gradient
-before and after clipping, every weight after the update.
+Each layout really runs, as processes on this machine over gloo, from the same seed and the same global batches.
 """
 
 from __future__ import annotations
 
-import math
 import sys
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from itertools import chain
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from rich.console import Console
 from rich.table import Table
 from safetensors.torch import load_file, save_file
-from torch import Tensor
 
 from megatron_lite.config import Config
-from megatron_lite.data.dataset import build_dataset
-from megatron_lite.data.loader import Loader
-from megatron_lite.distributed import comm
-from megatron_lite.distributed.mesh import Axis, Mesh, build_mesh
-from megatron_lite.distributed.shard import Piece
+from megatron_lite.distributed.mesh import build_mesh
 from megatron_lite.distributed.spawn import run_ranks
-from megatron_lite.engines.engine import Engine
 from megatron_lite.errors import MegatronLiteError
 from megatron_lite.planning.plan import make_plan
+from megatron_lite.proof.record import FLOORS, TOLERANCES, Record, Row, compare, record
 from megatron_lite.proof.side import Side
-from megatron_lite.training.faults import Faults
 from megatron_lite.training.step import Trainer
-
-TOLERANCES = {"float64": 1e-10, "float32": 1e-3, "bfloat16": 1e-1}
-# Of the kind's largest element: what a tensor's differences are judged by at least. A tolerance of it is some roundings
-# of the largest, which is what sums that cancel are left with.
-FLOORS = {"float64": 1e-6, "float32": 1e-3, "bfloat16": 1e-1}
-KINDS = ("block outputs", "loss", "gradients", "clipped gradients", "weights")
-
-_SECOND = {"exp_avg_sq", "row_var", "col_var", "variance"}  # AdamW's and Adafactor's second moments
-
-Record = dict[str, Tensor]  # "kind/name" → whole tensor, in the order of computation
 
 
 class LayoutsDifferError(MegatronLiteError):
     """The two layouts do not compute the same training run."""
 
     exit_code = 1
-
-
-@dataclass(frozen=True)
-class Row:
-    """The largest relative difference among the tensors of one kind in one step, and the first beyond tolerance."""
-
-    step: int
-    kind: str
-    difference: float
-    tensor: str
-    first_beyond: tuple[str, float] | None
-
-
-class _RecordingEngine:
-    """An engine that notes gradients and weights at the moments the trainer passes them.
-
-    Its optimizer's moments start as what gradients of the first step's sizes leave behind. From zeros, Adam's first
-    update is a sign, and Muon's has one length in every direction: a vanishing gradient's rounding comes out as large
-    as any other gradient (docs/adr/0008).
-    """
-
-    def __init__(self, engine: Engine, note: Callable[[str, dict[str, Piece]], Record], floor: float | None) -> None:
-        self.engine, self.note, self.floor = engine, note, floor
-        self.model = engine.model
-
-    def finish_gradients(self) -> Tensor:
-        norm = self.engine.finish_gradients()
-        self.note("gradients", self.engine.gradients())
-        return norm
-
-    def clip(self, norm: Tensor, limit: float) -> None:
-        self.engine.clip(norm, limit)
-        clipped = self.note("clipped gradients", self.engine.gradients())
-        if self.floor is not None:
-            self._start(_scales(clipped, self.floor))
-            self.floor = None
-
-    def step(self, lr: float) -> None:
-        self.engine.step(lr)
-        self.note("weights", self.engine.weights())
-
-    def _start(self, scales: dict[str, float]) -> None:
-        """Fill the moments by what their gradients are judged by: the squares in second ones, and in Muon's momentum
-        waves that are orthogonal to each other (the discrete cosine transform), which its next update hardly turns."""
-        for key, piece in self.engine.optimizer_state().items():
-            name, moment = key.rsplit(".", 1)
-            if moment == "momentum_buffer":
-                rows, columns = (torch.arange(size, dtype=torch.float64) for size in piece.shape)
-                waves = torch.outer(rows, (columns + 0.5) * math.pi / len(columns)).cos()
-                start = (scales[name] * waves).to(piece.dtype)
-            elif moment in _SECOND:
-                start = torch.full(piece.shape, scales[name] ** 2, dtype=piece.dtype)
-            else:
-                continue
-            for tile in piece.tiles:
-                tile.put(0, start[tile.place])
-        if self.engine.matrices is not None:
-            self.engine.matrices.loaded(1)  # Adafactor's first update forgets what it finds
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.engine, name)
-
-
-def batches(trainer: Trainer) -> Loader:
-    """What a new run trains on, from its first step, nothing prefetched."""
-    config, mesh = trainer.config, trainer.mesh
-    return Loader(
-        build_dataset(config.data, config.run.seed, "train", config.model.vocab_size),
-        micro_batch_size=config.train.micro_batch_size,
-        num_micro_batches=trainer.plan.accumulation,
-        dp_rank=mesh.dp.rank,
-        dp_size=mesh.dp.size,
-        consumed_samples=0,
-        prefetch=0,
-        device=mesh.device,
-    )
-
-
-def record(
-    config: Config, mesh: Mesh, steps: int, prepare: Callable[[Trainer], None] | None = None, *, moments: bool = True
-) -> Iterator[Record]:
-    """Train ``steps`` steps on this mesh and yield each step's record, whole on every rank. Collective.
-
-    Where ranks disagree about a tensor that they should share, the copy that is furthest from this rank's is recorded.
-    ``prepare`` may change the trainer first: tests plant their bugs with it. ``moments``: whether the optimizer starts
-    with some.
-    """
-    trainer = Trainer(config, mesh, make_plan(config, mesh.world.size), Faults.none())
-    if prepare is not None:
-        prepare(trainer)
-    noted: Record = {}
-
-    def note(kind: str, pieces: dict[str, Piece]) -> Record:
-        names = list(pieces) if kind == "weights" else list(reversed(pieces))  # backward ends at the embedding
-        found = dict(gathered(names, pieces, mesh.world))
-        noted.update((f"{kind}/{name}", tensor) for name, tensor in found.items())
-        return found
-
-    floor = FLOORS[config.train.precision]
-    trainer.engine = _RecordingEngine(trainer.engine, note, floor if moments else None)  # type: ignore[assignment]
-    sizes = [torch.zeros((), dtype=torch.float64) for _ in trainer.model.blocks]
-    for size, block in zip(sizes, trainer.model.blocks, strict=True):
-        block.register_forward_hook(_measure(size))
-    loader = batches(trainer)
-    for _ in range(steps):
-        noted.clear()
-        for size in sizes:
-            size.zero_()
-        result = trainer.train_step(next(loader))
-        forward: Record = {}
-        for i, size in enumerate(sizes):
-            total = comm.all_reduce(size.clone(), mesh.dp)
-            whole = comm.all_reduce(total, mesh.tp)
-            forward[f"block outputs/blocks.{i}"] = whole / (1 if trainer.model.sp else mesh.tp.size)
-        forward["loss/loss"] = torch.tensor(result.loss, dtype=torch.float64)
-        yield {**forward, **noted}
-    loader.close()
-
-
-def _measure(size: Tensor) -> Callable[..., None]:
-    @torch.compiler.disable
-    def hook(_: Any, __: Any, output: Tensor) -> None:
-        size.add_(output.detach().double().square().sum().cpu())
-
-    return hook
-
-
-def gathered(names: Iterable[str], pieces: Mapping[str, Piece], world: Axis) -> Iterator[tuple[str, Tensor]]:
-    """The named tensors in their order, each whole, from the pieces of all ranks. Collective."""
-    for some in _batches(names, pieces):
-        own = [[(tile.place, _as_bytes(tile.numbers)) for tile in pieces[name].tiles] for name in some]
-        for name, parts in zip(some, zip(*comm.gather_objects(own, world), strict=True), strict=True):
-            yield name, _whole(pieces[name], chain.from_iterable(parts))
-
-
-def _batches(names: Iterable[str], pieces: Mapping[str, Piece]) -> Iterator[list[str]]:
-    """The names in order, a few megabytes of tensors at a time: a gather costs more than what a small one carries."""
-    some: list[str] = []
-    size = 0
-    for name in names:
-        some.append(name)
-        size += math.prod(pieces[name].shape)
-        if size > 1 << 20:
-            yield some
-            some, size = [], 0
-    if some:
-        yield some
-
-
-def _as_bytes(numbers: Tensor) -> Any:
-    """A tensor as an array of bytes, which is pickled some ten times as fast."""
-    return numbers.cpu().reshape(-1).view(torch.uint8).numpy()
-
-
-def _whole(piece: Piece, parts: Iterable[tuple[Any, Any]]) -> Tensor:
-    """The global tensor from every rank's parts and their places. Where several ranks hold the same part and disagree,
-    the one that is furthest from the first is kept."""
-    whole = torch.full(piece.shape, float("nan"), dtype=piece.dtype)
-    first = whole.clone()
-    for place, array in parts:
-        part = torch.from_numpy(array).view(piece.dtype).view(whole[place].shape)
-        first[place] = torch.where(first[place].isnan(), part, first[place])
-        closer = whole[place].isnan() | ((whole[place] - first[place]).abs() < (part - first[place]).abs())
-        whole[place] = torch.where(closer, part, whole[place])
-    return whole
-
-
-def _scales(tensors: Record, floor: float) -> dict[str, float]:
-    """What each tensor of a kind is judged by: its largest element, or ``floor`` times the kind's largest where it is
-    that small (a gradient that is zero but for rounding)."""
-    peaks = {name: float(tensor.abs().max()) for name, tensor in tensors.items()}
-    least = floor * max(peaks.values(), default=0.0) or 1.0
-    return {name: max(peak, least) for name, peak in peaks.items()}
-
-
-def compare(a: Record, b: Record, step: int, tolerance: float, floor: float = FLOORS["float64"]) -> list[Row]:
-    """One row for each kind, differences as parts of each tensor's scale."""
-    assert list(a) == list(b), "the layouts recorded different tensors"
-    rows = []
-    for kind in KINDS:
-        names = [name for name in a if name.startswith(f"{kind}/")]
-        scales = _scales({name: a[name] for name in names}, floor)
-        gaps = {n: float((a[n].double() - b[n].double()).abs().max()) / scales[n] for n in names}
-        # A NaN compares as beyond any tolerance.
-        beyond = next(((n.removeprefix(f"{kind}/"), gaps[n]) for n in names if not gaps[n] <= tolerance), None)
-        if names:
-            worst = max(names, key=lambda n: (gaps[n] != gaps[n], gaps[n]))
-            rows.append(Row(step, kind, gaps[worst], worst.removeprefix(f"{kind}/"), beyond))
-    return rows
-
-
-def _record_rank(
-    rank: int, size: int, config: Config, steps: int, folder: str, prepare: Callable[[Trainer], None] | None
-) -> None:
-    mesh = build_mesh(make_plan(config, size).degrees, torch.device("cpu"))
-    assert mesh is not None
-    for step, noted in enumerate(record(config, mesh, steps, prepare), start=1):
-        if rank == 0:
-            # safetensors sorts by name, so the order of computation goes into the names.
-            numbered = {f"{i:06d} {name}": tensor.contiguous() for i, (name, tensor) in enumerate(noted.items())}
-            save_file(numbered, Path(folder) / f"step_{step}.safetensors")
-
-
-def _load(path: Path) -> Record:
-    return {name.split(" ", 1)[1]: tensor for name, tensor in sorted(load_file(path).items())}
 
 
 def prove(
@@ -315,3 +88,19 @@ def _table(rows: list[Row], sides: Sequence[Side], limit: float) -> Table:
         verdict = "[green]equal[/green]" if row.first_beyond is None else "[red]DIFFERS[/red]"
         table.add_row(str(row.step), row.kind, f"{row.difference:.2e}", row.tensor, verdict)
     return table
+
+
+def _record_rank(
+    rank: int, size: int, config: Config, steps: int, folder: str, prepare: Callable[[Trainer], None] | None
+) -> None:
+    mesh = build_mesh(make_plan(config, size).degrees, torch.device("cpu"))
+    assert mesh is not None
+    for step, noted in enumerate(record(config, mesh, steps, prepare), start=1):
+        if rank == 0:
+            # safetensors sorts by name, so the order of computation goes into the names.
+            numbered = {f"{i:06d} {name}": tensor.contiguous() for i, (name, tensor) in enumerate(noted.items())}
+            save_file(numbered, Path(folder) / f"step_{step}.safetensors")
+
+
+def _load(path: Path) -> Record:
+    return {name.split(" ", 1)[1]: tensor for name, tensor in sorted(load_file(path).items())}

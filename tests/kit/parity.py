@@ -13,7 +13,7 @@ import torch
 from megatron_lite.config import Config, parse_config
 from megatron_lite.distributed.mesh import Mesh, build_mesh, solo_mesh
 from megatron_lite.planning.plan import make_plan
-from megatron_lite.proof.prove import FLOORS, TOLERANCES, Record, Row, compare, record
+from megatron_lite.proof.record import FLOORS, TOLERANCES, Record, Row, compare, record
 from megatron_lite.training.step import Trainer
 
 Change = Callable[[Trainer], None]

@@ -10,7 +10,7 @@ from megatron_lite.config import Config
 from megatron_lite.distributed.mesh import solo_mesh
 from megatron_lite.inference.requests import Sampling
 from megatron_lite.inference.sampling import generate
-from megatron_lite.proof.prove import compare, record
+from megatron_lite.proof.record import compare, record
 from tests.kit.jobs import PYTHON, run_job
 from tests.kit.parity import STEPS, Layout, ruffle
 from tests.kit.tiny import losses, tiny_config, tiny_data

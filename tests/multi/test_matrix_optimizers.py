@@ -11,7 +11,7 @@ from megatron_lite.distributed.shard import spec_of
 from megatron_lite.distributed.spawn import run_ranks
 from megatron_lite.engines.optim import learning_rate
 from megatron_lite.models.decoder import Decoder
-from megatron_lite.proof.prove import Record
+from megatron_lite.proof.record import Record
 from tests.kit.parity import STEPS, TOLERANCE, Case, Layout, run_cases, train
 from tests.kit.tiny import tiny_data
 

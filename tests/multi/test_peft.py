@@ -9,7 +9,7 @@ from megatron_lite.distributed.comm import gather_objects
 from megatron_lite.distributed.mesh import build_mesh
 from megatron_lite.distributed.spawn import run_ranks
 from megatron_lite.planning.plan import make_plan
-from megatron_lite.proof.prove import record
+from megatron_lite.proof.record import record
 from tests.kit.parity import STEPS, TOLERANCE, Case, Layout, run_cases, train
 from tests.kit.tiny import tiny_data
 

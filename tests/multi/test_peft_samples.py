@@ -9,7 +9,7 @@ from megatron_lite.inference.requests import Sampling
 from megatron_lite.inference.sampling import generate
 from megatron_lite.layers.context import Context
 from megatron_lite.planning.plan import make_plan
-from megatron_lite.proof.prove import batches
+from megatron_lite.proof.record import batches
 from megatron_lite.training.faults import Faults
 from megatron_lite.training.step import Trainer
 from tests.kit.parity import Layout, ruffle

@@ -16,7 +16,7 @@ from megatron_lite.distributed import comm
 from megatron_lite.distributed.mesh import Mesh
 from megatron_lite.distributed.spawn import run_ranks
 from megatron_lite.planning.plan import make_plan
-from megatron_lite.proof.prove import gathered
+from megatron_lite.proof.record import gathered
 from megatron_lite.training.faults import Faults
 from megatron_lite.training.step import Trainer, TrainState
 from tests.kit.parity import Layout, _mesh
