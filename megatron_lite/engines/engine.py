@@ -1,4 +1,4 @@
-"""Engines: who owns gradients and the optimizer. One implementation a file, one line in ``build_engine``."""
+"""What an engine is: it owns gradients and the optimizer. One implementation a file, one line in ``registry.py``."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ from torch import Tensor, nn
 
 from megatron_lite.config import Config, OptimConfig
 from megatron_lite.distributed import shard
-from megatron_lite.distributed.env import export_for_deepspeed
 from megatron_lite.distributed.mesh import Mesh
 from megatron_lite.distributed.shard import Piece
 from megatron_lite.engines.matrices import WholeMatrices
@@ -155,19 +154,3 @@ class Engine(ABC):
 def local(tensor: Any) -> Tensor:
     """This rank's memory of a tensor, which FSDP2 hands out as a DTensor."""
     return tensor.to_local() if hasattr(tensor, "to_local") else tensor  # asked without the import, of half a second
-
-
-def build_engine(model: nn.Module, config: Config, mesh: Mesh) -> Engine:
-    """The engine that the config asks for; a single data-parallel rank has nothing to divide."""
-    if config.parallel.engine == "deepspeed" and mesh.dp.size > 1:
-        export_for_deepspeed(mesh.device.type, mesh.device.index)
-        from megatron_lite.engines.deepspeed import DeepSpeedZeRO
-
-        return DeepSpeedZeRO(model, config, mesh)
-    if mesh.dp_shard.size > 1:
-        from megatron_lite.engines.fsdp import FullyShardedDataParallel
-
-        return FullyShardedDataParallel(model, config, mesh)
-    from megatron_lite.engines.ddp import DataParallel
-
-    return DataParallel(model, config, mesh)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from importlib.util import find_spec
 
+from megatron_lite import cli
 from megatron_lite.config import PACKED_BLOCK, Config, ModelConfig
 from megatron_lite.errors import ConfigError
 
@@ -38,18 +39,25 @@ def check_tp(model: ModelConfig, tp: int) -> None:
         raise ConfigError(f"parallel.tp={tp} does not divide {' nor '.join(unfit)}; this model can use tp {fits}")
 
 
-def engine_mistakes(config: Config, dp: int) -> list[str]:
-    """What the engine cannot do for ``dp`` data-parallel ranks."""
+def _fsdp_mistakes(config: Config, dp: int) -> list[str]:
+    mistakes, parallel = [], config.parallel
+    if parallel.offload != "none":
+        mistakes.append(f"parallel.offload={parallel.offload} takes parallel.engine=deepspeed")
+    if parallel.reduce_once and parallel.zero == 0:
+        mistakes.append("parallel.reduce_once: with parallel.zero=0 gradients are reduced once a step anyway")
+    if parallel.deepspeed:
+        mistakes.append("parallel.deepspeed: these keys take parallel.engine=deepspeed")
+    if parallel.zero == 1:
+        mistakes.append(
+            "parallel.zero=1: FSDP2 divides gradients wherever it divides optimizer state; parallel.zero=2 does both, "
+            "sends as many bytes and needs less memory; or parallel.engine=deepspeed"
+        )
+    return mistakes
+
+
+def _deepspeed_mistakes(config: Config, dp: int) -> list[str]:
     mistakes, parallel = [], config.parallel
     offload, keys = f"parallel.offload={parallel.offload}", parallel.deepspeed
-    if parallel.engine == "fsdp":
-        if parallel.offload != "none":
-            mistakes.append(f"{offload} takes parallel.engine=deepspeed")
-        if parallel.reduce_once and parallel.zero == 0:
-            mistakes.append("parallel.reduce_once: with parallel.zero=0 gradients are reduced once a step anyway")
-        if keys:
-            mistakes.append("parallel.deepspeed: these keys take parallel.engine=deepspeed")
-        return mistakes
     if config.optim.name != "adamw":
         mistakes.append(
             f"optim.name={config.optim.name} updates whole matrices, and DeepSpeed's parts begin and end anywhere in "
@@ -79,6 +87,9 @@ _OURS = {  # what DeepSpeed's config says twice
     *("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping"),
     *("gradient_allreduce_op", "optimizer", "scheduler", "fp16", "bf16", "data_types", "communication_data_type"),
 }
+
+# What an engine cannot do, for so many data-parallel ranks: a new engine's line, beside that in engines/registry.py.
+_ENGINES = {"fsdp": _fsdp_mistakes, "deepspeed": _deepspeed_mistakes}
 
 
 def _linears(model: ModelConfig) -> dict[str, tuple[int, int, bool]]:
@@ -126,8 +137,7 @@ def _cut_blocks(config: Config, dp: int) -> list[str]:
     ]
 
 
-def peft_mistakes(config: Config, dp: int) -> list[str]:
-    """What does not go with ``peft``: optimizers, and formats of the base that degrees cut."""
+def _peft_mistakes(config: Config, dp: int) -> list[str]:
     mistakes, peft = [], config.peft
     if peft is None:
         return []
@@ -145,3 +155,33 @@ def peft_mistakes(config: Config, dp: int) -> list[str]:
             f"train.precision={computed}; leave it out, or use engine=fsdp"
         )
     return mistakes
+
+
+def mistakes(config: Config, world_size: int) -> list[str]:
+    """Every reason why so many ranks cannot train this config."""
+    parallel, train = config.parallel, config.train
+    tp, replicate = parallel.tp, parallel.dp_replicate
+    found = []
+    if world_size % tp:
+        found.append(f"parallel.tp={tp} does not divide the {cli.several(world_size, 'rank')} of this job")
+    try:
+        check_tp(config.model, tp)
+    except ConfigError as error:
+        found.append(str(error))
+    tokens = train.micro_batch_size * config.data.seq_len
+    if parallel.sp and tokens % tp:
+        found.append(f"parallel.sp: micro batch × seq_len = {tokens} tokens cannot be split over tp={tp}")
+    if parallel.offload_activations and train.compile:
+        found.append(
+            "parallel.offload_activations: a compiled block keeps what it wants; use parallel.recompute with "
+            "train.compile, or no compilation"
+        )
+    dp = -(-world_size // tp)
+    found += _ENGINES[parallel.engine](config, dp) + _peft_mistakes(config, dp)
+    if parallel.zero == 0 and replicate > 1:
+        found.append(
+            f"parallel.dp_replicate={replicate}: with parallel.zero=0 every rank holds everything; it takes zero 2 or 3"
+        )
+    if world_size % tp == 0 and dp % replicate:
+        found.append(f"parallel.dp_replicate={replicate} does not divide dp {dp}")
+    return found

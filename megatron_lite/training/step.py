@@ -15,8 +15,8 @@ from megatron_lite.data.batch import Batch
 from megatron_lite.data.tokenizer import Tokenizer
 from megatron_lite.distributed import comm, random, shard
 from megatron_lite.distributed.mesh import Axis, Mesh
-from megatron_lite.engines.engine import build_engine
 from megatron_lite.engines.optim import learning_rate
+from megatron_lite.engines.registry import build_engine
 from megatron_lite.errors import NonFiniteError
 from megatron_lite.layers import matmul
 from megatron_lite.layers.context import DTYPES, Context
