@@ -8,6 +8,10 @@ from typing import Any, Literal
 from pydantic import model_validator
 
 from megatron_lite.config.section import Positive, PositiveFloat, Probability, Section, number
+from megatron_lite.families import FAMILIES
+from megatron_lite.families.family import Family
+
+_FOLLOWS: Any = None  # filled in from the family and the other sizes where it is not given
 
 
 class RopeScaling(Section):
@@ -39,23 +43,23 @@ class ModelConfig(Section):
     """
 
     preset: str | None = None
-    family: Literal["llama", "gpt2"] = "llama"
+    family: Literal[tuple(FAMILIES)] = "llama"  # type: ignore[valid-type]
     vocab_size: Positive | None = None
     vocab_multiple: Positive = 128
     hidden_size: Positive = 256
     num_layers: Positive = 4
     num_heads: Positive = 4
-    num_kv_heads: Positive | None = None
-    head_dim: Positive | None = None
-    ffn_size: Positive | None = None
+    num_kv_heads: Positive = _FOLLOWS
+    head_dim: Positive = _FOLLOWS
+    ffn_size: Positive = _FOLLOWS
     max_seq_len: Positive = 2048
     norm_eps: PositiveFloat = 1e-5
     rope_theta: PositiveFloat = 10000.0
     rope_scaling: RopeScaling | None = None
-    bias: bool | None = None
-    qkv_bias: bool | None = None
+    bias: bool = _FOLLOWS
+    qkv_bias: bool = _FOLLOWS
     qk_norm: bool = False
-    tie_embeddings: bool | None = None
+    tie_embeddings: bool = _FOLLOWS
     dropout: Probability = 0.0
     attention_dropout: Probability = 0.0
     init_std: PositiveFloat = 0.02
@@ -66,8 +70,10 @@ class ModelConfig(Section):
         """Fill in what follows from the family and the other sizes."""
         if not isinstance(values, dict):
             return values
-        gpt2 = values.get("family") == "gpt2"
-        filled = {"bias": gpt2, "tie_embeddings": gpt2, **{k: v for k, v in values.items() if v is not None}}
+        filled = {key: value for key, value in values.items() if value is not None}
+        name = filled.get("family")
+        family = FAMILIES.get(name if isinstance(name, str) else "", FAMILIES["llama"])  # another one is refused below
+        filled = {"bias": family.bias, "tie_embeddings": family.tied, **filled}
         filled.setdefault("qkv_bias", filled["bias"])
         hidden, heads = number(filled.get("hidden_size", 256)), number(filled.get("num_heads", 4))
         if isinstance(heads, int) and heads > 0:
@@ -81,24 +87,23 @@ class ModelConfig(Section):
                     )
                 filled["head_dim"] = hidden // heads
         if isinstance(hidden, int):
-            filled.setdefault("ffn_size", 4 * hidden if gpt2 else -(-8 * hidden // 3 // 32) * 32)
+            filled.setdefault("ffn_size", family.ffn_size(hidden))
         return filled
 
     @model_validator(mode="after")
     def _shapes_fit(self) -> ModelConfig:
-        assert self.num_kv_heads and self.head_dim
         if self.num_heads % self.num_kv_heads:
             raise ValueError(f"num_kv_heads={self.num_kv_heads} must divide num_heads={self.num_heads}")
-        if self.family == "llama" and self.head_dim % 2:
+        if self.traits.rotary and self.head_dim % 2:
             raise ValueError(f"head_dim={self.head_dim} must be even for rotary positions")
         return self
 
     def differences(self, there: ModelConfig) -> tuple[list[str], list[str]]:
         """The keys by which another model has other tensors, and those by which it computes something else with the
         same ones: every key that is not known to change neither."""
-        learned = self.family == "gpt2"
-        shapes = (*_SHAPES, "max_seq_len") if learned else _SHAPES
-        without = (*_WITHOUT_EFFECT, *_ROTARY) if learned else _WITHOUT_EFFECT
+        rotary = self.traits.rotary
+        shapes = _SHAPES if rotary else (*_SHAPES, "max_seq_len")
+        without = _WITHOUT_EFFECT if rotary else (*_WITHOUT_EFFECT, *_ROTARY)
         unlike = [key for key in type(self).model_fields if getattr(self, key) != getattr(there, key)]
         return [k for k in unlike if k in shapes], [k for k in unlike if k not in shapes and k not in without]
 
@@ -106,8 +111,13 @@ class ModelConfig(Section):
         """This model with what another computes otherwise with the same tensors, dropout apart, and the keys; for
         sequences as long as it takes."""
         keys = [key for key in self.differences(there)[1] if "dropout" not in key]
-        longest = max(self.max_seq_len, there.max_seq_len) if self.family == "llama" else self.max_seq_len
+        longest = max(self.max_seq_len, there.max_seq_len) if self.traits.rotary else self.max_seq_len
         return self.model_copy(update={**{key: getattr(there, key) for key in keys}, "max_seq_len": longest}), keys
+
+    @property
+    def traits(self) -> Family:
+        """The table of its family."""
+        return FAMILIES[self.family]
 
     @property
     def padded_vocab_size(self) -> int:

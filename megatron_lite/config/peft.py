@@ -81,7 +81,7 @@ class LoRAConfig(PeftSection):
 
     def matched(self, model: ModelConfig) -> list[str]:
         """The linears of this model that are adapted."""
-        names = targets.linear_names(model.num_layers, gated=model.family == "llama")
+        names = targets.linear_names(model)
         return [name for name in names if any(targets.matches(pattern, name) for pattern in self.targets)]
 
     def differences(self, there: PeftSection, model: ModelConfig) -> list[str]:
@@ -106,10 +106,10 @@ class LoRAConfig(PeftSection):
 
     def unfit(self, model: ModelConfig) -> list[str]:
         """What does not fit a model."""
-        names = targets.linear_names(model.num_layers, gated=model.family == "llama")
+        names = targets.linear_names(model)
         listed = self.targets
-        if model.family == "gpt2" and "targets" not in self.model_fields_set:
-            listed = [name for name in listed if name != "gate"]
+        if "targets" not in self.model_fields_set:
+            listed = [name for name in listed if any(targets.matches(name, one) for one in names)]
         found, matched = targets.mistakes("peft.targets", listed, names), self.matched(model)
         if matched:
             for key in ("ranks", "alphas"):

@@ -7,98 +7,22 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
-from megatron_lite.config import ModelConfig
 from megatron_lite.errors import CheckpointError
+from megatron_lite.families import FAMILIES
+from megatron_lite.families.family import ModelType, linears
 
-
-@dataclass(frozen=True)
-class Family:
-    """What a ``model_type`` of theirs is here.
-
-    ``fields``: the keys that are honoured, by ours. ``defaults``: what their config class says where a folder says
-    nothing; its type is the key's. ``fixed``: keys that have to have one of these values, as the model knows nothing
-    else, the first where a folder says nothing. ``aliases``: second names that their class has for a key.
-    ``harmless``: keys that this family's code never reads.
-    """
-
-    architecture: str
-    fields: Mapping[str, str]
-    defaults: Mapping[str, Any]
-    fixed: Mapping[str, tuple[Any, ...]]
-    aliases: Mapping[str, str] = field(default_factory=dict)
-    harmless: frozenset[str] = frozenset()
+if TYPE_CHECKING:
+    from megatron_lite.config.model import ModelConfig
 
 
 TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")  # not the model's: they go with its tokenizer
-_LLAMA = {
-    "vocab_size": "vocab_size",
-    "hidden_size": "hidden_size",
-    "intermediate_size": "ffn_size",
-    "num_hidden_layers": "num_layers",
-    "num_attention_heads": "num_heads",
-    "num_key_value_heads": "num_kv_heads",
-    "head_dim": "head_dim",
-    "max_position_embeddings": "max_seq_len",
-    "rms_norm_eps": "norm_eps",
-    "initializer_range": "init_std",
-    "tie_word_embeddings": "tie_embeddings",
-    "attention_dropout": "attention_dropout",
-}
-_GPT2 = {
-    "vocab_size": "vocab_size",
-    "n_embd": "hidden_size",
-    "n_inner": "ffn_size",
-    "n_layer": "num_layers",
-    "n_head": "num_heads",
-    "n_positions": "max_seq_len",
-    "layer_norm_epsilon": "norm_eps",
-    "initializer_range": "init_std",
-    "tie_word_embeddings": "tie_embeddings",
-    "resid_pdrop": "dropout",
-    "attn_pdrop": "attention_dropout",
-}
 _NULLABLE = ("num_key_value_heads", "sliding_window")  # null although their class has a default: as many as heads; none
-_SIZES: dict[str, Any] = {"hidden_size": 4096, "num_hidden_layers": 32, "num_attention_heads": 32, "rms_norm_eps": 1e-6}
-_SIZES |= {"initializer_range": 0.02, "tie_word_embeddings": False, "attention_dropout": 0.0}
-_QWEN = _SIZES | {"vocab_size": 151936, "intermediate_size": 22016, "max_position_embeddings": 32768}
-_QWEN |= {"num_key_value_heads": 32, "sliding_window": 4096, "use_sliding_window": False, "max_window_layers": 28}
-_LLAMA_FIXED = {"hidden_act": ("silu", "swish"), "is_encoder_decoder": (False,), "is_causal": (True,)}
-FAMILIES = {
-    "llama": Family(
-        "LlamaForCausalLM",
-        {**_LLAMA, "attention_bias": "qkv_bias", "mlp_bias": "bias"},
-        {"vocab_size": 32000, "intermediate_size": 11008, "max_position_embeddings": 2048, **_SIZES}
-        | {"attention_bias": False, "mlp_bias": False},
-        _LLAMA_FIXED,
-    ),
-    "mistral": Family(
-        "MistralForCausalLM",
-        _LLAMA,
-        {"vocab_size": 32000, "intermediate_size": 14336, "max_position_embeddings": 131072, **_SIZES}
-        | {"num_key_value_heads": 8, "sliding_window": 4096},
-        _LLAMA_FIXED,
-    ),
-    "qwen2": Family("Qwen2ForCausalLM", _LLAMA, _QWEN, _LLAMA_FIXED, harmless=frozenset({"attention_bias"})),
-    "qwen3": Family(
-        "Qwen3ForCausalLM", _LLAMA, {**_QWEN, "head_dim": 128}, {**_LLAMA_FIXED, "attention_bias": (False,)}
-    ),
-    "gpt2": Family(
-        "GPT2LMHeadModel",
-        _GPT2,
-        {"vocab_size": 50257, "n_embd": 768, "n_layer": 12, "n_head": 12, "n_positions": 1024}
-        | {"tie_word_embeddings": True}
-        | {"layer_norm_epsilon": 1e-5, "initializer_range": 0.02}
-        | {"resid_pdrop": 0.1, "embd_pdrop": 0.1, "attn_pdrop": 0.1},
-        {"activation_function": ("gelu_new", "gelu_pytorch_tanh"), "scale_attn_weights": (True,)}
-        | dict.fromkeys(("scale_attn_by_inverse_layer_idx", "reorder_and_upcast_attn", "add_cross_attention"), (False,))
-        | {"is_encoder_decoder": (False,), "is_causal": (True,)},
-        aliases={"hidden_size": "n_embd", "num_hidden_layers": "n_layer", "num_attention_heads": "n_head"}
-        | {"max_position_embeddings": "n_positions"},
-    ),
-}
+# Every model type, and the family that computes it.
+MODEL_TYPES = {kind: row for family in FAMILIES.values() for kind, row in family.model_types.items()}
+_FAMILY = {kind: name for name, family in FAMILIES.items() for kind in family.model_types}
 # Of no consequence for what any of these models computes: what the folder is, classifiers, how to compute and return.
 _HARMLESS = set(
     """architectures model_type torch_dtype dtype transformers_version name_or_path _name_or_path _model_name_or_path
@@ -140,35 +64,30 @@ def model_section(tree: Mapping[str, Any], where: str, *, strict: bool = False) 
     Raises CheckpointError naming every field that cannot be honoured; with ``strict``, every unknown one, too.
     """
     kind = tree.get("model_type") if isinstance(tree, dict) else None
-    if not isinstance(kind, str) or kind not in FAMILIES:
-        raise CheckpointError(f"{where}: model_type {kind!r} is not supported; supported: {', '.join(FAMILIES)}")
+    if not isinstance(kind, str) or kind not in MODEL_TYPES:
+        raise CheckpointError(f"{where}: model_type {kind!r} is not supported; supported: {', '.join(MODEL_TYPES)}")
     if "auto_map" in tree:
         raise CheckpointError(f"{where}: auto_map names code to run, which is never done")
-    family, notes = FAMILIES[kind], []
-    values, refused = _values(tree, family)
+    row, rotary, notes = MODEL_TYPES[kind], FAMILIES[_FAMILY[kind]].rotary, []
+    values, refused = _values(tree, row)
     if refused:
         raise CheckpointError(f"{where}: cannot be honoured: {'; '.join(refused)}")
-    section: dict[str, Any] = {"family": "gpt2" if kind == "gpt2" else "llama"}
-    for key, ours in family.fields.items():
+    section: dict[str, Any] = {"family": _FAMILY[kind]}
+    for key, ours in row.fields.items():
         if (value := values.get(key)) is not None:
             section[ours] = value
-    if kind == "gpt2":
-        if values["embd_pdrop"] != values["resid_pdrop"]:
-            refused.append("embd_pdrop differs from resid_pdrop")
-    else:
-        if kind != "llama":
-            section |= {"bias": False, "qkv_bias": kind == "qwen2", "qk_norm": kind == "qwen3"}
-        elif values["attention_bias"] != values["mlp_bias"]:
-            refused.append(f"attention_bias={values['attention_bias']} with mlp_bias={values['mlp_bias']}")
+    section |= row.section
+    refused += row.contradictions(values)
+    if rotary:
         section |= _rope(values, refused)
-        window = _window(values, family, refused)
+        window = _window(values, row, refused)
         if window is not None and window < section.get("max_seq_len", 0):
             section["max_seq_len"] = window
             notes.append(
                 f"model.max_seq_len is cut to sliding_window={window}: attention over all tokens is the same there"
             )
-    read = {*family.fields, *family.defaults, *family.fixed, *family.aliases, *family.harmless}
-    read |= set() if kind == "gpt2" else _WINDOW | _ROPE
+    read = {*row.fields, *row.defaults, *row.fixed, *row.aliases, *row.harmless}
+    read |= _WINDOW | _ROPE if rotary else set()
     unknown = {ascii(key)[1:-1]: tree[key] for key in sorted(tree.keys() - read - _HARMLESS - _GENERATION)}
     for key, value in unknown.items():
         if _changes_numbers(key, value):
@@ -179,23 +98,23 @@ def model_section(tree: Mapping[str, Any], where: str, *, strict: bool = False) 
         raise CheckpointError(f"{where}: cannot be honoured: {'; '.join(refused)}")
     if unknown:
         names = ", ".join(unknown)
-        notes.append(f"read neither here nor by transformers' {family.architecture}: {names} of config.json")
+        notes.append(f"read neither here nor by transformers' {row.architecture}: {names} of config.json")
     return section, notes
 
 
-def _values(tree: Mapping[str, Any], family: Family) -> tuple[dict[str, Any], list[str]]:
-    """Every key that a family has, from the folder or by default, and what is wrong with it."""
-    values, wrong = {**family.defaults, **tree}, []
-    for alias, name in family.aliases.items():
+def _values(tree: Mapping[str, Any], row: ModelType) -> tuple[dict[str, Any], list[str]]:
+    """Every key that a model type has, from the folder or by default, and what is wrong with it."""
+    values, wrong = {**row.defaults, **tree}, []
+    for alias, name in row.aliases.items():
         if alias in tree:
             values[name] = tree[alias]
             if tree.get(name, tree[alias]) != tree[alias]:
                 wrong.append(f"{alias}={tree[alias]!a:.100} beside {name}={tree[name]!a:.100}")
-    for key, default in family.defaults.items():
+    for key, default in row.defaults.items():
         fits = isinstance(values[key], bool) if isinstance(default, bool) else _is_number(values[key])
         if not fits and not (values[key] is None and key in _NULLABLE):
             wrong.append(f"{key}={values[key]!a:.100}")
-    for key, allowed in family.fixed.items():
+    for key, allowed in row.fixed.items():
         value = values.get(key, allowed[0])
         if value not in allowed or type(value) is not type(allowed[0]):
             wrong.append(f"{key}={value!a:.100} (only {' or '.join(map(repr, allowed))})")
@@ -220,10 +139,10 @@ def _neutral(key: str, value: Any) -> bool:
     return _is_number(value) and value == 1 and _SCALE.search(key.lower()) is not None
 
 
-def _window(values: Mapping[str, Any], family: Family, refused: list[str]) -> int | None:
+def _window(values: Mapping[str, Any], row: ModelType, refused: list[str]) -> int | None:
     """Over how many tokens layers attend, if not over all."""
     layers, window, count = values.get("layer_types"), values.get("sliding_window"), values["num_hidden_layers"]
-    by_layer = "max_window_layers" in family.defaults  # others slide in all layers, whatever layer_types says
+    by_layer = "max_window_layers" in row.defaults  # others slide in all layers, whatever layer_types says
     if by_layer and not values["use_sliding_window"]:
         window = None
     if layers is None:
@@ -298,57 +217,22 @@ def _scaling(values: Mapping[str, Any], where: str, tree: Any, refused: list[str
     return {"type": kinds[0], **{ours: given.get(key) for key, ours in names.items()}} if names else None
 
 
-def model_type(config: ModelConfig) -> str:
-    """The architecture that computes what this config says. Raises CheckpointError where there is none."""
-    if config.family == "gpt2":
-        wrong = [
-            text
-            for text, differs in (
-                ("bias", not config.bias),
-                ("qkv_bias", not config.qkv_bias),
-                ("num_kv_heads", config.num_kv_heads != config.num_heads),
-                ("head_dim", (config.head_dim or 0) * config.num_heads != config.hidden_size),
-            )
-            if differs
-        ]
-        if wrong:
-            raise CheckpointError(f"Hugging Face's GPT-2 has no model.{' nor model.'.join(wrong)} other than its own")
-        return "gpt2"
-    if config.qk_norm:
-        if config.bias or config.qkv_bias:
-            raise CheckpointError("Hugging Face has no Llama with model.qk_norm and biases as these")
-        return "qwen3"
-    if config.bias != config.qkv_bias:
-        if config.bias or (config.head_dim or 0) * config.num_heads != config.hidden_size:
-            raise CheckpointError("Hugging Face has no Llama with model.bias and model.qkv_bias as these")
-        return "qwen2"
-    return "llama"
-
-
 def config_json(config: ModelConfig, dtype: str, token_ids: Mapping[str, Any]) -> dict[str, Any]:
     """The ``config.json`` of a model, as ``model_section`` reads it. Raises CheckpointError where there is none."""
-    kind = model_type(config)
-    section = config.model_dump()
-    family = FAMILIES[kind]
-    tree: dict[str, Any] = {"architectures": [family.architecture], "model_type": kind, "torch_dtype": dtype}
+    kind = config.traits.model_type(config)
+    row, section = MODEL_TYPES[kind], config.model_dump()
+    tree: dict[str, Any] = {"architectures": [row.architecture], "model_type": kind, "torch_dtype": dtype}
     tree |= {name: token_ids.get(name) for name in TOKEN_IDS}  # what is left out would be some other model's
-    tree |= {theirs: section[ours] for theirs, ours in family.fields.items()}
-    if kind == "gpt2":
-        return tree | {"activation_function": "gelu_new", "embd_pdrop": config.dropout}
-    if config.dropout:
-        raise CheckpointError(f"model.dropout={config.dropout}: Hugging Face's {family.architecture} has none")
-    tree |= {"hidden_act": "silu", "rope_theta": config.rope_theta, "rope_scaling": None}
-    if kind == "qwen3":
-        tree["attention_bias"] = False
+    tree |= {theirs: section[ours] for theirs, ours in row.fields.items()} | config.traits.written(config)
+    return tree | _rope_json(config) if config.traits.rotary else tree
+
+
+def _rope_json(config: ModelConfig) -> dict[str, Any]:
+    tree: dict[str, Any] = {"rope_theta": config.rope_theta, "rope_scaling": None}
     if config.rope_scaling is not None:
-        scaling = config.rope_scaling
-        tree["rope_scaling"] = {"rope_type": scaling.type, "factor": scaling.factor}
-        if scaling.type == "llama3":
-            tree["rope_scaling"] |= {
-                "low_freq_factor": scaling.low_freq_factor,
-                "high_freq_factor": scaling.high_freq_factor,
-                "original_max_position_embeddings": scaling.original_max_seq_len,
-            }
+        scaling = config.rope_scaling.model_dump()
+        names = _SCALINGS[config.rope_scaling.type]
+        tree["rope_scaling"] = {"rope_type": scaling["type"], **{key: scaling[ours] for key, ours in names.items()}}
     return tree
 
 
@@ -388,44 +272,32 @@ def from_mistral(name: str) -> tuple[str, bool]:
 
 
 def tensor_parts(config: ModelConfig) -> dict[str, list[Part]]:
-    """Every tensor of ours as those of theirs, one below the other; the vocabulary in its true size."""
-    assert config.vocab_size and config.ffn_size and config.num_kv_heads and config.head_dim
-    hidden, ffn, gpt2 = config.hidden_size, config.ffn_size, config.family == "gpt2"
-    q, kv = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
-    top = "transformer" if gpt2 else "model"
-    vocabulary = (config.vocab_size, hidden)
-    parts = {"embedding.weight": [Part(f"{top}.{'wte' if gpt2 else 'embed_tokens'}.weight", vocabulary)]}
-    if gpt2:
-        parts["positions.weight"] = [Part(f"{top}.wpe.weight", (config.max_seq_len, hidden))]
-        qkv, up = {"attn.c_attn": q + 2 * kv}, {"mlp.c_fc": ffn}
-        out, down, norms = "attn.c_proj", "mlp.c_proj", ("ln_1", "ln_2", "ln_f")
-    else:
-        qkv = {f"self_attn.{x}_proj": rows for x, rows in zip("qkv", (q, kv, kv), strict=True)}
-        up = {f"mlp.{x}_proj": ffn for x in ("gate", "up")}
-        out, down, norms = "self_attn.o_proj", "mlp.down_proj", ("input_layernorm", "post_attention_layernorm", "norm")
+    """Every tensor of ours as those of theirs, in the order of their rows; the vocabulary in its true size."""
+    assert config.vocab_size
+    traits, hidden, vocabulary = config.traits, config.hidden_size, (config.vocab_size, config.hidden_size)
+    names = traits.names
+    parts = {"embedding.weight": [Part(f"{names.top}.{names.embedding}.weight", vocabulary)]}
+    if names.positions:
+        parts["positions.weight"] = [Part(f"{names.top}.{names.positions}.weight", (config.max_seq_len, hidden))]
 
-    def norm(ours: str, theirs: str, size: int = hidden) -> dict[str, list[Part]]:
-        ends = ("weight", "bias") if gpt2 else ("weight",)
-        return {f"{ours}.{end}": [Part(f"{theirs}.{end}", (size,))] for end in ends}
+    def norm(ours: str, theirs: str, size: int) -> dict[str, list[Part]]:
+        return {f"{ours}.{end}": [Part(f"{theirs}.{end}", (size,))] for end in traits.norm_parameters}
 
     for i in range(config.num_layers):
-        ours, theirs = f"blocks.{i}", f"{top}.{'h' if gpt2 else 'layers'}.{i}"
-        linears = (
-            ("attention.qkv", qkv, hidden, config.qkv_bias),
-            ("attention.out", {out: hidden}, q, config.bias),
-            ("mlp.up", up, hidden, config.bias),
-            ("mlp.down", {down: hidden}, ffn, config.bias),
-        )
-        for name, rows, columns, bias in linears:
-            parts[f"{ours}.{name}.weight"] = [Part(f"{theirs}.{n}.weight", (r, columns), gpt2) for n, r in rows.items()]
-            if bias:
-                parts[f"{ours}.{name}.bias"] = [Part(f"{theirs}.{n}.bias", (r,)) for n, r in rows.items()]
-        parts |= norm(f"{ours}.attention_norm", f"{theirs}.{norms[0]}")
-        parts |= norm(f"{ours}.mlp_norm", f"{theirs}.{norms[1]}")
-        if config.qk_norm:
-            for x in "qk":
-                parts |= norm(f"{ours}.attention.{x}_norm", f"{theirs}.self_attn.{x}_norm", config.head_dim)
-    parts |= norm("norm", f"{top}.{norms[2]}")
+        ours, theirs = f"blocks.{i}", f"{names.top}.{names.layers}.{i}"
+        for linear in linears(config):
+            own = names.linears[linear.name]
+            rows = list(linear.parts.values()) if len(own) > 1 else [linear.rows]
+            held = list(zip(own, rows, strict=True))
+            weights = [Part(f"{theirs}.{n}.weight", (r, linear.columns), names.transposed) for n, r in held]
+            parts[f"{ours}.{linear.name}.weight"] = weights
+            if linear.bias:
+                parts[f"{ours}.{linear.name}.bias"] = [Part(f"{theirs}.{n}.bias", (r,)) for n, r in held]
+        for place in ("attention_norm", "mlp_norm"):
+            parts |= norm(f"{ours}.{place}", f"{theirs}.{names.norms[place]}", hidden)
+        for place in ("attention.q_norm", "attention.k_norm") if config.qk_norm else ():
+            parts |= norm(f"{ours}.{place}", f"{theirs}.{names.norms[place]}", config.head_dim)
+    parts |= norm("norm", f"{names.top}.{names.norms['norm']}", hidden)
     if not config.tie_embeddings:
         parts["head.weight"] = [Part("lm_head.weight", vocabulary)]
     return parts

@@ -7,17 +7,21 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from fnmatch import fnmatchcase
+from typing import TYPE_CHECKING
 
 from megatron_lite import cli
+from megatron_lite.families.family import linears
+
+if TYPE_CHECKING:
+    from megatron_lite.config.model import ModelConfig
 
 ENDS = ("embedding", "head")
-_HALVES = {"attention": ("q", "k", "v", "o"), "mlp": ("gate", "up", "down")}
 
 
-def linear_names(num_layers: int, *, gated: bool) -> list[str]:
+def linear_names(model: ModelConfig) -> list[str]:
     """Every linear that can be adapted, from the embedding to the projection."""
-    inside = [f"{half}.{name}" for half, names in _HALVES.items() for name in names if gated or name != "gate"]
-    return ["embedding", *(f"blocks.{i}.{name}" for i in range(num_layers) for name in inside), "head"]
+    inside = [f"{linear.half}.{part}" for linear in linears(model) for part in linear.parts]
+    return ["embedding", *(f"blocks.{i}.{name}" for i in range(model.num_layers) for name in inside), "head"]
 
 
 def matches(pattern: str, name: str) -> bool:

@@ -17,7 +17,7 @@ from megatron_lite.checkpoint.formats.hf import CONFIG, read_json
 from megatron_lite.checkpoint.source import Source
 from megatron_lite.config import ModelConfig
 from megatron_lite.errors import CheckpointError
-from megatron_lite.families.huggingface import FAMILIES
+from megatron_lite.families.huggingface import MODEL_TYPES
 from megatron_lite.inference.loading import load_model
 
 _MOST_ELEMENTS = 2 << 30
@@ -67,7 +67,7 @@ def same_as_transformers(source: Source, folder: Path, dtype: torch.dtype | None
     if reason := too_large(source):
         return reason
     tokens = some_tokens(source.model, source.model.max_seq_len)
-    owner = FAMILIES[read_json(folder, CONFIG)["model_type"]].architecture
+    owner = MODEL_TYPES[read_json(folder, CONFIG)["model_type"]].architecture
     with in_silence(), torch.no_grad():
         try:
             import transformers

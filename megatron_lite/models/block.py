@@ -15,7 +15,7 @@ from megatron_lite.layers.dropout import Dropout
 from megatron_lite.layers.mlp import MLP
 from megatron_lite.layers.norm import LayerNorm, RMSNorm
 
-NORMS = {"llama": RMSNorm, "gpt2": LayerNorm}
+NORMS = {"rms": RMSNorm, "layer": LayerNorm}
 
 
 class Block(nn.Module):
@@ -27,8 +27,7 @@ class Block(nn.Module):
 
     def __init__(self, config: ModelConfig, layer: int, tp: Axis, *, sp: bool) -> None:
         super().__init__()
-        assert config.num_kv_heads and config.head_dim and config.ffn_size
-        norm = NORMS[config.family]
+        norm = NORMS[config.traits.norm]
         out_std = config.init_std / (2 * config.num_layers) ** 0.5  # GPT-2's: residual branches add up to the stem
         self.layer = layer
         self.attention_adapter: nn.Module | None = None
@@ -41,8 +40,8 @@ class Block(nn.Module):
             config.head_dim,
             tp,
             layer=layer,
-            bias=bool(config.bias),
-            qkv_bias=bool(config.qkv_bias),
+            bias=config.bias,
+            qkv_bias=config.qkv_bias,
             sp=sp,
             std=config.init_std,
             out_std=out_std,
@@ -55,8 +54,8 @@ class Block(nn.Module):
             config.hidden_size,
             config.ffn_size,
             tp,
-            gated=config.family == "llama",
-            bias=bool(config.bias),
+            gated=config.traits.gated,
+            bias=config.bias,
             sp=sp,
             std=config.init_std,
             out_std=out_std,

@@ -37,7 +37,7 @@ class Decoder(nn.Module):
 
     def __init__(self, config: ModelConfig, tp: Axis, *, sp: bool, stage: Stage | None = None) -> None:
         super().__init__()
-        assert config.vocab_size and config.head_dim
+        assert config.vocab_size
         stage = stage or Stage(range(config.num_layers))
         self.config, self.tp, self.sp, self.stage = config, tp, sp, stage
         self.vocab_size = config.vocab_size
@@ -48,7 +48,7 @@ class Decoder(nn.Module):
             self.embedding = VocabParallelEmbedding(vocab, hidden, tp, sp=sp, std=std)
         self.positions: LearnedPositions | None = None
         self.rotary: RotaryPositions | None = None
-        if config.family != "gpt2":
+        if config.traits.rotary:
             self.rotary = RotaryPositions(config.head_dim, config.max_seq_len, config.rope_theta, config.rope_scaling)
         elif stage.first:
             self.positions = LearnedPositions(config.max_seq_len, hidden, tp, sp=sp, std=std)
@@ -57,7 +57,7 @@ class Decoder(nn.Module):
         self.norm: nn.Module | None = None
         self.head: ColumnParallelLinear | None = None
         if stage.last:
-            self.norm = NORMS[config.family](hidden, tp, sp=sp, eps=config.norm_eps)
+            self.norm = NORMS[config.traits.norm](hidden, tp, sp=sp, eps=config.norm_eps)
             if not config.tie_embeddings:
                 self.head = ColumnParallelLinear(hidden, vocab, tp, bias=False, sp=sp, std=std)
 

@@ -22,14 +22,11 @@ from torch import Tensor, nn
 from megatron_lite.config import LoRAConfig
 from megatron_lite.distributed import comm, random
 from megatron_lite.distributed.shard import ShardSpec, attach, spec_of
+from megatron_lite.families.family import linears
 from megatron_lite.layers import matmul
 from megatron_lite.layers.embedding import VocabParallelEmbedding
 from megatron_lite.layers.linear import ColumnParallelLinear, RowParallelLinear, product
 from megatron_lite.layers.projection import VocabProduct, add_product
-
-# What our fused linears hold, one below the other.
-_QKV = ("attention.q", "attention.k", "attention.v")
-_UP = ("mlp.gate", "mlp.up")
 
 
 class Update(NamedTuple):
@@ -266,13 +263,12 @@ def add_lora(model: Any, config: LoRAConfig) -> None:
         if updates:
             setattr(parent, own, kind(linear, name, updates, config))
 
-    for i, block in enumerate(model.blocks):
-        at = f"blocks.{i}"
-        qkv, up = ([f"{at}.{part}" for part in parts] for parts in (_QKV, _UP if block.mlp.gated else _UP[1:]))
-        adapt(block.attention, "qkv", f"{at}.attention.qkv", qkv, LoRAColumnLinear)
-        adapt(block.attention, "out", f"{at}.attention.out", [f"{at}.attention.o"], LoRARowLinear)
-        adapt(block.mlp, "up", f"{at}.mlp.up", up, LoRAColumnLinear)
-        adapt(block.mlp, "down", f"{at}.mlp.down", [f"{at}.mlp.down"], LoRARowLinear)
+    for block in model.blocks:
+        at = f"blocks.{block.layer}"
+        for linear in linears(model.config):
+            parts = [f"{at}.{linear.half}.{part}" for part in linear.parts]
+            kind = LoRAColumnLinear if linear.split == 0 else LoRARowLinear
+            adapt(getattr(block, linear.half), linear.name.partition(".")[2], f"{at}.{linear.name}", parts, kind)
     adapt(model, "embedding", "embedding", ["embedding"], LoRAEmbedding)
     if model.head is not None:
         adapt(model, "head", "head", ["head"], LoRAColumnLinear)

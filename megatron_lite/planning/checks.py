@@ -8,6 +8,7 @@ from importlib.util import find_spec
 from megatron_lite import cli
 from megatron_lite.config import PACKED_BLOCK, Config, ModelConfig
 from megatron_lite.errors import ConfigError
+from megatron_lite.families.family import Linear, linears
 
 
 def degrees_that_fit(model: ModelConfig, limit: int = 64) -> list[int]:
@@ -16,7 +17,6 @@ def degrees_that_fit(model: ModelConfig, limit: int = 64) -> list[int]:
 
 
 def _tp_mistakes(model: ModelConfig, tp: int) -> list[str]:
-    assert model.num_kv_heads and model.head_dim and model.ffn_size
     mistakes = []
     if model.num_heads % tp:
         mistakes.append(f"model.num_heads={model.num_heads}")
@@ -92,16 +92,9 @@ _OURS = {  # what DeepSpeed's config says twice
 _ENGINES = {"fsdp": _fsdp_mistakes, "deepspeed": _deepspeed_mistakes}
 
 
-def _linears(model: ModelConfig) -> dict[str, tuple[int, int, bool]]:
-    """A block's linears: rows, columns, and whether tensor parallelism splits the columns."""
-    assert model.num_kv_heads and model.head_dim and model.ffn_size
-    hidden, ffn, heads = model.hidden_size, model.ffn_size, model.num_heads * model.head_dim
-    return {
-        "attention.qkv": (heads + 2 * model.num_kv_heads * model.head_dim, hidden, False),
-        "attention.o": (hidden, heads, True),
-        "mlp.up": ((2 if model.family == "llama" else 1) * ffn, hidden, False),
-        "mlp.down": (hidden, ffn, True),
-    }
+def _called(linear: Linear) -> str:
+    """As users call it: a linear of one part by the part."""
+    return linear.name if len(linear.parts) > 1 else f"{linear.half}.{next(iter(linear.parts))}"
 
 
 def packing_mistakes(model: ModelConfig, tp: int, packing: str | None) -> list[str]:
@@ -109,8 +102,9 @@ def packing_mistakes(model: ModelConfig, tp: int, packing: str | None) -> list[s
     if packing is None:
         return []
     mistakes = []
-    for name, (_, columns, split) in _linears(model).items():
-        parts = tp if split else 1
+    for linear in linears(model):
+        parts = tp if linear.split == 1 else 1
+        name, columns = _called(linear), linear.columns
         if columns % (parts * PACKED_BLOCK):
             fits = [str(n) for n in degrees_that_fit(model) if n < tp and not packing_mistakes(model, n, packing)]
             fix = f"use tp {' or '.join(fits)}" if fits else "use bfloat16"
@@ -125,7 +119,7 @@ def packing_mistakes(model: ModelConfig, tp: int, packing: str | None) -> list[s
 def _cut_blocks(config: Config, dp: int) -> list[str]:
     """DeepSpeed's stage 3 divides bytes, wherever that cuts."""
     tp, model = config.parallel.tp, config.model
-    blocks = {name: rows * columns // tp // PACKED_BLOCK for name, (rows, columns, _) in _linears(model).items()}
+    blocks = {_called(linear): linear.rows * linear.columns // tp // PACKED_BLOCK for linear in linears(model)}
     cut = [name for name, count in blocks.items() if count % dp]
     common = math.gcd(*blocks.values())
     near = max((n for n in range(1, dp + 1) if common % n == 0), default=1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from megatron_lite.config import PACKED_BLOCK, PACKED_BYTES, Config
+from megatron_lite.families.family import block_weights
 from megatron_lite.planning.plan import Plan
 
 
@@ -44,11 +45,8 @@ def checkpoint_bytes(config: Config) -> int:
     if config.peft is not None:
         return 0
     model = config.model
-    assert model.num_kv_heads and model.head_dim and model.ffn_size
-    attention = 2 * (model.num_heads + model.num_kv_heads) * model.head_dim
-    mlp = (3 if model.family == "llama" else 2) * model.ffn_size
     vocabulary = model.padded_vocab_size * (1 if model.tie_embeddings else 2)
-    positions = model.max_seq_len if model.family == "gpt2" else 0
-    weights = model.hidden_size * (model.num_layers * (attention + mlp) + vocabulary + positions)
+    positions = 0 if model.traits.rotary else model.max_seq_len
+    weights = model.num_layers * block_weights(model) + model.hidden_size * (vocabulary + positions)
     moments = {"adamw": 2, "muon": 1, "adafactor": 0}[config.optim.name]
     return weights * (1 + moments) * (8 if config.train.precision == "float64" else 4)

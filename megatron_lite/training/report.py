@@ -20,6 +20,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from megatron_lite.config import ModelConfig
+from megatron_lite.families.family import block_weights
 
 logger = logging.getLogger("megatron_lite")
 
@@ -42,11 +43,9 @@ def flops_per_token(config: ModelConfig, seq_len: int, *, frozen: bool = False) 
     12 · layers · heads · head_dim · seq_len for attention scores and values, of which a causal mask uses half. Weights
     that are ``frozen`` need no gradient of their own: 4 for each.
     """
-    assert config.vocab_size and config.head_dim and config.num_kv_heads and config.ffn_size
+    assert config.vocab_size
     width = config.num_heads * config.head_dim
-    attention = config.hidden_size * (2 * width + 2 * config.num_kv_heads * config.head_dim)
-    mlp = (3 if config.family == "llama" else 2) * config.hidden_size * config.ffn_size
-    weights = config.num_layers * (attention + mlp) + config.vocab_size * config.hidden_size
+    weights = config.num_layers * block_weights(config) + config.vocab_size * config.hidden_size
     return (4 if frozen else 6) * weights + 6 * config.num_layers * width * seq_len
 
 

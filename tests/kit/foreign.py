@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from megatron_lite.checkpoint.formats.hf import HuggingFaceSource
-from megatron_lite.families.huggingface import FAMILIES
+from megatron_lite.families.huggingface import MODEL_TYPES
 from megatron_lite.inference.loading import load_model
 
 SIZES = {"vocab_size": 99, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
@@ -27,7 +27,7 @@ def owner_of(kind: str) -> tuple[Any, Any]:
     """Transformers' classes of a ``model_type``: its config, its model."""
     import transformers
 
-    model = getattr(transformers, FAMILIES[kind].architecture)
+    model = getattr(transformers, MODEL_TYPES[kind].architecture)
     return model.config_class, model
 
 

@@ -44,7 +44,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     M + "training.report": (M + "distributed",),
     M + "training.faults": (M + "distributed",),
 }
-EVERYONE = (M + "config", M + "errors")  # `launch` alone may not even import these
+EVERYONE = (M + "config", M + "errors", M + "families")  # `launch` alone may not even import these
 THIRD_PARTY: dict[str, set[str]] = {  # besides the standard library; where there is no entry, anything
     "launch": {"fire"},
     M + "errors": set(),

@@ -17,6 +17,7 @@ from megatron_lite.config import LoRAConfig, ModelConfig
 from megatron_lite.data.ends import named_ends, with_ends
 from megatron_lite.distributed.shard import Tile
 from megatron_lite.errors import CheckpointError
+from megatron_lite.families.family import linears
 
 
 class Update(NamedTuple):
@@ -32,27 +33,17 @@ class Update(NamedTuple):
 
 def updates(config: LoRAConfig, model: ModelConfig) -> dict[str, list[Update]]:
     """By the name of the weight, what is added to it."""
-    assert model.num_kv_heads and model.head_dim and model.ffn_size
-    q, kv, ffn = model.num_heads * model.head_dim, model.num_kv_heads * model.head_dim, model.ffn_size
-    gate = ffn if model.family == "llama" else 0
-    vocab, hidden = model.padded_vocab_size, model.hidden_size
     places = {  # the linear that holds it, its first row there, its rows
-        "q": ("qkv", 0, q),
-        "k": ("qkv", q, kv),
-        "v": ("qkv", q + kv, kv),
-        "o": ("out", 0, hidden),
-        "gate": ("up", 0, ffn),
-        "up": ("up", gate, ffn),
-        "down": ("down", 0, hidden),
-        "embedding": ("embedding", 0, vocab),
-        "head": ("head", 0, vocab),
+        f"{linear.half}.{short}": (linear.name, linear.starts[short], rows)
+        for linear in linears(model)
+        for short, rows in linear.parts.items()
     }
     found: dict[str, list[Update]] = {}
     for name in config.matched(model):
-        half, _, short = name.rpartition(".")
-        linear, start, length = places[short]
-        owner = ".".join(filter(None, ("model", half, linear)))
-        update = Update(name, f"{owner}.lora_{short}", start, length, config.scale_of(name))
+        block, _, place = name.partition(".")[2].partition(".")
+        linear, start, length = places.get(place, (name, 0, model.padded_vocab_size))  # embedding and head
+        owner = f"model.blocks.{block}.{linear}" if place else f"model.{name}"
+        update = Update(name, f"{owner}.lora_{name.rpartition('.')[2]}", start, length, config.scale_of(name))
         found.setdefault(f"{owner}.weight", []).append(update)
     return found
 

@@ -26,10 +26,10 @@ from megatron_lite.checkpoint.source import Info, Source
 from megatron_lite.config import LoRAConfig, ModelConfig
 from megatron_lite.distributed.shard import Tile
 from megatron_lite.errors import CheckpointError
-from megatron_lite.families.huggingface import model_type, tensor_parts
+from megatron_lite.families.family import linears
+from megatron_lite.families.huggingface import tensor_parts
 
 _TOP = "base_model.model."
-_HOLDS = {"attention.qkv": ("q", "k", "v"), "attention.out": ("o",), "mlp.up": ("gate", "up"), "mlp.down": ("down",)}
 _TABLE = {"a": "lora_embedding_A", "b": "lora_embedding_B"}
 _LINEAR = {"a": "lora_A.weight", "b": "lora_B.weight", "m": "lora_magnitude_vector"}
 # How factors started that left the base as it was. Others (PiSSA, OLoRA, CorDA, LoftQ, LoRA-GA) took the start out of
@@ -57,13 +57,13 @@ class Module(NamedTuple):
 def modules(model: ModelConfig) -> dict[str, Module]:
     """Every module that the peft library can adapt, by its name there."""
     found: dict[str, Module] = {}
+    held = {linear.name: [f"{linear.half}.{part}" for part in linear.parts] for linear in linears(model)}
     for ours, parts in tensor_parts(model).items():
         owner, _, kind = ours.rpartition(".")
         block, _, linear = owner.partition(".")[2].partition(".")
-        if kind != "weight" or (linear not in _HOLDS and owner not in ("embedding", "head")):
+        if kind != "weight" or (linear not in held and owner not in ("embedding", "head")):
             continue
-        half, short = linear.partition(".")[0], _HOLDS.get(linear, ())
-        names = [f"blocks.{block}.{half}.{x}" for x in short if x != "gate" or model.family == "llama"] or [owner]
+        names = [f"blocks.{block}.{name}" for name in held.get(linear, ())] or [owner]
         share, start = len(names) // len(parts), 0
         for i, part in enumerate(parts):
             own = names[i * share : (i + 1) * share]
@@ -297,7 +297,6 @@ def export_lora(adapter: Source, base: Source, folder: Path) -> dict[str, Tensor
         written |= {f"{top}.{_LINEAR['a']}": a, f"{top}.{_LINEAR['b']}": b}
         if lengths is not None:
             written[f"{top}.{_LINEAR['m']}"] = lengths
-    gpt2 = model_type(model) == "gpt2"
     tree = {
         "peft_type": "LORA",
         "r": config.r,
@@ -306,7 +305,7 @@ def export_lora(adapter: Source, base: Source, folder: Path) -> dict[str, Tensor
         "use_rslora": config.rslora,
         "use_dora": config.dora,
         "bias": "none",
-        "fan_in_fan_out": gpt2,
+        "fan_in_fan_out": model.traits.names.transposed,
         # One pattern for exactly the modules that are there: names of another block must not match.
         "target_modules": "|".join(map(re.escape, found)),
         "rank_pattern": {f"^{re.escape(name)}$": r for name, (r, _) in found.items() if r != config.r},

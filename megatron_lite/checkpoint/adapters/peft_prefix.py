@@ -16,14 +16,12 @@ from megatron_lite.checkpoint.source import Info, Source
 from megatron_lite.config import ModelConfig, PrefixConfig
 from megatron_lite.distributed.shard import Tile
 from megatron_lite.errors import CheckpointError
-from megatron_lite.families.huggingface import model_type
 
 _NAME = "prompt_embeddings"
 
 
 def _sizes(model: ModelConfig) -> dict[str, int]:
     """What their config says of the model."""
-    assert model.num_kv_heads and model.head_dim
     heads = model.num_kv_heads
     return {"num_layers": model.num_layers, "num_attention_heads": heads, "token_dim": heads * model.head_dim}
 
@@ -71,7 +69,7 @@ def export_prefix(adapter: Source, base: Source, folder: Path) -> dict[str, Tens
     """Write a prefix as the peft library does, and return its tensor. Raises CheckpointError."""
     config, model = adapter.peft, adapter.model
     assert isinstance(config, PrefixConfig)
-    model_type(model)  # there is such a model
+    model.traits.model_type(model)  # there is such a model
 
     def whole(name: str) -> Tensor:
         data = torch.empty(adapter.tensors[f"model.{name}"].shape)

@@ -33,7 +33,6 @@ from megatron_lite.families.huggingface import (
     config_json,
     from_mistral,
     model_section,
-    model_type,
     tensor_parts,
 )
 from megatron_lite.layers.positions import rope_frequencies
@@ -43,8 +42,6 @@ INDEX, SINGLE, CONFIG = "model.safetensors.index.json", "model.safetensors", "co
 ADAPTER_CONFIG = "adapter_config.json"  # of the peft library
 _HEAD = "lm_head.weight"
 # Buffers that older versions saved, and newer ones compute.
-_FREQUENCIES = re.compile(r"(model\.)?(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq")
-_MASK = re.compile(r"(transformer\.)?h\.\d+\.attn\.(masked_)?bias")
 _MAX_JSON_BYTES, _BLOCK_BYTES = 64 << 20, 64 << 20
 
 
@@ -283,11 +280,11 @@ class HuggingFaceSource(PartsSource):
                     f"{self.path}: tie_word_embeddings=true, but {name} is not {embedding.name}: transformers 5 uses "
                     f"both, older ones did not; set tie_word_embeddings in {CONFIG} to what is meant"
                 )
-        elif self.model.family == "llama" and _FREQUENCIES.fullmatch(name):
-            if not self._means_frequencies(files, name):
-                raise CheckpointError(f"{self.path}: {name} holds other frequencies than {CONFIG} means")
-        elif self.model.family == "gpt2" and _MASK.fullmatch(name):
-            if not self._is_causal_mask(files, name):
+        elif re.fullmatch(self.model.traits.buffers, name):
+            if name.endswith("inv_freq"):
+                if not self._means_frequencies(files, name):
+                    raise CheckpointError(f"{self.path}: {name} holds other frequencies than {CONFIG} means")
+            elif not self._is_causal_mask(files, name):
                 raise CheckpointError(f"{self.path}: {name} is no causal mask")
         else:
             theirs, paired = from_mistral(name)
@@ -368,7 +365,7 @@ def export(
     stored = str(next(iter(kinds.values())).dtype).removeprefix("torch.")
     small = {name: content for name, content in source.extras().items() if name in TOKENIZER_FILES}
     ids = _token_ids(small, source.path)
-    small = named(small, model_type(source.model))
+    small = named(small, source.model.traits.model_type(source.model))
     small[CONFIG] = json.dumps(config_json(source.model, stored, ids), indent=2).encode()
 
     groups: list[list[str]] = [[]]

@@ -123,7 +123,6 @@ class MegatronSource(Source):
     def _ungrouped(self, qkv: Tensor) -> Tensor:
         """[groups, queries of a group + key + value, head_dim, …] → all queries, all keys, all values."""
         model = self.model
-        assert model.num_kv_heads and model.head_dim
         queries = model.num_heads // model.num_kv_heads
         grouped = qkv.view(model.num_kv_heads, queries + 2, model.head_dim, *qkv.shape[1:])
         return torch.cat([part.flatten(0, 2) for part in grouped.split((queries, 1, 1), dim=1)])
@@ -305,7 +304,7 @@ class LegacySource(MegatronSource):
                 raise CheckpointError(f"{self.path}: {name} differs between the tensor-parallel ranks, which share it")
             return parts[0].read()
         read = [part.read() for part in parts]
-        if "linear_fc1" in name and self.model.family == "llama":
+        if "linear_fc1" in name and self.model.traits.gated:
             halves = [part.chunk(2) for part in read]
             return torch.cat([gate for gate, _ in halves] + [up for _, up in halves])
         return torch.cat(read, dim)

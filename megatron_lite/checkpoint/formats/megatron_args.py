@@ -12,6 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from megatron_lite.errors import CheckpointError
+from megatron_lite.families import FAMILIES
+from megatron_lite.families.family import Family
 
 _UNSET: tuple[Any, ...] = (None, False, 0, "", (), [])
 # Arguments of models that this one is not: they have to be unset, or one of these.
@@ -99,7 +101,8 @@ def model_section(args: Mapping[str, Any], where: Path, vocab_size: int | None) 
     rope = args.get("position_embedding_type") == "rope" or bool(args.get("use_rotary_position_embeddings"))
     norm, positions = args.get("normalization", "LayerNorm"), args.get("position_embedding_type", "learned_absolute")
     kinds = (swiglu, "rope" if rope else positions, norm)
-    if kinds not in ((True, "rope", "RMSNorm"), (False, "learned_absolute", "LayerNorm")):
+    family = next((name for name, table in FAMILIES.items() if _kinds(table) == kinds), None)
+    if family is None:
         refused.append(
             f"swiglu={swiglu} with position_embedding_type={positions!r} and normalization={norm!r} (only Llama's: "
             "true, 'rope', 'RMSNorm', or GPT-2's: false, 'learned_absolute', 'LayerNorm')"
@@ -119,7 +122,7 @@ def model_section(args: Mapping[str, Any], where: Path, vocab_size: int | None) 
     heads, padded = args["num_attention_heads"], args["padded_vocab_size"]
     dropout = args.get("hidden_dropout") or 0.0
     section = {
-        "family": "llama" if swiglu else "gpt2",
+        "family": family,
         "vocab_size": vocab_size or padded,
         "vocab_multiple": padded,
         "num_layers": args["num_layers"],
@@ -145,6 +148,12 @@ def model_section(args: Mapping[str, Any], where: Path, vocab_size: int | None) 
     if swiglu and dropout:
         notes.append(f"trained with hidden_dropout={dropout}; to go on with it, set model.dropout={dropout}")
     return section, notes
+
+
+def _kinds(family: Family) -> tuple[bool, str, str]:
+    """A family's switches in Megatron's words."""
+    norm = {"rms": "RMSNorm", "layer": "LayerNorm"}[family.norm]
+    return family.gated, "rope" if family.rotary else "learned_absolute", norm
 
 
 def _rope(args: Mapping[str, Any], either: _Either, refused: list[str]) -> dict[str, Any]:

@@ -19,7 +19,7 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 from megatron_lite.data import hf_tokenizer
 from megatron_lite.data.tokenizer import SentencePiece, load_tokenizer, tokenizer_files
 from megatron_lite.errors import DataError
-from megatron_lite.families.huggingface import FAMILIES
+from megatron_lite.families.huggingface import MODEL_TYPES
 from tests.kit.corpora import write_json_tokenizer, write_tokenizer
 from tests.kit.tokenizers import CHAT, WORDS, fast, fast_folder, sentencepiece, slow_folder, token, write
 
@@ -288,7 +288,7 @@ def test_a_digest_covers_what_changes_tokens_and_is_otherwise_the_files(tmp_path
 
 
 def test_the_class_is_the_one_that_transformers_takes_by_the_model():
-    for kind in FAMILIES:
+    for kind in MODEL_TYPES:
         theirs = TOKENIZER_MAPPING_NAMES.get(kind)
         theirs = "TokenizersBackend" if theirs == "MistralCommonBackend" else theirs
         assert hf_tokenizer.REGISTERED.get(kind) == theirs

@@ -7,7 +7,7 @@ import pytest
 
 from megatron_lite.checkpoint.formats.hf import HuggingFaceSource, read_model
 from megatron_lite.errors import CheckpointError
-from megatron_lite.families.huggingface import FAMILIES, model_section
+from megatron_lite.families.huggingface import MODEL_TYPES, model_section
 from tests.kit.foreign import assert_read_as_theirs, owner_of, random_folder, small_config
 
 pytest.importorskip("transformers", reason="transformers is not installed (pip install '.[hf]')")
@@ -43,7 +43,7 @@ OWN |= {(kind, "sliding_window"): (HARMLESS, 9) for kind in ("qwen2", "qwen3")} 
 OWN |= {(kind, "use_sliding_window"): (HARMLESS, True) for kind in ("qwen2", "qwen3")}  # with 28 full layers first
 
 
-KEYS = [(kind, field.name) for kind in FAMILIES for field in dataclasses.fields(owner_of(kind)[0])]
+KEYS = [(kind, field.name) for kind in MODEL_TYPES for field in dataclasses.fields(owner_of(kind)[0])]
 
 
 @pytest.mark.parametrize(("kind", "key"), KEYS)
@@ -61,10 +61,10 @@ def test_every_key_of_the_owners_class(tmp_path, kind, key):
     assert changed == (group is HONOURED)
 
 
-@pytest.mark.parametrize("kind", FAMILIES)
+@pytest.mark.parametrize("kind", MODEL_TYPES)
 def test_what_is_missing_is_what_their_class_says(kind):
     theirs, (section, _) = owner_of(kind)[0](), model_section({"model_type": kind}, "config.json")
-    for key, ours in FAMILIES[kind].fields.items():
+    for key, ours in MODEL_TYPES[kind].fields.items():
         want = getattr(theirs, key, None)
         if key == "max_position_embeddings" and kind == "mistral":
             want = theirs.sliding_window
