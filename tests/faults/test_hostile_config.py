@@ -10,8 +10,8 @@ import pytest
 
 BASE = "model: {vocab_size: 100}\ndata: {train: [{path: x}]}\n"
 TRAIN_KEYS = (
-    "steps, global_batch_size, micro_batch_size, precision, task, compile, log_every, eval_every, eval_steps, sample_every, "
-    "sample_prompt, hang_timeout, skip_bad_batches, peak_tflops, profile"
+    "steps, global_batch_size, micro_batch_size, precision, task, compile, log_every, eval_every, eval_steps, "
+    "sample_every, sample_prompt, hang_timeout, skip_bad_batches, peak_tflops, profile"
 )
 SECTIONS = "run, model, data, optim, parallel, train, checkpoint, init, peft, launch"
 ALIASES = "c.yaml: YAML anchors and aliases (& and *) are not allowed in a config"
