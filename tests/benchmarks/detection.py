@@ -59,7 +59,7 @@ def main() -> None:
             for _ in range(rounds):
                 (folder := Path(name) / str(number)).mkdir()
                 number += 1
-                with start_job(argv(folder, data, "--nproc=2"), timeout=100, env=ENV) as job:
+                with start_job(argv(folder, data, "--nproc=2"), timeout=100, env=ENV, cold=True) as job:
                     times.append(seconds(job, lambda: strike(job, folder / "run")))  # noqa: B023 (called at once)
             show(fault, times)
         try:

@@ -12,7 +12,7 @@ from tests.kit.tiny import TinyRuns, assert_same_run, every_engine
 @every_engine
 def test_no_rank_survives_and_the_run_can_go_on(tiny: TinyRuns, tmp_path: Path) -> None:
     run_dir = tmp_path / "run"
-    with tiny.start(tmp_path, slow=1.0) as job:  # there is time for two commands before the next save
+    with tiny.start(tmp_path, slow=0.5, cold=True) as job:  # there is time for two commands before the next save
         job.wait_for("step 4 ")
 
         tiny.run(tmp_path).expect(exit_code=2, stderr=rf"{run_dir} is in use by a launcher \(pid {job.pid} on ")

@@ -7,6 +7,8 @@ with start_job(argv, timeout=60) as job:
     job.wait_for("step 3")
     os.kill(job.rank_pid(run_dir, 1), signal.SIGKILL)
     job.finish().expect(exit_code=5, stderr="rank 1")
+
+Programs of ours start without their imports (``tests/kit/warm.py``), unless they are to be ``cold``.
 """
 
 from __future__ import annotations
@@ -28,9 +30,10 @@ from pathlib import Path
 
 import psutil
 
-REPOSITORY = Path(__file__).resolve().parents[2]
+from tests.kit import warm
+from tests.kit.warm import MARK, REPOSITORY
+
 PYTHON = sys.executable
-MARK = "MLITE_TEST_JOB"  # in the environment of everything a job starts, so that orphans are found wherever they are
 
 
 @dataclass(frozen=True)
@@ -85,7 +88,7 @@ class RunningJob:
     """A started job; everything it starts carries a mark in its environment."""
 
     def __init__(
-        self, argv: Sequence[str], timeout: float, env: Mapping[str, str | None], cwd: Path, folder: Path
+        self, argv: Sequence[str], timeout: float, env: Mapping[str, str | None], cwd: Path, folder: Path, cold: bool
     ) -> None:
         self.argv, self.mark = list(argv), uuid.uuid4().hex
         self._busy = _children_busy()
@@ -93,7 +96,8 @@ class RunningJob:
         self.deadline = self.began + timeout
         merged = {**os.environ, **env, MARK: self.mark}
         self.output = [folder / "stdout", folder / "stderr"]
-        with self.output[0].open("wb") as out, self.output[1].open("wb") as err:
+        started = contextlib.nullcontext() if cold else warm.starts()
+        with self.output[0].open("wb") as out, self.output[1].open("wb") as err, started:
             self.process = psutil.Popen(
                 self.argv,
                 cwd=cwd,
@@ -219,11 +223,16 @@ def kill_marked(mark: str) -> list[str]:
 
 @contextlib.contextmanager
 def start_job(
-    argv: Sequence[str], *, timeout: float, env: Mapping[str, str | None] | None = None, cwd: Path = REPOSITORY
+    argv: Sequence[str],
+    *,
+    timeout: float,
+    env: Mapping[str, str | None] | None = None,
+    cwd: Path = REPOSITORY,
+    cold: bool = False,
 ) -> Iterator[RunningJob]:
     """Start ``argv`` in ``cwd`` with ``env`` added (``None`` removes a variable); all of it is dead after the block."""
     with tempfile.TemporaryDirectory() as folder:
-        job = RunningJob(argv, timeout, env or {}, cwd, Path(folder))
+        job = RunningJob(argv, timeout, env or {}, cwd, Path(folder), cold)
         try:
             yield job
         finally:
@@ -231,8 +240,13 @@ def start_job(
 
 
 def run_job(
-    argv: Sequence[str], *, timeout: float, env: Mapping[str, str | None] | None = None, cwd: Path = REPOSITORY
+    argv: Sequence[str],
+    *,
+    timeout: float,
+    env: Mapping[str, str | None] | None = None,
+    cwd: Path = REPOSITORY,
+    cold: bool = False,
 ) -> Result:
     """Run ``argv`` to its end, or kill it and all it started after ``timeout`` seconds."""
-    with start_job(argv, timeout=timeout, env=env, cwd=cwd) as job:
+    with start_job(argv, timeout=timeout, env=env, cwd=cwd, cold=cold) as job:
         return job.finish()

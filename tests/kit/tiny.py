@@ -140,17 +140,19 @@ class TinyRuns:
 
     @cached_property
     def reference(self) -> Path:
-        """The folder of a run that nothing happened to."""
-        self.run(self.folder).expect(exit_code=0)
+        """The folder of a run that nothing happened to, started as users start theirs."""
+        self.run(self.folder, cold=True).expect(exit_code=0)
         return self.folder / "run"
 
-    def run(self, folder: Path, *flags: str, faults: str = "", slow: float = 0, timeout: float = 120) -> Result:
-        return run_job(self._argv(folder, flags), timeout=timeout, env=self._env(faults, slow))
+    def run(
+        self, folder: Path, *flags: str, faults: str = "", slow: float = 0, timeout: float = 120, cold: bool = False
+    ) -> Result:
+        return run_job(self._argv(folder, flags), timeout=timeout, env=self._env(faults, slow), cold=cold)
 
     def start(
-        self, folder: Path, *flags: str, faults: str = "", slow: float = 0, timeout: float = 120
+        self, folder: Path, *flags: str, faults: str = "", slow: float = 0, timeout: float = 120, cold: bool = False
     ) -> AbstractContextManager[RunningJob]:
-        return start_job(self._argv(folder, flags), timeout=timeout, env=self._env(faults, slow))
+        return start_job(self._argv(folder, flags), timeout=timeout, env=self._env(faults, slow), cold=cold)
 
     def on_terminal(
         self, folder: Path, typed: Sequence[tuple[str, bytes]], *flags: str, slow: float = 0, timeout: float = 120

@@ -81,8 +81,8 @@ def test_a_run_over_every_device_resumes(tmp_path, data, layout):
     parallel = {"parallel__tp": ranks, "parallel__sp": True} if layout == "tp" else {"parallel__zero": 3}
     config = tiny_config(tmp_path, data, **parallel, train__precision="bfloat16")
     argv = [PYTHON, "-m", "launch", "run", str(config), f"--nproc={ranks}"]
-    run_job([*argv, "--train.steps=6"], timeout=200).expect(0)
-    run_job(argv, timeout=200).expect(0, stdout=r"resumed \S+step_00000006")
+    run_job([*argv, "--train.steps=6"], timeout=200, cold=True).expect(0)
+    run_job(argv, timeout=200, cold=True).expect(0, stdout=r"resumed \S+step_00000006")
     found = losses(tmp_path / "run")
     assert sorted(found) == list(range(1, 13))
     assert found[12] < found[1]
