@@ -34,6 +34,7 @@ def _rank_main(
             torch.distributed.init_process_group(
                 "gloo", init_method=f"file://{store}", rank=rank, world_size=size, timeout=timedelta(seconds=limit)
             )
+            torch.distributed.barrier()  # a rank that fails at once must not be a peer that never came
         answer("ok", fn(rank, size, *pickle.loads(args)))  # noqa: S301 - our own parent wrote it
         if size > 1:
             torch.distributed.destroy_process_group()
