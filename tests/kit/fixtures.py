@@ -1,16 +1,20 @@
 """What tests with launches share: one dataset and one run without faults for each engine; hosts, and Slurm on them."""
 
+import contextlib
 from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
 
 import pytest
 
+from megatron_lite.proof.record import Row
 from tests.kit.cluster import Cluster
 from tests.kit.hosts import Unavailable
 from tests.kit.jobs import PYTHON, run_job
+from tests.kit.parity import Case, run_case
 from tests.kit.slurm import Slurm
 from tests.kit.tiny import ENGINES, TinyRuns, losses, short_config, tiny_data
+from tests.kit.world import World
 
 
 @pytest.fixture(scope="session")
@@ -35,6 +39,26 @@ def tiny(tiny_runs: Callable[[str], TinyRuns], request: pytest.FixtureRequest) -
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A dataset for the config ``short_config``."""
     return tiny_data(tmp_path_factory.mktemp("data"))
+
+
+@pytest.fixture(scope="session")
+def world() -> Iterator[World]:
+    """Four ranks for all tests of a worker."""
+    with contextlib.closing(World(4)) as ranks:
+        yield ranks
+
+
+@pytest.fixture(scope="session")
+def pair() -> Iterator[World]:
+    """Two ranks."""
+    with contextlib.closing(World(2)) as ranks:
+        yield ranks
+
+
+@pytest.fixture(scope="session")
+def parity(world: World, data: Path) -> Callable[[Case], list[Row]]:
+    """A case of the parity tables, compared."""
+    return lambda case: world.run(run_case, str(data), case)[0]
 
 
 @pytest.fixture(scope="session")

@@ -93,7 +93,7 @@ def train(
     the trainer. Every rank of the world calls this; a rank without a part in it gets nothing."""
     size, config = layout.dp * layout.tp, layout.config(data, changes)
     degrees = make_plan(config, size).degrees
-    mesh = _mesh(tuple(degrees.items()), size)
+    mesh = mesh_of(degrees, size)
     if mesh is None:
         return []
 
@@ -104,6 +104,11 @@ def train(
         hold_still(trainer)
 
     return list(record(config, mesh, steps, prepare, moments=moments))
+
+
+def mesh_of(degrees: Mapping[str, int], size: int) -> Mesh | None:
+    """The mesh of the first ``size`` ranks of the world; None for the others."""
+    return _mesh(tuple(degrees.items()), size)
 
 
 @cache  # every new process group slows the ones that exist
@@ -121,19 +126,24 @@ class Case:
     plant: Change | None = None
 
 
-def run_cases(rank: int, size: int, data: str, cases: Mapping[str, Case]) -> dict[str, list[Row]]:
-    """On rank 0, for each case, one row a step and kind of tensor. All in one world: processes are what costs."""
-    rows: dict[str, list[Row]] = {}
-    truths: dict[str, list[Record]] = {}
-    for name, case in cases.items():
-        got = train(case.layout, data, case.changes, case.plant)
-        if rank:
-            continue
-        key = repr((case.truth, case.changes))
-        if key not in truths:
-            truths[key] = train(case.truth, data, case.changes, None)
-        precision = case.changes.get("train", {}).get("precision", "float64")
-        limits = TOLERANCES[precision], FLOORS[precision]
-        steps = zip(truths[key], got, strict=True)
-        rows[name] = [row for step, (a, b) in enumerate(steps, 1) for row in compare(a, b, step, *limits)]
-    return rows
+_truths: dict[str, list[Record]] = {}
+
+
+def run_case(rank: int, size: int, data: str, case: Case) -> list[Row]:
+    """On rank 0 a row for each step and kind of tensor."""
+    got = train(case.layout, data, case.changes, case.plant)
+    if rank:
+        return []
+    key = repr((data, case.truth, case.changes))
+    if key not in _truths:
+        _truths[key] = train(case.truth, data, case.changes, None)
+    precision = case.changes.get("train", {}).get("precision", "float64")
+    limits = TOLERANCES[precision], FLOORS[precision]
+    steps = zip(_truths[key], got, strict=True)
+    return [row for step, (a, b) in enumerate(steps, 1) for row in compare(a, b, step, *limits)]
+
+
+def assert_equal(rows: list[Row]) -> None:
+    assert len(rows) == 5 * STEPS
+    worst = max(rows, key=lambda row: row.difference)
+    assert worst.difference <= TOLERANCE, worst

@@ -19,22 +19,13 @@ from megatron_lite.planning.memory import bytes_per_parameter
 from megatron_lite.planning.plan import make_plan
 from megatron_lite.training.faults import Faults
 from megatron_lite.training.step import Trainer
+from tests.kit.engines import AT_ONCE
+from tests.kit.engines import ENGINES as EVERY
 from tests.kit.tiny import tiny_data
 from tests.kit.traffic import Traffic
 
 pytestmark = pytest.mark.slow
-KEPT = ("stage3_param_persistence_threshold", "stage3_max_live_parameters", "stage3_max_reuse_distance")
-ENGINES = {
-    "ddp": {},
-    "fsdp, zero 2": {"zero": 2},
-    "fsdp, zero 3": {"zero": 3},
-    **{f"deepspeed, zero {stage}": {"engine": "deepspeed", "zero": stage} for stage in range(3)},
-    "deepspeed, zero 3": {
-        "engine": "deepspeed",
-        "zero": 3,
-        "deepspeed": {"zero_optimization": dict.fromkeys(KEPT, 0)},
-    },
-}
+ENGINES = {**EVERY, "deepspeed, zero 3": {**EVERY["deepspeed, zero 3"], "deepspeed": AT_ONCE}}
 # Many small blocks, so that parameters dominate: what is gathered for a moment is one block.
 SIZES = {"vocab_size": 64, "hidden_size": 256, "num_layers": 24, "num_heads": 4, "ffn_size": 768, "max_seq_len": 16}
 

@@ -8,12 +8,11 @@ import torch
 from megatron_lite.config import Config
 from megatron_lite.distributed.mesh import Axis
 from megatron_lite.distributed.shard import spec_of
-from megatron_lite.distributed.spawn import run_ranks
 from megatron_lite.engines.optim import learning_rate
 from megatron_lite.models.decoder import Decoder
 from megatron_lite.proof.record import Record
-from tests.kit.parity import STEPS, TOLERANCE, Case, Layout, run_cases, train
-from tests.kit.tiny import tiny_data
+from tests.kit.covering import covering
+from tests.kit.parity import Case, Layout, assert_equal, train
 
 LAYOUTS = {
     "ddp": Layout(dp=4),
@@ -32,10 +31,11 @@ def changes(optimizer: str, model: str) -> dict:
     return {"optim": {"name": optimizer}, "model": MODELS[model]}
 
 
-CASES = {
-    f"{optimizer}: {model}, {layout}": Case(LAYOUTS[layout], changes(optimizer, model))
+PRODUCT = {
+    f"{optimizer}: {model}, {layout}": {"optimizer": optimizer, "model": model, "layout": layout}
     for optimizer, model, layout in product(OPTIMIZERS, MODELS, LAYOUTS)
 }
+CASES = {name: Case(LAYOUTS[of["layout"]], changes(of["optimizer"], of["model"])) for name, of in PRODUCT.items()}
 ALONE = {f"{optimizer}: {model}": changes(optimizer, model) for optimizer, model in product(OPTIMIZERS, MODELS)}
 
 
@@ -76,35 +76,21 @@ def by_hand(record: list[Record], config: Config) -> float:
     return worst
 
 
-def run(rank: int, size: int, data: str):
-    rows, differences = run_cases(rank, size, data, CASES), {}
-    for name, changed in ALONE.items():
-        starts: Record = {}
+def alone(rank: int, size: int, data: str, changed: dict) -> float | None:
+    starts: Record = {}
 
-        def note(trainer, starts=starts):
-            starts.update({f"start/{n}": p.detach().clone() for n, p in trainer.model.named_parameters()})
+    def note(trainer):
+        starts.update({f"start/{n}": p.detach().clone() for n, p in trainer.model.named_parameters()})
 
-        record = train(Layout(), data, changed, note, steps=4, moments=False)
-        if rank == 0:
-            differences[name] = by_hand([{**record[0], **starts}, *record[1:]], Layout().config(data, changed))
-    return rows, differences
+    record = train(Layout(), data, changed, note, steps=4, moments=False)
+    return by_hand([{**record[0], **starts}, *record[1:]], Layout().config(data, changed)) if rank == 0 else None
 
 
-@pytest.fixture(scope="module")
-def found(tmp_path_factory):
-    return run_ranks(run, 4, str(tiny_data(tmp_path_factory.mktemp("matrices"))), timeout=280)[0]
+@pytest.mark.parametrize("case", covering(CASES, PRODUCT))
+def test_sharded_is_whole(parity, case):
+    assert_equal(parity(CASES[case]))
 
 
-@pytest.mark.timeout(120)
-@pytest.mark.parametrize("case", CASES)
-def test_sharded_is_whole(found, case):
-    rows = found[0][case]
-    assert len(rows) == 5 * STEPS
-    worst = max(rows, key=lambda row: row.difference)
-    assert worst.difference <= TOLERANCE, worst
-
-
-@pytest.mark.timeout(120)
 @pytest.mark.parametrize("name", ALONE)
-def test_whole_is_what_torch_does(found, name):
-    assert 0 <= found[1][name] <= 1e-12
+def test_whole_is_what_torch_does(world, data, name):
+    assert 0 <= world.run(alone, str(data), ALONE[name])[0] <= 1e-12

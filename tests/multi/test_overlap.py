@@ -8,21 +8,17 @@ import torch
 from megatron_lite.config import parse_config
 from megatron_lite.data.dataset import build_dataset
 from megatron_lite.data.loader import Loader
-from megatron_lite.distributed.mesh import build_mesh
-from megatron_lite.distributed.spawn import run_ranks
 from megatron_lite.planning.plan import make_plan
 from megatron_lite.training.faults import Faults
 from megatron_lite.training.step import Trainer
-from tests.kit.tiny import tiny_data
+from tests.kit.engines import AT_ONCE
+from tests.kit.parity import mesh_of
 from tests.kit.traffic import Traffic
 
 pytest.importorskip("deepspeed", reason="deepspeed is not installed (pip install '.[deepspeed]')")
 
 LAYERS, MICRO_BATCHES = 4, 3
 SIZES = {"vocab_size": 64, "hidden_size": 64, "num_layers": LAYERS, "num_heads": 4, "ffn_size": 128, "max_seq_len": 16}
-AT_ONCE = {
-    f"stage3_{limit}": 0 for limit in ("param_persistence_threshold", "max_live_parameters", "max_reuse_distance")
-}
 # What is sent in a step of three micro batches, in units of all parameters.
 SENT = {
     "ddp": ({"bucket_mb": 0.1}, 2),
@@ -36,7 +32,7 @@ SENT = {
     "deepspeed, zero 0": ({"engine": "deepspeed"}, 2),
     "deepspeed, zero 1": ({"engine": "deepspeed", "zero": 1}, 2),
     "deepspeed, zero 2": ({"engine": "deepspeed", "zero": 2}, 3 * 1 + 1),
-    "deepspeed, zero 3": ({"engine": "deepspeed", "zero": 3, "deepspeed": {"zero_optimization": AT_ONCE}}, 3 * 3),
+    "deepspeed, zero 3": ({"engine": "deepspeed", "zero": 3, "deepspeed": AT_ONCE}, 3 * 3),
 }
 
 
@@ -55,7 +51,7 @@ def step(rank: int, size: int, data: str) -> dict[str, tuple[float, float, list[
             }
         )
         plan = make_plan(config, size)
-        mesh = build_mesh(plan.degrees, torch.device("cpu"))
+        mesh = mesh_of(plan.degrees, size)
         trainer = Trainer(config, mesh, plan, Faults.none())
         batches = Loader(
             build_dataset(config.data, 0, "train", SIZES["vocab_size"]),
@@ -88,8 +84,8 @@ def step(rank: int, size: int, data: str) -> dict[str, tuple[float, float, list[
 
 
 @pytest.fixture(scope="module")
-def steps(tmp_path_factory):
-    return run_ranks(step, 2, str(tiny_data(tmp_path_factory.mktemp("overlap"))), timeout=280)[0]
+def steps(pair, data):
+    return pair.run(step, str(data))[0]
 
 
 def passes(events: list[str]) -> list[list[str]]:

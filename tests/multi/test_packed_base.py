@@ -6,11 +6,11 @@ import pytest
 import torch
 
 from megatron_lite.config import PACKED_BLOCK, PACKED_BYTES
-from megatron_lite.distributed.spawn import run_ranks
-from tests.kit.parity import STEPS, TOLERANCE, Case, Layout, run_cases, train
-from tests.kit.tiny import tiny_data
-from tests.multi.test_peft import ENGINES, METHODS, OTHERS, ROOM, SP
+from tests.kit.engines import ENGINES
+from tests.kit.methods import MAIN, METHODS, OTHERS, ROOM
+from tests.kit.parity import Case, Layout, assert_equal, train
 
+SP = {"sp": True}
 SIZES = {**ROOM, "hidden_size": 128, "ffn_size": 128}  # half of a row is a whole block
 PACKED = {
     "lora on nf4": {**METHODS["lora"], "base_dtype": "nf4"},
@@ -24,7 +24,7 @@ def table() -> dict[str, Case]:
     cases = {}
     for name, method in PACKED.items():
         changes = {"peft": method, "model": SIZES}
-        for engine, keys in ENGINES.items():
+        for engine, keys in MAIN.items():
             cases[f"{name}: {engine}, dp 2 × tp 2, sp"] = Case(Layout(dp=2, tp=2, parallel={**keys, **SP}), changes)
         cases[f"{name}: tp 2"] = Case(Layout(tp=2), changes)
         cases[f"{name}: recomputed"] = Case(Layout(parallel={"recompute": "full"}), changes)
@@ -39,24 +39,16 @@ def table() -> dict[str, Case]:
 CASES = table()
 
 
-@pytest.fixture(scope="module")
-def rows(tmp_path_factory):
-    return run_ranks(run_cases, 4, str(tiny_data(tmp_path_factory.mktemp("packed"))), CASES, timeout=400)[0]
-
-
-@pytest.mark.timeout(420)
 @pytest.mark.parametrize("case", CASES)
-def test_equal(rows, case):
-    assert len(rows[case]) == 5 * STEPS
-    worst = max(rows[case], key=lambda row: row.difference)
-    assert worst.difference <= TOLERANCE, worst
+def test_equal(parity, case):
+    assert_equal(parity(CASES[case]))
 
 
 def held(rank: int, size: int, data: str) -> dict[str, float]:
     """Under every engine, in bfloat16: bytes that a rank has for each number of a packed matrix. The base never
     moves."""
     found = {}
-    for engine, keys in {**ENGINES, **{k: v for k, v in OTHERS.items() if "hybrid" not in k}}.items():
+    for engine, keys in ENGINES.items():
         trainers: list = []
         changes = {"peft": PACKED["lora on nf4"], "model": SIZES, "train": {"precision": "bfloat16"}}
         steps = train(Layout(dp=2, parallel=keys), data, changes, trainers.append)
@@ -74,9 +66,8 @@ def held(rank: int, size: int, data: str) -> dict[str, float]:
     return found
 
 
-@pytest.mark.timeout(420)
-def test_a_rank_holds_the_packed_bytes_or_its_part_of_them(tmp_path):
+def test_a_rank_holds_the_packed_bytes_or_its_part_of_them(pair, data):
     whole = PACKED_BYTES["nf4"] / PACKED_BLOCK
-    for found in run_ranks(held, 2, str(tiny_data(tmp_path)), timeout=400):
+    for found in pair.run(held, str(data)):
         divided = {"fsdp, zero 2", "fsdp, zero 3", "deepspeed, zero 3"}
         assert found == {engine: whole / (2 if engine in divided else 1) for engine in found}

@@ -7,9 +7,8 @@ import pytest
 import torch
 
 from megatron_lite.distributed.mesh import Axis
-from megatron_lite.distributed.spawn import run_ranks
-from tests.kit.parity import STEPS, TOLERANCE, Case, Layout, run_cases
-from tests.kit.tiny import tiny_data
+from tests.kit.covering import covering
+from tests.kit.parity import STEPS, Case, Layout, assert_equal
 
 MODELS = {
     "llama": {},
@@ -64,7 +63,14 @@ def table() -> dict[str, Case]:
     return cases
 
 
+def aspects(model: str, layout: Layout) -> dict[str, object]:
+    """What may matter to each other."""
+    parallel = {"recompute": "none", "sp": False, "bucket_mb": None, **layout.parallel}
+    return {"model": model, "dp": layout.dp, "tp": layout.tp, "accumulation": layout.accumulation, **parallel}
+
+
 CASES = table()
+PRODUCT = {f"{m}: {name}": aspects(m, layout) for m in MODELS for name, layout in LAYOUTS.items()}
 NARROW = {  # where updates as large as the weights would be of the sign of a rounding
     f"{model}, {optimizer}, {precision}": Case(
         Layout(dp=2, tp=2, parallel=SP),
@@ -145,35 +151,22 @@ FOUND_IN = {  # the others are larger than the roundings of any format
 }
 
 
-@pytest.fixture(scope="module")
-def rows(tmp_path_factory):
-    data = str(tiny_data(tmp_path_factory.mktemp("parity")))
-    planted = {
-        f"{bug.__name__}, {precision}": Case(layout, {"train": {"precision": precision}}, plant=bug)
-        for bug, (layout, _, _) in BUGS.items()
-        for precision in FOUND_IN.get(bug, FORMATS)
-    }
-    return run_ranks(run_cases, 4, data, {**CASES, **NARROW, **planted}, timeout=280)[0]
-
-
-@pytest.mark.parametrize("case", CASES)
-def test_equal(rows, case):
-    assert len(rows[case]) == 5 * STEPS
-    worst = max(rows[case], key=lambda row: row.difference)
-    assert worst.difference <= TOLERANCE, worst
+@pytest.mark.parametrize("case", covering(CASES, PRODUCT, slow=["compiled"]))
+def test_equal(parity, case):
+    assert_equal(parity(CASES[case]))
 
 
 @pytest.mark.parametrize("case", NARROW)
-def test_equal_as_far_as_a_narrow_format_goes(rows, case):
-    assert [row for row in rows[case] if row.first_beyond is not None] == []
+def test_equal_as_far_as_a_narrow_format_goes(parity, case):
+    assert [row for row in parity(NARROW[case]) if row.first_beyond is not None] == []
 
 
-def test_a_vanishing_gradient_is_not_enlarged(rows):
+@pytest.mark.parametrize("layout", ["tp 2, sp", "dp 2", "full recomputation"])
+def test_a_vanishing_gradient_is_not_enlarged(parity, layout):
     """gpt2's key bias, whose gradient is zero but for rounding."""
-    for layout in LAYOUTS:
-        found = {(row.step, row.kind): row.difference for row in rows[f"gpt2: {layout}"]}
-        for step in range(1, STEPS + 1):
-            assert found[step, "weights"] <= found[step, "clipped gradients"] + 1e-14
+    found = {(row.step, row.kind): row.difference for row in parity(CASES[f"gpt2: {layout}"])}
+    for step in range(1, STEPS + 1):
+        assert found[step, "weights"] <= found[step, "clipped gradients"] + 1e-14
 
 
 @pytest.mark.parametrize(
@@ -181,7 +174,8 @@ def test_a_vanishing_gradient_is_not_enlarged(rows):
     [(bug, precision) for bug in BUGS for precision in FOUND_IN.get(bug, FORMATS)],
     ids=lambda value: value if isinstance(value, str) else value.__name__,
 )
-def test_a_planted_bug_is_found_where_it_is(rows, bug, precision):
-    _, kind, tensor = BUGS[bug]
-    first = next(row for row in rows[f"{bug.__name__}, {precision}"] if row.first_beyond is not None)
+def test_a_planted_bug_is_found_where_it_is(parity, bug, precision):
+    layout, kind, tensor = BUGS[bug]
+    rows = parity(Case(layout, {"train": {"precision": precision}}, plant=bug))
+    first = next(row for row in rows if row.first_beyond is not None)
     assert (first.step, first.kind, first.first_beyond[0]) == (1, kind, tensor)

@@ -1,44 +1,33 @@
 """Every PEFT method under every engine and layout trains what one process trains, in float64 with clipping on."""
 
+from dataclasses import replace
+from functools import cache
 from itertools import product
 
 import pytest
 import torch
 
 from megatron_lite.distributed.comm import gather_objects
-from megatron_lite.distributed.mesh import build_mesh
-from megatron_lite.distributed.spawn import run_ranks
 from megatron_lite.planning.plan import make_plan
 from megatron_lite.proof.record import record
-from tests.kit.parity import STEPS, TOLERANCE, Case, Layout, run_cases, train
-from tests.kit.tiny import tiny_data
+from tests.kit.covering import covering
+from tests.kit.engines import ENGINES
+from tests.kit.methods import MAIN, METHODS, OTHERS, ROOM
+from tests.kit.parity import Case, Layout, assert_equal, mesh_of, train
 
 pytest.importorskip("deepspeed", reason="deepspeed is not installed (pip install '.[deepspeed]')")
 
-METHODS = {
-    "lora": {"method": "lora", "targets": ["*"], "ranks": {"v": 4, "blocks.1.mlp.*": 2}},
-    "lora on q and v": {"method": "lora", "targets": ["q", "v"], "rslora": True},
-    "dora": {"method": "lora", "targets": ["k", "o", "up", "down"], "dora": True},
-    "adapter": {"method": "adapter", "size": 8},
-    "parallel adapter": {"method": "adapter", "size": 8, "placement": "parallel", "scale": 4.0},
-    "prefix": {"method": "prefix", "length": 5},
-    "prefix by an mlp": {"method": "prefix", "length": 5, "reparameterize": 12},
-}
 SP = {"sp": True}
-ALL_DIVIDED = {"zero_optimization": {"stage3_param_persistence_threshold": 0}}  # else no tensor is large enough here
-ENGINES = {
-    "ddp": {},
-    "fsdp, zero 3": {"zero": 3},
-    "deepspeed, zero 2": {"engine": "deepspeed", "zero": 2},
-    "deepspeed, zero 3": {"engine": "deepspeed", "zero": 3, "deepspeed": ALL_DIVIDED},
+
+
+WIDTHS = {
+    "dp 2 × tp 2, sp": Layout(dp=2, tp=2, parallel=SP),
+    "dp 4, accumulation 2": Layout(dp=4, accumulation=2),
 }
-OTHERS = {
-    "fsdp, zero 2": {"zero": 2},
-    "fsdp, hybrid": {"zero": 3, "dp_replicate": 2},
-    "deepspeed, zero 0": {"engine": "deepspeed", "zero": 0},
-    "deepspeed, zero 1": {"engine": "deepspeed", "zero": 1},
+PRODUCT = {
+    f"{method}: {engine}, {width}": {"method": method, "engine": engine, "width": width}
+    for method, engine, width in product(METHODS, MAIN, WIDTHS)
 }
-ROOM = {"max_seq_len": 32, "num_kv_heads": 2}
 
 
 def table() -> dict[str, Case]:
@@ -48,12 +37,11 @@ def table() -> dict[str, Case]:
         model = {**ROOM, **changes.pop("model", {})}
         cases[f"{method}: {title}"] = Case(layout, {"peft": METHODS[method], "model": model, **changes})
 
+    for of in PRODUCT.values():
+        layout, keys = WIDTHS[of["width"]], MAIN[of["engine"]]
+        add(of["method"], f"{of['engine']}, {of['width']}", replace(layout, parallel={**keys, **layout.parallel}))
     for method in METHODS:
-        for engine, keys in ENGINES.items():
-            add(method, f"{engine}, dp 2 × tp 2, sp", Layout(dp=2, tp=2, parallel={**keys, **SP}))
         add(method, "tp 2", Layout(tp=2))
-    for method, (engine, keys) in product(METHODS, ENGINES.items()):
-        add(method, f"{engine}, dp 4, accumulation 2", Layout(dp=4, accumulation=2, parallel=keys))
     for method, (engine, keys) in zip(METHODS, OTHERS.items(), strict=False):
         add(method, engine, Layout(dp=4, parallel=keys))
     for method in ("dora", "adapter", "prefix"):
@@ -105,50 +93,39 @@ BUGS = {
 }
 
 
-@pytest.fixture(scope="module")
-def rows(tmp_path_factory):
-    data = str(tiny_data(tmp_path_factory.mktemp("peft")))
-    planted = {
-        bug.__name__: Case(layout, {"peft": METHODS[method], "model": ROOM}, plant=bug)
-        for bug, (method, layout, _) in BUGS.items()
-    }
-    return run_ranks(run_cases, 4, data, {**CASES, **planted}, timeout=400)[0]
+COMPILED = [name for name, case in CASES.items() if case.layout.compile]
 
 
-@pytest.mark.timeout(420)
-@pytest.mark.parametrize("case", CASES)
-def test_equal(rows, case):
-    assert len(rows[case]) == 5 * STEPS
-    worst = max(rows[case], key=lambda row: row.difference)
-    assert worst.difference <= TOLERANCE, worst
+@pytest.mark.parametrize("case", covering(CASES, PRODUCT, slow=COMPILED))
+def test_equal(parity, case):
+    assert_equal(parity(CASES[case]))
 
 
-@pytest.mark.timeout(420)
 @pytest.mark.parametrize("bug", BUGS, ids=lambda bug: bug.__name__)
-def test_a_missing_reduction_is_found_where_it_is(rows, bug):
-    first = next(row for row in rows[bug.__name__] if row.first_beyond is not None)
+def test_a_missing_reduction_is_found_where_it_is(parity, bug):
+    method, layout, tensor = BUGS[bug]
+    rows = parity(Case(layout, {"peft": METHODS[method], "model": ROOM}, plant=bug))
+    first = next(row for row in rows if row.first_beyond is not None)
     assert (first.step, first.kind) == (1, "gradients")
-    assert first.first_beyond[0] == BUGS[bug][2]
+    assert first.first_beyond[0] == tensor
 
 
-def starts(rank: int, size: int, data: str) -> dict[str, tuple[float, set[str], set[str]]]:
-    """For every method and engine: by how much its first block outputs and loss are others than those of the base
-    alone, what it should train, and what moved in two steps."""
-    found = {}
-    for engine, keys in ENGINES.items():
-        layout = Layout(dp=2, tp=2, parallel={**keys, **SP})
-        alone, _, _ = two_steps(layout.config(data, {"model": ROOM}))
-        for method, section in METHODS.items():
-            first, trained, moved = two_steps(layout.config(data, {"model": ROOM, "peft": section}))
-            forward = [name for name in alone if name.startswith(("block outputs/", "loss/"))]
-            gap = max(float((first[name] - alone[name]).abs().max() / alone[name].abs().max()) for name in forward)
-            found[f"{method}: {engine}"] = gap, trained, moved
-    return found
+def starts(rank: int, size: int, data: str, method: str, engine: str) -> tuple[float, set[str], set[str]]:
+    """By how much its first block outputs and loss are others than those of the base alone, what it should train, and
+    what moved in two steps."""
+    alone, _, _ = two_steps(data, engine)
+    first, trained, moved = two_steps(data, engine, method)
+    forward = [name for name in alone if name.startswith(("block outputs/", "loss/"))]
+    gap = max(float((first[name] - alone[name]).abs().max() / alone[name].abs().max()) for name in forward)
+    return gap, trained, moved
 
 
-def two_steps(config):
+@cache
+def two_steps(data: str, engine: str, method: str | None = None):
     """The record of the first step, what is trained, and what moved on any rank of four."""
-    mesh, seen = build_mesh(make_plan(config, 4).degrees, torch.device("cpu")), []
+    changes = {"model": ROOM, **({"peft": METHODS[method]} if method else {})}
+    config = Layout(dp=2, tp=2, parallel={**MAIN[engine], **SP}).config(data, changes)
+    mesh, seen = mesh_of(make_plan(config, 4).degrees, 4), []
 
     def prepare(trainer):
         before = {n: [t.data.clone() for t in p.tiles] for n, p in trainer.engine.weights().items()}
@@ -161,16 +138,11 @@ def two_steps(config):
     return first, trainer.engine.trained, set().union(*gather_objects(moved, mesh.world))
 
 
-@pytest.fixture(scope="module")
-def started(tmp_path_factory):
-    return run_ranks(starts, 4, str(tiny_data(tmp_path_factory.mktemp("starts"))), timeout=400)[0]
-
-
-@pytest.mark.timeout(420)
-@pytest.mark.parametrize("case", [f"{method}: {engine}" for method, engine in product(METHODS, ENGINES)])
-def test_it_starts_as_the_base_and_only_what_it_adds_moves(started, case):
-    gap, trained, moved = started[case]
-    if "prefix" not in case:  # which attention sees from the start
+@pytest.mark.parametrize("engine", MAIN)
+@pytest.mark.parametrize("method", METHODS)
+def test_it_starts_as_the_base_and_only_what_it_adds_moves(world, data, method, engine):
+    gap, trained, moved = world.run(starts, str(data), method, engine)[0]
+    if "prefix" not in method:  # which attention sees from the start
         assert gap <= 1e-12
     assert moved == trained
     assert all(any(word in name for word in ("lora_", "adapter", "prefix")) for name in trained)
@@ -179,7 +151,7 @@ def test_it_starts_as_the_base_and_only_what_it_adds_moves(started, case):
 def bfloat16(rank: int, size: int, data: str) -> dict[str, list[float]]:
     """Losses of a few steps in bfloat16 under every engine, and proof that the base never moved."""
     found = {}
-    for engine, keys in {**ENGINES, **{k: v for k, v in OTHERS.items() if "hybrid" not in k}}.items():
+    for engine, keys in ENGINES.items():
         changes = {"peft": METHODS["lora"], "model": ROOM, "train": {"precision": "bfloat16"}}
         steps = train(Layout(dp=2, parallel=keys), data, changes, None, steps=4)
         found[engine] = [float(step["loss/loss"]) for step in steps]
@@ -195,9 +167,8 @@ def bfloat16(rank: int, size: int, data: str) -> dict[str, list[float]]:
     return found
 
 
-@pytest.mark.timeout(420)
-def test_in_bfloat16_the_base_is_stored_in_it_and_never_moves(tmp_path):
-    found = run_ranks(bfloat16, 2, str(tiny_data(tmp_path)), timeout=400)[0]
+def test_in_bfloat16_the_base_is_stored_in_it_and_never_moves(pair, data):
+    found = pair.run(bfloat16, str(data))[0]
     assert found["ddp"][-1] < found["ddp"][0]
     for losses in found.values():
         assert losses == pytest.approx(found["ddp"], rel=4e-3)

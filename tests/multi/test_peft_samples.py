@@ -1,10 +1,10 @@
 """Text is sampled while every PEFT method trains: what the model says without a cache, and no step differs for it."""
 
+from functools import cache
+
 import pytest
 import torch
 
-from megatron_lite.distributed.mesh import build_mesh
-from megatron_lite.distributed.spawn import run_ranks
 from megatron_lite.inference.requests import Sampling
 from megatron_lite.inference.sampling import generate
 from megatron_lite.layers.context import Context
@@ -12,15 +12,15 @@ from megatron_lite.planning.plan import make_plan
 from megatron_lite.proof.record import batches
 from megatron_lite.training.faults import Faults
 from megatron_lite.training.step import Trainer
-from tests.kit.parity import Layout, ruffle
-from tests.kit.tiny import tiny_data
-from tests.multi.test_peft import ALL_DIVIDED, METHODS
+from tests.kit.engines import ENGINES
+from tests.kit.methods import METHODS
+from tests.kit.parity import Layout, mesh_of, ruffle
 
-SPLIT = Layout(tp=2, parallel={"sp": True})
 LAYOUTS = {
+    "tp 2, sp": (Layout(tp=2, parallel={"sp": True}), METHODS),
     "fsdp, zero 3": (Layout(dp=2, parallel={"zero": 3}), METHODS),
     "deepspeed, zero 3": (
-        Layout(dp=2, parallel={"engine": "deepspeed", "zero": 3, "deepspeed": ALL_DIVIDED}),
+        Layout(dp=2, parallel=ENGINES["deepspeed, zero 3"]),
         ("lora", "adapter", "prefix by an mlp"),
     ),
     "recomputed": (
@@ -28,8 +28,6 @@ LAYOUTS = {
         ("lora", "prefix"),
     ),
 }
-CASES = {f"{method}: tp 2, sp": (method, SPLIT) for method in METHODS}
-CASES |= {f"{method}: {title}": (method, layout) for title, (layout, some) in LAYOUTS.items() for method in some}
 PROMPT, NEW = [5, 17, 40, 2, 33], 10
 
 
@@ -54,37 +52,32 @@ def losses(config, mesh, size, sample):
     return found
 
 
-def samples(rank, size, data):
-    """For every case: losses with and without samples between steps, and the samples."""
-    found, meshes = {}, {}
-    for case, (method, layout) in CASES.items():
-        optim = {"lr": 2.0 if method == "prefix" else 0.05}
-        model = {"max_seq_len": 48, "num_kv_heads": 2}
-        config = layout.config(data, {"peft": METHODS[method], "model": model, "optim": optim})
-        degrees = make_plan(config, size).degrees
-        if str(degrees) not in meshes:
-            meshes[str(degrees)] = build_mesh(degrees, torch.device("cpu"))
-        mesh, said = meshes[str(degrees)], []
+def samples(rank, size, data, method, layout):
+    """Losses with and without samples between steps, and the samples."""
+    optim = {"lr": 2.0 if method == "prefix" else 0.05}
+    model = {"max_seq_len": 48, "num_kv_heads": 2}
+    config = layout.config(data, {"peft": METHODS[method], "model": model, "optim": optim})
+    mesh, said = mesh_of(make_plan(config, size).degrees, size), []
 
-        def sample(model, said=said):
-            cached = generate(model, PROMPT, Sampling(max_new_tokens=NEW), (), torch.float64)
-            said.append((cached, uncached(model, PROMPT, NEW)))
+    def sample(model):
+        cached = generate(model, PROMPT, Sampling(max_new_tokens=NEW), (), torch.float64)
+        said.append((cached, uncached(model, PROMPT, NEW)))
 
-        with_samples = losses(config, mesh, size, sample)
-        found[case] = with_samples, losses(config, mesh, size, lambda model: None), said
-    return found
+    with_samples = losses(config, mesh, size, sample)
+    return with_samples, losses(config, mesh, size, lambda model: None), said
 
 
 @pytest.fixture(scope="module")
-def found(tmp_path_factory):
-    return run_ranks(samples, 2, str(tiny_data(tmp_path_factory.mktemp("samples"))), timeout=400)
+def sampled(pair, data):
+    return cache(lambda method, title: pair.run(samples, str(data), method, LAYOUTS[title][0]))
 
 
-@pytest.mark.timeout(420)
-@pytest.mark.parametrize("case", CASES)
-def test_what_is_said_and_what_is_learned(found, case):
-    with_samples, without, said = found[0][case]
+@pytest.mark.parametrize(
+    ("title", "method"), [(title, method) for title, (_, some) in LAYOUTS.items() for method in some]
+)
+def test_what_is_said_and_what_is_learned(sampled, title, method):
+    (with_samples, without, said), (_, _, by_the_other) = sampled(method, title)
     assert with_samples == without
     assert all(cached == uncached for cached, uncached in said)
-    assert said == found[1][case][2] == found[0][f"{CASES[case][0]}: tp 2, sp"][2]
+    assert said == by_the_other == sampled(method, "tp 2, sp")[0][2]
     assert len({str(cached) for cached, _ in said}) > 1  # it learns between them

@@ -14,16 +14,14 @@ from megatron_lite.data.dataset import build_dataset
 from megatron_lite.data.loader import Loader
 from megatron_lite.distributed import comm
 from megatron_lite.distributed.mesh import Mesh
-from megatron_lite.distributed.spawn import run_ranks
 from megatron_lite.planning.plan import make_plan
 from megatron_lite.proof.record import gathered
 from megatron_lite.training.faults import Faults
 from megatron_lite.training.step import Trainer, TrainState
-from tests.kit.parity import Layout, _mesh
+from tests.kit.engines import ENGINES
+from tests.kit.parity import Layout, mesh_of
 from tests.kit.pieces import world_of
-from tests.kit.tiny import tiny_data
 
-DIVIDED = {"zero_optimization": {"stage3_param_persistence_threshold": 0}}
 LAYOUTS = {
     "one process": Layout(),
     "tp 4, sp": Layout(tp=4, parallel={"sp": True}),
@@ -34,7 +32,7 @@ LAYOUTS = {
     "hybrid": Layout(dp=4, parallel={"zero": 3, "dp_replicate": 2}),
     "deepspeed 1, dp 4": Layout(dp=4, parallel={"engine": "deepspeed", "zero": 1}),
     "deepspeed 2, dp 3": Layout(dp=3, parallel={"engine": "deepspeed", "zero": 2}),
-    "deepspeed 3, dp 2 × tp 2": Layout(dp=2, tp=2, parallel={"engine": "deepspeed", "zero": 3, "deepspeed": DIVIDED}),
+    "deepspeed 3, dp 2 × tp 2": Layout(dp=2, tp=2, parallel=ENGINES["deepspeed, zero 3"]),
 }
 WHOLE_MATRICES = ["one process", "tp 4, sp", "ddp 2 × tp 2", "fsdp 3, dp 3", "fsdp 2, dp 2 × tp 2", "hybrid"]
 ADAPTERS = {
@@ -48,7 +46,8 @@ MODELS = {
     "gpt2": {"vocab_size": 99, "family": "gpt2", "tie_embeddings": False},
 }
 MATRICES = {  # the optimizer, the model, the layouts, and of how many pairs of them one is tried
-    "adamw, llama": ("adamw", "llama", list(LAYOUTS), 1),
+    "adamw, llama": ("adamw", "llama", list(LAYOUTS), 3),
+    "adamw, llama, every pair": ("adamw", "llama", list(LAYOUTS), 1),
     "adamw, gpt2": ("adamw", "gpt2", list(LAYOUTS), 3),
     "muon, llama": ("muon", "llama", WHOLE_MATRICES, 3),
     "adafactor, llama": ("adafactor", "llama", WHOLE_MATRICES, 3),
@@ -118,7 +117,7 @@ def run(rank: int, size: int, data: str, folder: str, matrix: str) -> dict[tuple
     def bench(name: str) -> Bench | None:
         config = LAYOUTS[name].config(data, {**changes, "train": {"global_batch_size": BATCH, "micro_batch_size": 1}})
         ranks = LAYOUTS[name].dp * LAYOUTS[name].tp
-        mesh = _mesh(tuple(make_plan(config, ranks).degrees.items()), ranks)
+        mesh = mesh_of(make_plan(config, ranks).degrees, ranks)
         return Bench(LAYOUTS[name], data, changes, mesh) if mesh is not None and rank < ranks else None
 
     for name in layouts:
@@ -146,13 +145,12 @@ def run(rank: int, size: int, data: str, folder: str, matrix: str) -> dict[tuple
     return found
 
 
-@pytest.mark.timeout(290)
 @pytest.mark.parametrize(
     "matrix",
     ["adamw, llama", *(pytest.param(m, marks=pytest.mark.slow) for m in MATRICES if m != "adamw, llama")],
 )
-def test_saved_under_any_layout_loaded_under_any_other(tmp_path, matrix):
-    found = run_ranks(run, 4, str(tiny_data(tmp_path)), str(tmp_path), matrix, timeout=280)[0]
+def test_saved_under_any_layout_loaded_under_any_other(world, data, tmp_path, matrix):
+    found = world.run(run, str(data), str(tmp_path), matrix, timeout=250)[0]
     assert len(found) == len(pairs(matrix))
     different = {pair: tensors for pair, (tensors, _) in found.items() if tensors}
     assert not different

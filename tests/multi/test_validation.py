@@ -11,12 +11,10 @@ from megatron_lite.data.batch import IGNORED
 from megatron_lite.data.dataset import build_dataset
 from megatron_lite.data.indexed import IndexedWriter
 from megatron_lite.data.loader import once
-from megatron_lite.distributed.mesh import build_mesh, solo_mesh
-from megatron_lite.distributed.spawn import run_ranks
 from megatron_lite.planning.plan import make_plan
 from megatron_lite.training.faults import Faults
 from megatron_lite.training.step import Trainer
-from tests.kit.parity import SEQ_LEN, Layout, ruffle
+from tests.kit.parity import SEQ_LEN, Layout, mesh_of, ruffle
 
 LAYOUTS = {
     "alone": Layout(),
@@ -52,7 +50,7 @@ def validate(rank, size, paths, names):
         ranks = layout.dp * layout.tp
         config = layout.config("", {"data": data})
         plan = make_plan(config, ranks)
-        mesh = solo_mesh() if ranks == 1 else build_mesh(plan.degrees, torch.device("cpu"), ranks=range(ranks))
+        mesh = mesh_of(plan.degrees, ranks)
         if mesh is None:
             continue
         trainer = Trainer(config, mesh, plan, Faults.none())
@@ -79,11 +77,11 @@ def plainly(trainer, dataset, limit):
 
 
 @pytest.fixture(scope="module")
-def found(tmp_path_factory):
+def found(pair, tmp_path_factory):
     pytest.importorskip("deepspeed")
     folder = tmp_path_factory.mktemp("validation")
     paths = [(documents(folder, "a", 14), 0.9), (documents(folder, "b", 9), 0.1)]
-    return run_ranks(validate, 2, paths, tuple(LAYOUTS), timeout=100)[0]
+    return pair.run(validate, paths, tuple(LAYOUTS))[0]
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

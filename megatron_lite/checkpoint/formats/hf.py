@@ -27,14 +27,7 @@ from megatron_lite.data.hf_tokenizer import named, settled
 from megatron_lite.data.tokenizer import GENERATION, MAIN, TOKENIZER_FILES, carried_tokenizer
 from megatron_lite.distributed.shard import Tile
 from megatron_lite.errors import CheckpointError, ConfigError, DataError
-from megatron_lite.families.huggingface import (
-    TOKEN_IDS,
-    Part,
-    config_json,
-    from_mistral,
-    model_section,
-    tensor_parts,
-)
+from megatron_lite.families.huggingface import TOKEN_IDS, Part, config_json, from_mistral, model_section, tensor_parts
 from megatron_lite.layers.positions import rope_frequencies
 from megatron_lite.training.faults import Faults
 
