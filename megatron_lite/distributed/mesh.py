@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -51,7 +52,11 @@ class Axis:
 
 @dataclass(frozen=True)
 class Mesh:
-    """The axes that pass through this rank. ``dp`` is dp_replicate × dp_shard; ``world`` holds every rank."""
+    """The axes that pass through this rank; ``world`` holds every rank.
+
+    ``data``: dp_replicate × dp_shard × cp, the ranks that have different tokens: losses, counts and gradients are
+    summed over it. ``dp``: dp_replicate × dp_shard, who reads which samples; without a group, as nobody talks along it.
+    """
 
     world: Axis
     pp: Axis
@@ -60,14 +65,25 @@ class Mesh:
     cp: Axis
     tp: Axis
     dp: Axis
+    data: Axis
     device: torch.device
     device_mesh: DeviceMesh | None = field(default=None, repr=False, compare=False)
+
+    @property
+    def copies(self) -> int:
+        """How many ranks hold the same loss: the sum over the world ÷ this is the sum over ``data``."""
+        return self.tp.size
+
+    def axis(self, name: str) -> Axis:
+        """The axis that a ``ShardSpec`` names."""
+        axis: Axis = getattr(self, name)
+        return axis
 
 
 def solo_mesh(device: torch.device | str = "cpu") -> Mesh:
     """The mesh of a single process, without any process group."""
-    world, pp, dp_replicate, dp_shard, cp, tp, dp = (Axis(name) for name in ("world", *AXES, "dp"))
-    return Mesh(world, pp, dp_replicate, dp_shard, cp, tp, dp, torch.device(device))
+    axes: dict[str, Any] = {name: Axis(name) for name in ("world", *AXES, "dp", "data")}
+    return Mesh(**axes, device=torch.device(device))
 
 
 def build_mesh(degrees: Mapping[str, int], device: torch.device, ranks: Sequence[int] | None = None) -> Mesh | None:
@@ -83,10 +99,11 @@ def build_mesh(degrees: Mapping[str, int], device: torch.device, ranks: Sequence
     if world == 1:
         return solo_mesh(device)
     device_mesh = DeviceMesh(device.type, grid, mesh_dim_names=AXES)
-    dp_lines = grid.permute(0, 3, 4, 1, 2).reshape(-1, sizes[1] * sizes[2]).tolist()
-    dp_group = None
-    if sizes[1] > 1 and sizes[2] > 1:
-        dp_group, _ = torch_dist.new_subgroups_by_enumeration(dp_lines)
+    data_lines = grid.permute(0, 4, 1, 2, 3).reshape(-1, math.prod(sizes[1:4])).tolist()
+    data_axes = [name for name, size in zip(AXES[1:4], sizes[1:4], strict=True) if size > 1]
+    data_group = None
+    if len(data_axes) > 1:
+        data_group, _ = torch_dist.new_subgroups_by_enumeration(data_lines)
     world_group = torch_dist.group.WORLD if len(members) == world else torch_dist.new_group(members)
     here = torch_dist.get_rank()
     if here not in members:
@@ -99,14 +116,12 @@ def build_mesh(degrees: Mapping[str, int], device: torch.device, ranks: Sequence
         return Axis(name, line.get_local_rank(), line.size(), line.get_group())
 
     axes = {name: axis(name) for name in AXES}
-    if dp_group is not None:
-        line = next(line for line in dp_lines if here in line)
-        dp = Axis("dp", line.index(here), len(line), dp_group)
-    else:
-        side = axes["dp_shard"] if sizes[2] > 1 else axes["dp_replicate"]
-        dp = Axis("dp", side.rank, side.size, side.group)
+    line = next(line for line in data_lines if here in line)
+    group = axes[data_axes[0]].group if len(data_axes) == 1 else data_group
+    data = Axis("data" if sizes[3] > 1 else "dp", line.index(here), len(line), group)
+    dp = Axis("dp", data.rank // sizes[3], data.size // sizes[3])
     everyone = Axis("world", members.index(here), len(members), world_group if len(members) > 1 else None)
-    return Mesh(world=everyone, **axes, dp=dp, device=device, device_mesh=device_mesh)
+    return Mesh(world=everyone, **axes, dp=dp, data=data, device=device, device_mesh=device_mesh)
 
 
 def pick_device(rank: Rank) -> torch.device:

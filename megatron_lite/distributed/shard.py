@@ -10,29 +10,31 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 
 from megatron_lite.config import PACKED_BLOCK, PACKED_BYTES
-from megatron_lite.distributed.mesh import Axis
+from megatron_lite.distributed.mesh import Axis, Mesh
 from megatron_lite.distributed.quantization import pack, unpack
 
 
 @dataclass(frozen=True)
 class ShardSpec:
-    """How one global parameter is split over the tensor-parallel axis.
+    """How one global parameter is split over an axis of the mesh.
 
     ``shape``: the global shape. ``dim``: the dim that is split, or None where every rank holds the whole.
     ``chunks``: sizes along ``dim`` that are split separately and whose parts are concatenated (fused q, k, v; gate
-    and up); None for one chunk. ``packing``: how a frozen matrix is stored, where not as it is (``packing.py``).
+    and up); None for one chunk. ``packing``: how a frozen matrix is stored, where not as it is (``quantization.py``).
+    ``axis``: the mesh's name for the axis that it is split over.
     """
 
     shape: tuple[int, ...]
     dim: int | None = None
     chunks: tuple[int, ...] | None = None
     packing: str | None = None
+    axis: str = "tp"
 
     def __post_init__(self) -> None:
         assert self.dim is None or 0 <= self.dim < len(self.shape)
@@ -44,7 +46,8 @@ class ShardSpec:
         if self.packing is None:
             return self
         rows, columns = self.shape
-        return ShardSpec((rows, columns // PACKED_BLOCK, PACKED_BYTES[self.packing]), self.dim, self.chunks)
+        shape = (rows, columns // PACKED_BLOCK, PACKED_BYTES[self.packing])
+        return replace(self, shape=shape, packing=None)
 
     def local_shape(self, size: int) -> tuple[int, ...]:
         """The shape of the tensor that each of ``size`` ranks holds."""
@@ -64,24 +67,25 @@ class ShardSpec:
             local, whole = local + part, whole + chunk
         return found
 
-    def piece(self, local: Tensor, tp: Axis, start: int = 0) -> Piece:
-        """What ``local`` is of the global tensor: this rank's part along ``tp``, or, where that is divided further, a
+    def piece(self, local: Tensor, axis: Axis, start: int = 0) -> Piece:
+        """What ``local`` is of the global tensor: this rank's part along ``axis``, or, where that is divided further, a
         contiguous stretch of its elements from the ``start``-th on (in any shape)."""
+        assert axis.name == self.axis, f"split over {self.axis}, not {axis.name}"
         if self.packing is not None:
-            stored = self.stored.piece(local, tp, start).tiles
+            stored = self.stored.piece(local, axis, start).tiles
             packed = [PackedTile(t.data, (t.offset[0], t.offset[1] * PACKED_BLOCK), self.packing) for t in stored]
             return Piece(self.shape, torch.float32, packed)
         assert local.is_contiguous(), "tiles have to be views"
-        shape, flat = self.local_shape(tp.size), local.view(-1)
+        shape, flat = self.local_shape(axis.size), local.view(-1)
         tiles: list[Tile] = []
         for first, origin, size in rectangles(shape, start, start + flat.numel()):
             block = flat[first - start : first - start + math.prod(size)].view(size)
-            tiles += [Tile(block, origin)] if self.dim is None else self._tiles(block, origin, self.dim, tp)
+            tiles += [Tile(block, origin)] if self.dim is None else self._tiles(block, origin, self.dim, axis)
         return Piece(self.shape, local.dtype, tiles)
 
-    def _tiles(self, block: Tensor, origin: tuple[int, ...], dim: int, tp: Axis) -> Iterator[Tile]:
+    def _tiles(self, block: Tensor, origin: tuple[int, ...], dim: int, axis: Axis) -> Iterator[Tile]:
         """A rectangle of the local tensor, which lies at ``origin`` there, as rectangles of the global one."""
-        for local, whole, length in self.sections(tp.rank, tp.size):
+        for local, whole, length in self.sections(axis.rank, axis.size):
             first, stop = max(local, origin[dim]), min(local + length, origin[dim] + block.shape[dim])
             if first < stop:
                 offset = (*origin[:dim], whole + first - local, *origin[dim + 1 :])
@@ -198,7 +202,7 @@ def attach(parameter: nn.Parameter, spec: ShardSpec, init: float | str) -> nn.Pa
     """
     parameter.shard_spec = spec  # type: ignore[attr-defined]
     parameter.init = init  # type: ignore[attr-defined]
-    parameter.tensor_model_parallel = spec.dim is not None  # type: ignore[attr-defined]
+    parameter.tensor_model_parallel = spec.dim is not None and spec.axis == "tp"  # type: ignore[attr-defined]
     return parameter
 
 
@@ -231,12 +235,12 @@ def materialize(model: nn.Module, device: torch.device, shared: Mapping[str, nn.
             setattr(module, name.rpartition(".")[2], attach(real, spec_of(parameter), parameter.init))  # type: ignore[attr-defined]
 
 
-def check_model(model: nn.Module, size: int) -> None:
+def check_model(model: nn.Module, mesh: Mesh) -> None:
     """Refuse a model with a parameter that carries no spec or whose local shape contradicts it."""
     for name, parameter in model.named_parameters():
         spec = getattr(parameter, "shard_spec", None)
         assert spec is not None, f"parameter {name} has no ShardSpec; the layer that owns it must attach one"
-        want = spec.stored.local_shape(size)
+        want = spec.stored.local_shape(mesh.axis(spec.axis).size)
         assert tuple(parameter.shape) == want, f"parameter {name} is {tuple(parameter.shape)}, its spec says {want}"
 
 

@@ -36,7 +36,7 @@ class _Bucket:
 
 
 class DataParallel(Engine):
-    """ZeRO stage 0: an all-reduce over dp, in buckets, started as backward fills each of them.
+    """ZeRO stage 0: an all-reduce over the data axis, in buckets, started as backward fills each of them.
 
     The bucketed overlap follows PyTorch DDP (Li et al. 2020), but sums where DDP averages.
     """
@@ -45,12 +45,12 @@ class DataParallel(Engine):
         materialize(self.model, self.mesh.device)
         self.buckets: list[_Bucket] = []
         self._reducing = False
-        if self.mesh.dp.size > 1:
+        if self.mesh.data.size > 1:
             trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
             self._fill_buckets(trained, config.parallel.bucket_mb * 2**20)
 
     def piece(self, name: str, tensor: Tensor) -> Piece:
-        return self.specs[name].piece(tensor, self.mesh.tp)
+        return self.specs[name].piece(tensor, self.axis(name))
 
     def _fill_buckets(self, parameters: list[nn.Parameter], limit: float) -> None:
         # Backward reaches the last parameters first.
@@ -68,15 +68,15 @@ class DataParallel(Engine):
                 group, size = [], 0
 
     def _hook(self, bucket: _Bucket) -> Any:
-        dp = self.mesh.dp.of(f"gradients, bucket {len(self.buckets) - 1}")
+        data = self.mesh.data.of(f"gradients, bucket {len(self.buckets) - 1}")
 
         def ready(_: Tensor) -> None:
             if not self._reducing:
                 return
             bucket.pending -= 1
             if bucket.pending == 0:
-                dp.note()
-                bucket.work = torch_dist.all_reduce(bucket.flat, group=dp.group, async_op=True)
+                data.note()
+                bucket.work = torch_dist.all_reduce(bucket.flat, group=data.group, async_op=True)
 
         return ready
 

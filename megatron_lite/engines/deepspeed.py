@@ -46,7 +46,11 @@ class ModelParallelUnit:
     def __init__(self, mesh: Mesh) -> None:
         assert mesh.device_mesh is not None
         alone = mesh.device_mesh["pp"].get_group()  # of one rank
-        for name, axis in (("data_parallel", mesh.dp), ("model_parallel", mesh.tp), ("tensor_model_parallel", mesh.tp)):
+        for name, axis in (
+            ("data_parallel", mesh.data),
+            ("model_parallel", mesh.tp),
+            ("tensor_model_parallel", mesh.tp),
+        ):
             setattr(self, f"get_{name}_group", lambda group=axis.group or alone: group)
             setattr(self, f"get_{name}_rank", lambda axis=axis: axis.rank)
             setattr(self, f"get_{name}_world_size", lambda axis=axis: axis.size)
@@ -113,7 +117,7 @@ class DeepSpeedZeRO(Engine):
     """
 
     def spread(self, config: Config) -> None:
-        self.stage, dp = config.parallel.zero, self.mesh.dp
+        self.stage, dp = config.parallel.zero, self.mesh.data
         deepspeed.init_distributed(dist_init_required=False)
         accumulation = config.train.global_batch_size // (config.train.micro_batch_size * dp.size)
         settings = deepspeed_config(config, accumulation, dp.size, self.mesh.device.type == "cuda")
@@ -156,7 +160,7 @@ class DeepSpeedZeRO(Engine):
             module.to(dtype)  # what is packed stays as it is
             Init(
                 module,
-                self.mesh.dp.group,
+                self.mesh.data.group,
                 mem_efficient_linear=False,
                 config_dict_or_path=settings,
                 dtype=dtype,
@@ -180,7 +184,7 @@ class DeepSpeedZeRO(Engine):
         """Where DeepSpeed keeps this rank's part of a parameter; None where it has none."""
         if self.stage == 3:
             group, offset, length = self.zero.grad_position[self.zero.get_param_id(parameter)]
-            start = self.mesh.dp.rank * length
+            start = self.mesh.data.rank * length
             length = min(length, parameter.ds_numel - start)
             return Fragment(group, offset, start, length) if length > 0 else None
         mapping = parameter._hp_mapping
@@ -191,12 +195,12 @@ class DeepSpeedZeRO(Engine):
 
     def piece(self, name: str, tensor: Tensor) -> Piece:
         if self.stage == 0:
-            return self.specs[name].piece(tensor, self.mesh.tp)
+            return self.specs[name].piece(tensor, self.axis(name))
         if name not in self.trained:
-            start = self.mesh.dp.rank * self.parameters[name].ds_tensor.ds_numel if self.stage == 3 else 0  # type: ignore[attr-defined]
-            return self.specs[name].piece(tensor, self.mesh.tp, start)
+            start = self.mesh.data.rank * self.parameters[name].ds_tensor.ds_numel if self.stage == 3 else 0  # type: ignore[attr-defined]
+            return self.specs[name].piece(tensor, self.axis(name), start)
         fragment = self.fragments[name]
-        return self.specs[name].piece(tensor, self.mesh.tp, fragment.start if fragment else 0)
+        return self.specs[name].piece(tensor, self.axis(name), fragment.start if fragment else 0)
 
     def _parts(self, flats: Sequence[Tensor]) -> dict[str, Tensor]:
         """This rank's part of every parameter in ``flats``, which are laid out as the masters are."""
@@ -216,7 +220,7 @@ class DeepSpeedZeRO(Engine):
         if self.stage < 3:
             return parameter.detach()
         part = parameter.ds_tensor
-        return part.data[: max(0, min(part.ds_numel, parameter.ds_numel - self.mesh.dp.rank * part.ds_numel))]
+        return part.data[: max(0, min(part.ds_numel, parameter.ds_numel - self.mesh.data.rank * part.ds_numel))]
 
     def local_moments(self, moment: str) -> dict[str, Tensor]:
         if self.stage == 0:
@@ -245,7 +249,7 @@ class DeepSpeedZeRO(Engine):
 
     def backward(self, loss: Tensor, *, last: bool) -> None:
         self.engine.set_gradient_accumulation_boundary(last)
-        self.engine.backward(loss * self.mesh.dp.size if self.stage == 3 else loss, scale_wrt_gas=False)
+        self.engine.backward(loss * self.mesh.data.size if self.stage == 3 else loss, scale_wrt_gas=False)
 
     def finish_gradients(self) -> Tensor:
         if self.mesh.device.type == "cuda":
@@ -277,7 +281,7 @@ class DeepSpeedZeRO(Engine):
             self.zero.update_lp_params()
         elif self.stage > 0:
             for parts, master in zip(self.zero.parallel_partitioned_bit16_groups, self.masters, strict=True):
-                parts[self.mesh.dp.rank].data.copy_(master.data)
+                parts[self.mesh.data.rank].data.copy_(master.data)
             all_gather_dp_groups(
                 groups_flat=self.zero.bit16_groups_flat,
                 partitioned_param_groups=self.zero.parallel_partitioned_bit16_groups,

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from megatron_lite.config import Config, OptimConfig
 from megatron_lite.distributed import shard
-from megatron_lite.distributed.mesh import Mesh
+from megatron_lite.distributed.mesh import Axis, Mesh
 from megatron_lite.distributed.shard import Piece
 from megatron_lite.engines.matrices import WholeMatrices
 from megatron_lite.engines.optim import build_adamw, gradient_norm, scale_gradients
@@ -63,13 +63,23 @@ class Engine(ABC):
         """Accumulate one micro batch's gradients; ``last``: no other follows in this step."""
 
     def finish_gradients(self) -> Tensor:
-        """Wait for the reduction over dp; the norm of the global gradient, the same on every rank."""
+        """Wait for the reduction over the data axis; the norm of the global gradient, the same on every rank."""
         return self.norm()
 
     def norm(self) -> Tensor:
         """The norm of the global gradient from everybody's part of it."""
-        parts = ((gradient, self.specs[name]) for name, gradient in self.local_gradients().items())
-        return gradient_norm(parts, self.mesh.tp, self.mesh.dp_shard)
+        parts = ((gradient, self.copies(name)) for name, gradient in self.local_gradients().items())
+        return gradient_norm(parts, self.mesh.world)
+
+    def copies(self, name: str) -> int:
+        """How many ranks hold the same part of a gradient, once it is reduced."""
+        spec, mesh = self.specs[name], self.mesh
+        parts = mesh.pp.size * mesh.dp_shard.size * (mesh.axis(spec.axis).size if spec.dim is not None else 1)
+        return mesh.world.size // parts
+
+    def axis(self, name: str) -> Axis:
+        """The axis that a parameter is split over."""
+        return self.mesh.axis(self.specs[name].axis)
 
     def clip(self, norm: Tensor, limit: float) -> None:
         """Scale every gradient by min(1, limit / norm)."""

@@ -56,11 +56,11 @@ class FullyShardedDataParallel(Engine):
         model.to_empty(device=self.mesh.device)
 
     def piece(self, name: str, tensor: Tensor) -> Piece:
-        spec, tp, dp = self.specs[name], self.mesh.tp, self.mesh.dp_shard
-        rows, *others = spec.stored.local_shape(tp.size)
+        spec, axis, dp = self.specs[name], self.axis(name), self.mesh.dp_shard
+        rows, *others = spec.stored.local_shape(axis.size)
         # FSDP2 cuts as torch.chunk does: equal parts, the last ones shorter or empty.
         first = min(rows, -(-rows // dp.size) * dp.rank)
-        return spec.piece(tensor, tp, first * math.prod(others))
+        return spec.piece(tensor, axis, first * math.prod(others))
 
     def backward(self, loss: Tensor, *, last: bool) -> None:
         model: Any = self.model

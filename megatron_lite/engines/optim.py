@@ -71,25 +71,16 @@ def learning_rate(config: OptimConfig, step: int, steps: int) -> float:
 
 
 @torch.no_grad()
-def gradient_norm(gradients: Iterable[tuple[Tensor, ShardSpec]], tp: Axis, dp_shard: Axis) -> Tensor:
-    """L2 norm of the global gradient, each element counted once: a scalar all-reduced over tp, then over dp_shard.
+def gradient_norm(gradients: Iterable[tuple[Tensor, int]], world: Axis) -> Tensor:
+    """L2 norm of the global gradient, each element counted once: a scalar, all-reduced over the world.
 
-    Along tp, parameters that are split are summed; a replicated one is the same on each rank and counts once. Along
-    dp_shard (size 1 where gradients are not divided) every element is on one rank only.
+    With each gradient comes the number of ranks that hold the same part of it, by which its squares are divided.
     """
-    split: list[Tensor] = []
-    whole: list[Tensor] = []
-    for gradient, spec in gradients:
-        (split if spec.dim is not None else whole).append(gradient)
-
-    def squared(tensors: list[Tensor]) -> Tensor:
-        if not tensors:
-            return torch.zeros(())
-        return torch.stack(torch._foreach_norm(tensors)).to(torch.float64).square().sum()
-
-    device = (split or whole)[0].device
-    total = comm.all_reduce(squared(split).to(device), tp) + squared(whole).to(device)
-    return comm.all_reduce(total, dp_shard).sqrt()
+    held: dict[int, list[Tensor]] = {}
+    for gradient, copies in gradients:
+        held.setdefault(copies, []).append(gradient)
+    sums = [torch.stack(torch._foreach_norm(some)).double().square().sum() / copies for copies, some in held.items()]
+    return comm.all_reduce(torch.stack(sums).sum(), world).sqrt()
 
 
 @torch.no_grad()

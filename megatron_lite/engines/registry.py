@@ -22,7 +22,7 @@ ENGINES = {
 
 def build_engine(model: nn.Module, config: Config, mesh: Mesh) -> Engine:
     """The engine that the config asks for; where nothing is divided, ``ddp``."""
-    name = config.parallel.engine if mesh.dp.size > 1 else "ddp"
+    name = config.parallel.engine if mesh.data.size > 1 else "ddp"
     if name == "fsdp" and mesh.dp_shard.size == 1:
         name = "ddp"
     if name == "deepspeed":

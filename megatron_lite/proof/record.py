@@ -142,9 +142,8 @@ def record(
         result = trainer.train_step(next(loader))
         forward: Record = {}
         for i, size in enumerate(sizes):
-            total = comm.all_reduce(size.clone(), mesh.dp)
-            whole = comm.all_reduce(total, mesh.tp)
-            forward[f"block outputs/blocks.{i}"] = whole / (1 if trainer.model.sp else mesh.tp.size)
+            whole = comm.all_reduce(size.clone(), mesh.world)
+            forward[f"block outputs/blocks.{i}"] = whole / (1 if trainer.model.sp else mesh.copies)
         forward["loss/loss"] = torch.tensor(result.loss, dtype=torch.float64)
         yield {**forward, **noted}
     loader.close()

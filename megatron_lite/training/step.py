@@ -67,7 +67,7 @@ class Trainer:
         with torch.device("meta"):
             self.model = Decoder(config.model, mesh.tp, sp=plan.sp)
         peft.apply(self.model, config.peft, self.compute_dtype)
-        shard.check_model(self.model, mesh.tp.size)
+        shard.check_model(self.model, mesh)
         _name_axes(self.model)
         apply_recompute(self.model.blocks, config.parallel.recompute)
         if config.parallel.offload_activations:
@@ -98,7 +98,7 @@ class Trainer:
         """
         state, mesh, step = self.state, self.mesh, self.state.step + 1
         counts = torch.stack([self.task.count(batch) for batch in micro_batches]).sum()
-        tokens = comm.all_reduce(counts, mesh.dp).clamp(min=1)  # without any target, the loss and gradients are 0
+        tokens = comm.all_reduce(counts, mesh.data).clamp(min=1)  # without any target, the loss and gradients are 0
 
         total = torch.zeros((), dtype=torch.float64, device=mesh.device)
         for i, batch in enumerate(micro_batches):
@@ -109,9 +109,9 @@ class Trainer:
             total += loss.detach()
 
         norm = self.engine.finish_gradients()
-        # Every tp rank holds the same loss: divided by tp, the sum over the world is the sum over dp.
+        # One all-reduce for all: divided by its copies, the loss's sum over the world is that over the data axis.
         said = total.new_zeros(2 + (mesh.world.size if busy is not None else 0))
-        said[0], said[1] = total / mesh.tp.size, float(stop)
+        said[0], said[1] = total / mesh.copies, float(stop)
         if busy is not None:
             said[2 + mesh.world.rank] = busy
         loss_value, stops, *everyone = comm.read(comm.all_reduce(said, mesh.world))
@@ -152,7 +152,7 @@ class Trainer:
             for batch in micro_batches:
                 sums[0] += self.loss(batch, training=False)
                 sums[1] += self.task.count(batch)
-        total, count = comm.all_reduce(sums, self.mesh.dp).tolist()
+        total, count = comm.all_reduce(sums, self.mesh.data).tolist()
         return total / max(count, 1)
 
     def sample(self, tokenizer: Tokenizer, files: Mapping[str, bytes]) -> str | None:

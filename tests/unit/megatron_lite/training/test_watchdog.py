@@ -20,7 +20,7 @@ def one_rank_stays_out(rank: int, size: int) -> tuple[dict, float]:
     mesh = build_mesh({"dp_shard": 2, "tp": 2}, torch.device("cpu"))
     assert mesh is not None
     limit_waits(1.0)
-    for axis in (mesh.world, mesh.tp, mesh.dp, mesh.tp.of("blocks.0")):
+    for axis in (mesh.world, mesh.tp, mesh.data, mesh.tp.of("blocks.0")):
         comm.all_reduce(torch.ones(3), axis)
     began = time.monotonic()
     if rank != 1:
