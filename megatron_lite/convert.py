@@ -17,10 +17,7 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeR
 
 from megatron_lite import checkpoint, peft
 from megatron_lite.checkpoint import inspect as look
-from megatron_lite.checkpoint.adapters.merge import Merged
 from megatron_lite.checkpoint.adapters.peft_folder import adapter_state
-from megatron_lite.checkpoint.adapters.peft_lora import export_lora
-from megatron_lite.checkpoint.adapters.peft_prefix import export_prefix
 from megatron_lite.checkpoint.formats import open_peft, open_source
 from megatron_lite.checkpoint.formats.deepspeed import DeepSpeedSource, is_deepspeed
 from megatron_lite.checkpoint.formats.hf import HuggingFaceSource, export, is_hugging_face, read_model
@@ -29,7 +26,7 @@ from megatron_lite.checkpoint.rewrite import Advance, rewrite
 from megatron_lite.checkpoint.rewrite import diff as compare
 from megatron_lite.checkpoint.source import Average, CheckpointSource, Source
 from megatron_lite.checkpoint.storage import amount
-from megatron_lite.config import PeftConfig, PrefixConfig, model_section, parse_model, yaml_text
+from megatron_lite.config import PeftConfig, model_section, parse_model, yaml_text
 from megatron_lite.distributed.mesh import Axis
 from megatron_lite.distributed.shard import materialize, pieces_of
 from megatron_lite.errors import CheckpointError, ConfigError, MegatronLiteError
@@ -46,7 +43,6 @@ from megatron_lite.models.decoder import Decoder
 from megatron_lite.training import allocator
 
 BLOCK_BYTES = 32 << 20
-EXPORTS = {"lora": export_lora, "prefix": export_prefix}
 EXPORT_DTYPES = {"stored": None, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -171,7 +167,8 @@ def merge_adapter(
             print(
                 f"note: model.{key} is {getattr(opened.model, key)}, as {opened.path} was trained; its base has {there}"
             )
-        merged = Merged(under, opened, sign=-1 if unmerge else 1)
+        assert opened.peft is not None
+        merged = opened.peft.merged(under, opened, sign=-1 if unmerge else 1)
         if to == "ours":
             _write(merged, destination, 0, *weights_only(merged), 1, BLOCK_BYTES)
         else:
@@ -207,8 +204,8 @@ def _as_peft_computes(folder: Path, base: Source, adapter: Source) -> str:
         return "its logits were not compared with the peft library's: the base is no Hugging Face folder"
     if importlib.util.find_spec("peft") is None:
         return "its logits were not compared: the peft library is not installed"
-    prefix = adapter.peft.length if isinstance(adapter.peft, PrefixConfig) else 0
-    tokens = some_tokens(base.model, base.model.max_seq_len - prefix)
+    assert adapter.peft is not None
+    tokens = some_tokens(base.model, base.model.max_seq_len - adapter.peft.num_positions)
     with torch.no_grad(), in_silence():
         try:
             from peft import PeftModel
@@ -263,10 +260,10 @@ def export_peft(adapter: Path, destination: Path, base: Path | None, *, trust: b
                 f"{opened.path} was trained with {told}, which their format cannot say; merge_adapter can"
             )
         assert opened.peft is not None
-        kind = opened.peft.method
-        if kind not in EXPORTS:
-            raise CheckpointError(f"{opened.path}: peft.method={kind}: of {', '.join(EXPORTS)} there are theirs")
-        written = EXPORTS[kind](opened, under, destination)
+        if opened.peft.peft_type is None:
+            known = ", ".join(name for name, method in peft.METHODS.items() if method.peft_type is not None)
+            raise CheckpointError(f"{opened.path}: peft.method={opened.peft.method}: of {known} there are theirs")
+        written = opened.peft.to_peft(opened, under, destination)
         with contextlib.closing(open_peft(destination, under)) as again:
             again.compare(written)
         size, told = sum(tensor.nbytes for tensor in written.values()), _as_peft_computes(destination, under, opened)

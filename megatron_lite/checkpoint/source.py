@@ -23,6 +23,7 @@ from megatron_lite.config import PRECISIONS, ModelConfig, PeftConfig, parse_mode
 from megatron_lite.data.ends import named_ends, with_ends
 from megatron_lite.distributed.shard import Piece, Tile
 from megatron_lite.errors import CheckpointError, ConfigError
+from megatron_lite.peft import METHODS
 
 
 class Info(NamedTuple):
@@ -113,7 +114,7 @@ class Source(ABC):
 
 
 _BLOCK_BYTES = 32 << 20
-_PADDED = ("embedding.weight", "head.weight", "embedding.lora_embedding_a", "head.lora_head_b")
+_PADDED = ("embedding.weight", "head.weight", *(name for method in METHODS.values() for name in method.vocabulary))
 _VOCABULARY = tuple(f"model.{name}" for name in _PADDED)
 
 

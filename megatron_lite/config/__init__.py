@@ -6,15 +6,7 @@ valid one.
 
 from megatron_lite.config.launch import SlurmConfig
 from megatron_lite.config.model import CHANGEABLE, ModelConfig, RopeScaling
-from megatron_lite.config.peft import (
-    METHODS,
-    PACKED_BLOCK,
-    PACKED_BYTES,
-    AdapterConfig,
-    LoRAConfig,
-    PeftConfig,
-    PrefixConfig,
-)
+from megatron_lite.config.peft import PeftConfig
 from megatron_lite.config.reading import (
     apply_overrides,
     load_config,
@@ -35,3 +27,4 @@ from megatron_lite.config.training import (
     TrainConfig,
 )
 from megatron_lite.config.tree import Config
+from megatron_lite.peft.method import PACKED_BLOCK, PACKED_BYTES

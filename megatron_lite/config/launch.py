@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
-from megatron_lite.config.section import Integer, Positive, Section
+from megatron_lite.section import Integer, Positive, Section
 
 
 def _as_written(value: Any) -> Any:

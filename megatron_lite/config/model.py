@@ -7,9 +7,9 @@ from typing import Any, Literal
 
 from pydantic import model_validator
 
-from megatron_lite.config.section import Positive, PositiveFloat, Probability, Section, number
 from megatron_lite.families import FAMILIES
 from megatron_lite.families.family import Family
+from megatron_lite.section import Positive, PositiveFloat, Probability, Section, number
 
 _FOLLOWS: Any = None  # filled in from the family and the other sizes where it is not given
 

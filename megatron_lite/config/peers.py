@@ -8,9 +8,9 @@ from collections.abc import Iterator
 from functools import cache
 from typing import Any, get_args
 
-from megatron_lite.config.peft import METHODS
-from megatron_lite.config.section import Section
 from megatron_lite.config.tree import Config
+from megatron_lite.peft import METHODS
+from megatron_lite.section import Section
 
 # Ours, with the value that says the same where theirs is a switch, and theirs.
 _THEIRS = {
@@ -144,6 +144,8 @@ _THEIRS = {
     "peft.base_dtype": "quantization_bit quantization_config bnb_4bit_quant_type",
 }
 
+_METHODS = " or ".join(", ".join(METHODS).rsplit(", ", 1))  # as in a sentence
+
 # What is no key here, and what to do about it.
 _OTHERWISE = {
     "gradient_accumulation_steps gradient_accumulation batch_accumulation_per_replica accumulate_grad_batches": (
@@ -183,7 +185,7 @@ _OTHERWISE = {
     "distributed_backend ddp_backend backend": "it follows from the device",
     "num_nodes nnodes num_machines": "launch run --nodes=N takes N hosts",
     "optimizer": "the section is optim here, and what it is optim.name",
-    "adapter": "a method is peft.method=lora, adapter or prefix; an adapter to start from is init.adapter",
+    "adapter": f"a method is peft.method={_METHODS}; an adapter to start from is init.adapter",
     "batch_size": "of a rank train.micro_batch_size, of all and a step train.global_batch_size",
     "per_device_eval_batch_size eval_batch_size eval_micro_batch_size": "as in training: train.micro_batch_size",
 }

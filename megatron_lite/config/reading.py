@@ -14,9 +14,10 @@ from megatron_lite.cli import nearest, of_the_hub
 from megatron_lite.config import yaml_text
 from megatron_lite.config.model import ModelConfig
 from megatron_lite.config.peers import meant, meant_value
-from megatron_lite.config.peft import METHODS, PeftConfig
+from megatron_lite.config.peft import PeftConfig
 from megatron_lite.config.tree import Config
 from megatron_lite.errors import ConfigError
+from megatron_lite.peft import METHODS
 
 
 def find_file(name: str, folder: str = "") -> Path:

@@ -8,7 +8,7 @@ from pydantic import AfterValidator, Field
 
 from megatron_lite.cli import nearest
 from megatron_lite.config.model import CHANGEABLE
-from megatron_lite.config.section import (
+from megatron_lite.section import (
     Count,
     Integer,
     NonNegativeFloat,

@@ -9,7 +9,6 @@ from pydantic import model_validator
 from megatron_lite.config.launch import LaunchConfig
 from megatron_lite.config.model import ModelConfig
 from megatron_lite.config.peft import PeftConfig
-from megatron_lite.config.section import Section
 from megatron_lite.config.training import (
     CheckpointConfig,
     DataConfig,
@@ -19,6 +18,7 @@ from megatron_lite.config.training import (
     RunConfig,
     TrainConfig,
 )
+from megatron_lite.section import Section
 
 
 class Config(Section):

@@ -11,7 +11,7 @@ import torch
 from megatron_lite import checkpoint, peft
 from megatron_lite.checkpoint import CheckpointSource, Source
 from megatron_lite.cli import nearest
-from megatron_lite.config import ModelConfig, PrefixConfig
+from megatron_lite.config import ModelConfig
 from megatron_lite.data.ends import named_ends, with_ends
 from megatron_lite.data.tokenizer import MAIN
 from megatron_lite.distributed.mesh import Axis, Mesh
@@ -19,7 +19,6 @@ from megatron_lite.distributed.shard import materialize, pieces_of, spec_of
 from megatron_lite.errors import CheckpointError, ConfigError
 from megatron_lite.layers.context import DTYPES
 from megatron_lite.models.decoder import Decoder
-from megatron_lite.peft.prefix import fold
 from megatron_lite.planning.checks import check_tp, packing_mistakes
 
 
@@ -70,8 +69,7 @@ class Models:
         adapter.check_adapter(trained_shapes(model))
         materialize(model, self.mesh.device, dict(self.by_name[None].named_parameters()))
         self._load(adapter, model, [name for name, p in model.named_parameters() if p.requires_grad])
-        if isinstance(adapter.peft, PrefixConfig):
-            fold(model, self.compute)
+        adapter.peft.fold(model, self.compute)
         return model
 
     def _load(self, source: Source, model: Decoder, names: Collection[str]) -> None:

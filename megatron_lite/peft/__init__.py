@@ -1,38 +1,43 @@
-"""Parameter-efficient fine-tuning: the model's own weights stay as they are, a method adds the few that are trained.
+"""Parameter-efficient fine-tuning: the model's own weights stay frozen, a method adds the few that are trained.
 
-A method is one function that puts its modules into a model whose parameters are frozen already: on the meta device,
-sharded as their specs say, before any engine sees it.
+``METHODS`` is the only list of methods. The config's ``peft`` section, ``apply``, merging and the peft library's
+folders all go by it. No torch at import (``method.py`` says why).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import nn
+from megatron_lite.peft.adapter import AdapterConfig
+from megatron_lite.peft.lora import LoRAConfig
+from megatron_lite.peft.method import PeftMethod
+from megatron_lite.peft.prefix import PrefixConfig
 
-from megatron_lite.config import PeftConfig
-from megatron_lite.layers.linear import ColumnParallelLinear, RowParallelLinear
-from megatron_lite.peft.adapter import add_adapters
-from megatron_lite.peft.lora import add_lora
-from megatron_lite.peft.prefix import add_prefix
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
 
-METHODS: dict[str, Callable[[Any, Any], None]] = {"lora": add_lora, "adapter": add_adapters, "prefix": add_prefix}
-_DTYPES: dict[str | None, torch.dtype] = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+METHODS: dict[str, type[PeftMethod]] = {
+    "lora": LoRAConfig,
+    "adapter": AdapterConfig,
+    "prefix": PrefixConfig,
+}
 
 
-def apply(model: nn.Module, config: PeftConfig | None, compute: torch.dtype) -> None:
-    """Make a model what is trained. With a method: its weights frozen, in ``base_dtype`` or what is computed in, and
-    the method's own parameters, in float32 or better, the only ones that want a gradient. Without: all of that kind.
+def apply(model: nn.Module, config: PeftMethod | None, compute: torch.dtype) -> None:
+    """Prepare what is trained. With a method: freeze the model, stored in ``base_dtype`` or ``compute``, and insert the
+    method's parameters, the only ones with a gradient, in float32 or better. Without: all weights in float32 or better.
     """
+    import torch
+
     master = torch.promote_types(compute, torch.float32)
     if config is None:
         model.to(master)
         return
-    model.requires_grad_(False).to(_DTYPES.get(config.base_dtype, compute))
+    stored = {"float32": torch.float32, "bfloat16": torch.bfloat16}.get(config.base_dtype or "", compute)
+    model.requires_grad_(False).to(stored)
     with next(model.parameters()).device:
-        METHODS[config.method](model, config)
+        config.insert(model)
     pack_base(model, config.packing)
     for parameter in model.parameters():
         if parameter.requires_grad:
@@ -40,7 +45,9 @@ def apply(model: nn.Module, config: PeftConfig | None, compute: torch.dtype) -> 
 
 
 def pack_base(model: Any, packing: str | None) -> None:
-    """Store the frozen linears inside the blocks packed, where ``packing`` says so, before they get their numbers."""
+    """Store the frozen linears inside the blocks in 8 or 4 bits, where ``packing`` says so, before they are filled."""
+    from megatron_lite.layers.linear import ColumnParallelLinear, RowParallelLinear
+
     if packing is None:
         return
     for module in model.blocks.modules():

@@ -2,37 +2,42 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal
 
-import torch.nn.functional as F
-from torch import Tensor, nn
+from megatron_lite.peft.method import PeftMethod
+from megatron_lite.section import PositiveFloat, Width
 
-from megatron_lite.config import AdapterConfig
-from megatron_lite.distributed.mesh import Axis
-from megatron_lite.layers.linear import ColumnParallelLinear, RowParallelLinear
+if TYPE_CHECKING:
+    from megatron_lite.config import Config, ModelConfig
 
 
-class Bottleneck(nn.Module):
-    """``added + scale · up(gelu(down(x)))``, x being ``added`` itself or, ``parallel``, what the half started from.
+class AdapterConfig(PeftMethod):
+    """Bottlenecks of ``size`` units between the frozen layers, which start as the identity.
 
-    Both [tokens (/ tp under sp), hidden] → the same. ``up`` starts at zero, so the whole as the identity. ``down`` is
-    column-parallel, ``up`` row-parallel; collectives are theirs.
+    ``placement``: ``houlsby`` after attention and after the MLP (Houlsby et al. 2019), ``pfeiffer`` after the MLP alone
+    (Pfeiffer et al. 2021), ``parallel`` beside the MLP (He et al. 2022). ``scale``: of what they add.
     """
 
-    def __init__(self, hidden: int, config: AdapterConfig, tp: Axis, *, sp: bool, std: float) -> None:
-        super().__init__()
-        self.parallel, self.scale = config.placement == "parallel", config.scale
-        self.down = ColumnParallelLinear(hidden, config.size, tp, bias=True, sp=sp, std=std)
-        self.up = RowParallelLinear(config.size, hidden, tp, bias=True, sp=sp, std=0.0)
+    method: Literal["adapter"]
+    size: Width = 64
+    placement: Literal["houlsby", "pfeiffer", "parallel"] = "houlsby"
+    scale: PositiveFloat = 1.0
 
-    def forward(self, start: Tensor, added: Tensor) -> Tensor:
-        return added + self.scale * self.up(F.gelu(self.down(start if self.parallel else added), approximate="tanh"))
+    @property
+    def halves(self) -> tuple[str, ...]:
+        """The halves of a block that have a bottleneck."""
+        return ("attention", "mlp") if self.placement == "houlsby" else ("mlp",)
 
+    def matched(self, model: ModelConfig) -> list[str]:
+        return [f"blocks.{i}.{half}" for i in range(model.num_layers) for half in self.halves]
 
-def add_adapters(model: Any, config: AdapterConfig) -> None:
-    """Give every block its bottlenecks."""
-    sizes, places = model.config, ("attention", "mlp") if config.placement == "houlsby" else ("mlp",)
-    for block in model.blocks:
-        for place in places:
-            bottleneck = Bottleneck(sizes.hidden_size, config, model.tp, sp=model.sp, std=sizes.init_std)
-            setattr(block, f"{place}_adapter", bottleneck)
+    def mistakes(self, config: Config) -> list[str]:
+        tp = config.parallel.tp
+        return [f"peft.size={self.size} is not a multiple of parallel.tp={tp}"] if self.size % tp else []
+
+    def insert(self, model: Any) -> None:
+        from megatron_lite.peft.adapter_modules import Bottleneck
+
+        for block in model.blocks:
+            for half in self.halves:
+                setattr(block, f"{half}_adapter", Bottleneck(model, self))

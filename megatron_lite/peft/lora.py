@@ -1,274 +1,120 @@
-"""LoRA (Hu et al. 2021) and DoRA (Liu et al. 2024) on linears that are split over tensor-parallel ranks.
-
-``W + s B A``, A [r, in] and B [out, r] sharded as W is: where W's rows are split, so are B's, and A is replicated;
-where its columns are, A's are, and B is replicated. ``low = x A^T`` [tokens, r] travels as r more columns of the tensor
-that the linear gathers or reduces anyway, so an adapted linear makes the collectives of a plain one and no others, but
-for two: under sequence parallelism the gradient of the replicated factor is summed over tp, as that of a norm is; and
-DoRA sums the squares of a row's parts. The base's weight gets no gradient, and its input is not kept for one.
-
-The model fuses q, k, v and gate, up; each has factors of its own, which add to its own columns.
-"""
+"""LoRA (Hu et al. 2021) and DoRA (Liu et al. 2024): low-rank updates of linears and of the embedding."""
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Callable, Iterator, Sequence
-from itertools import accumulate
-from typing import Any, NamedTuple
+import math
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
-import torch
-from torch import Tensor, nn
+from pydantic import Field
 
-from megatron_lite.config import LoRAConfig
-from megatron_lite.distributed import comm, random
-from megatron_lite.distributed.shard import ShardSpec, attach, spec_of
-from megatron_lite.families.family import linears
-from megatron_lite.layers import matmul
-from megatron_lite.layers.embedding import VocabParallelEmbedding
-from megatron_lite.layers.linear import ColumnParallelLinear, RowParallelLinear, product
-from megatron_lite.layers.projection import VocabProduct, add_product
+from megatron_lite.families import targets
+from megatron_lite.peft.method import PeftMethod, unlike
+from megatron_lite.section import PositiveFloat, Probability, Width
 
+if TYPE_CHECKING:
+    import torch
 
-class Update(NamedTuple):
-    """What is added to ``length`` local rows of a linear's weight from ``start`` on; parameters are ``lora_NAME_…``."""
-
-    name: str
-    start: int
-    length: int
-    r: int
-    scale: float
+    from megatron_lite.checkpoint.adapters.peft_folder import PeftSource
+    from megatron_lite.checkpoint.source import CheckpointSource, Source
+    from megatron_lite.config import Config, ModelConfig
 
 
-class _Adapted(nn.Module):
-    """What the adapted linears share. ``site``: a number of its own for each one's dropout masks."""
+class LoRAConfig(PeftMethod):
+    """Low-rank updates of linears (Hu et al. 2021): W + alpha / r · B A, and with ``rslora`` alpha / √r (Kalajdzievski
+    2023).
 
-    updates: list[Update]
-    weight: nn.Parameter
-    matrix: Callable[[torch.dtype], Tensor]
-
-    def adapt(self, name: str, updates: list[Update], config: LoRAConfig) -> None:
-        """Take in the factors' shapes and the rest of the config."""
-        self.updates, self.dropout, self.dora = updates, config.dropout, config.dora
-        self.site = int.from_bytes(hashlib.sha256(name.encode()).digest()[:6], "little")
-
-    def add(self, name: str, spec: ShardSpec, size: int, init: float | str) -> None:
-        """One more trained parameter, this rank's part of it."""
-        parameter = nn.Parameter(torch.empty(spec.local_shape(size)))
-        self.register_parameter(name, attach(parameter, spec, init))
-
-    def factors(self, kind: str, dtype: torch.dtype) -> list[Tensor]:
-        """All ``a``, all ``b`` or all magnitudes (``m``), in order."""
-        return [getattr(self, f"lora_{update.name}_{kind}").to(dtype) for update in self.updates]
-
-    def a(self, dtype: torch.dtype) -> Tensor:
-        """A of all updates, one below the other: [sum of r, in]."""
-        factors = self.factors("a", dtype)
-        return factors[0] if len(factors) == 1 else torch.cat(factors)
-
-    def b(self, dtype: torch.dtype) -> Tensor:
-        """s B of all updates, each in its own rows and columns: [rows, sum of r]."""
-        scaled = [update.scale * b for update, b in zip(self.updates, self.factors("b", dtype), strict=True)]
-        return scaled[0] if len(scaled[0]) == len(self.weight) else torch.block_diag(*self._filled(scaled, (0,)))
-
-    def _filled(self, parts: Sequence[Tensor], shape: tuple[int, ...], value: float = 0.0) -> Iterator[Tensor]:
-        """What belongs to the rows of each update, and to rows without one ``value`` in ``shape`` a row."""
-        row = 0
-        for update, part in zip(self.updates, parts, strict=True):
-            yield part.new_full((update.start - row, *shape), value)
-            yield part
-            row = update.start + update.length
-        yield parts[0].new_full((len(self.weight) - row, *shape), value)
-
-    def dropped(self, x: Tensor, seed: int | None, split: int) -> Tensor:
-        """``x`` as A sees it; ``split``: the rank where ranks hold different parts of it."""
-        if self.dropout == 0.0 or seed is None:
-            return x
-        return random.dropout(x, self.dropout, random.mix(seed, self.site, split))
-
-    @torch.no_grad()
-    def lengths(self, a: Tensor, b: Tensor) -> Tensor:
-        """The squared lengths of this rank's part of the rows of W and of W + s B A, [2, rows], from products with A
-        alone: neither B A nor the sum is made."""
-        weight = self.matrix(a.dtype)
-        plain = torch.linalg.vector_norm(weight, dim=1, dtype=torch.promote_types(a.dtype, torch.float32)).square()
-        return torch.stack((plain, plain + (b * (2 * matmul.linear(weight, a) + b @ (a @ a.t()))).sum(1)))
-
-    def magnitude(self, lengths: Tensor, trained: Sequence[Tensor]) -> Tensor:
-        """What each row's output is multiplied by, [rows]: the trained magnitude, which is relative to the frozen row's
-        length, over the length of the updated row, a constant in backward (section 4.3 there)."""
-        ratio = (lengths[0] / lengths[1]).sqrt().to(trained[0].dtype)
-        return ratio * torch.cat(list(self._filled(trained, (), 1.0)))
-
-
-class _AddProduct(torch.autograd.Function):
-    """``y += low b^T``, in place: no other pass over what is as large as y."""
-
-    @staticmethod
-    def forward(ctx: Any, y: Tensor, low: Tensor, b: Tensor) -> Tensor:
-        ctx.mark_dirty(y)
-        ctx.save_for_backward(low, b)
-        return y.add_(matmul.linear(low, b)) if matmul.through_float32(low, b) else y.addmm_(low, b.t())
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        low, b = ctx.saved_tensors
-        return grad, matmul.linear(grad, b.t()), matmul.linear(low.t(), grad.t()).t()
-
-
-def _plus(y: Tensor, low: Tensor, b: Tensor) -> Tensor:
-    """``y + low b^T``."""
-    return y + product(low, b) if matmul.through_float32(low, b) else torch.addmm(y, low, b.t())
-
-
-class UpdatedProduct(VocabProduct):
-    """``hidden W^T + low b^T``, for the head."""
-
-    def __init__(self, wanted: tuple[bool, ...], hidden: Tensor, weight: Tensor, low: Tensor, b: Tensor) -> None:
-        super().__init__(wanted, hidden, weight)
-        self.low, self.b = low.to(self.hidden.dtype), b.to(self.hidden.dtype)
-        self.grad_low = self.grad_b = None
-        if self.grad_hidden is not None:
-            self.grad_low, self.grad_b = torch.zeros_like(self.low), torch.zeros_like(self.b, dtype=self.precise)
-
-    def logits(self, tokens: slice | Tensor, into: Tensor) -> None:
-        super().logits(tokens, into)
-        into.addmm_(self.low[tokens], self.b.t())
-
-    def accumulate(self, tokens: slice | Tensor, grad: Tensor) -> None:
-        super().accumulate(tokens, grad)
-        assert self.grad_low is not None and self.grad_b is not None
-        self.grad_low[tokens] = matmul.linear(grad, self.b.t())
-        add_product(self.grad_b, grad, self.low[tokens])
-
-    def gradients(self) -> list[Tensor | None]:
-        return [*super().gradients(), self.grad_low, self.grad_b]
-
-
-class LoRAColumnLinear(_Adapted, ColumnParallelLinear):
-    """A column-parallel linear with updates: A replicated, B split as W's rows are.
-
-    Forward: ``low`` of this rank's tokens joins x in its all-gather (``sp``). Backward: their gradients are
-    reduce-scattered (``sp``) or all-reduced together.
+    ``targets``: q, k, v, o, gate, up, down, embedding, head, or globs over whole names (``blocks.[0-3].mlp.*``).
+    ``ranks``, ``alphas``: another r or alpha for what a pattern matches; the first match counts. ``dropout``: on the
+    input of A. ``dora``: train direction and magnitude apart (Liu et al. 2024).
     """
 
-    product_kind = UpdatedProduct
+    vocabulary: ClassVar[tuple[str, ...]] = ("embedding.lora_embedding_a", "head.lora_head_b")
+    peft_type: ClassVar[str | None] = "LORA"
 
-    def __init__(self, base: ColumnParallelLinear, name: str, updates: list[Update], config: LoRAConfig) -> None:
-        nn.Module.__init__(self)
-        self.tp, self.sp, self.weight, self.bias = base.tp, base.sp, base.weight, base.bias
-        self.adapt(name, updates, config)
-        size, width = self.tp.size, self.weight.shape[1]
-        for update in updates:
-            rows = update.length * size
-            self.add(f"lora_{update.name}_a", ShardSpec((update.r, width)), size, (3 * width) ** -0.5)
-            self.add(f"lora_{update.name}_b", ShardSpec((rows, update.r), dim=0), size, 0.0)
-            if self.dora:
-                self.add(f"lora_{update.name}_m", ShardSpec((rows,), dim=0), size, "ones")
+    method: Literal["lora"]
+    targets: Annotated[list[str], Field(min_length=1)] = ["q", "k", "v", "o", "gate", "up", "down"]
+    r: Width = 8
+    alpha: PositiveFloat = 16.0
+    ranks: dict[str, Width] = {}
+    alphas: dict[str, PositiveFloat] = {}
+    dropout: Probability = 0.0
+    rslora: bool = False
+    dora: bool = False
 
-    def low(self, x: Tensor, seed: int | None) -> Tensor:
-        """x A^T of the tokens here."""
-        a = self.a(x.dtype)
-        split = self.tp.rank if self.sp else 0
-        return product(self.dropped(x, seed, split), comm.copy_to(a, self.tp) if self.sp else a)
+    def rank_of(self, name: str) -> int:
+        """r of one linear."""
+        return next((r for pattern, r in self.ranks.items() if targets.matches(pattern, name)), self.r)
 
-    def enter(self, x: Tensor, seed: int | None) -> tuple[Tensor, ...]:
-        x, low = comm.enter_joined(x, self.low(x, seed), self.tp, sp=self.sp)
-        return x, self.weight, low, self.b(x.dtype)
+    def alpha_of(self, name: str) -> float:
+        """alpha of one linear."""
+        return next((a for pattern, a in self.alphas.items() if targets.matches(pattern, name)), self.alpha)
 
-    def rows(self, x: Tensor) -> Tensor:
-        return super().rows(x) + self.low(x, None) @ self.b(x.dtype).t()
+    def scale_of(self, name: str) -> float:
+        """The factor of B A in one linear."""
+        r = self.rank_of(name)
+        return self.alpha_of(name) / (math.sqrt(r) if self.rslora else r)
 
-    def forward(self, x: Tensor, seed: int | None = None) -> Tensor:
-        x, low = comm.enter_joined(x, self.low(x, seed), self.tp, sp=self.sp)
-        b = self.b(x.dtype)
-        bias = None if self.bias is None else self.bias.to(x.dtype)
-        y = comm.apply(_AddProduct, self.product(x, None if self.dora else bias), low, b)
-        if not self.dora:
-            return y
-        y = y * self.magnitude(self.lengths(self.a(x.dtype), b), self.factors("m", x.dtype))
-        return y if bias is None else y + bias
+    def matched(self, model: ModelConfig) -> list[str]:
+        names = targets.linear_names(model)
+        return [name for name in names if any(targets.matches(pattern, name) for pattern in self.targets)]
 
+    def differences(self, there: PeftMethod, model: ModelConfig) -> list[str]:
+        """Compares what the patterns match, not how they are written; dropout matters to training alone."""
+        if not isinstance(there, LoRAConfig):
+            return super().differences(there, model)
+        found = unlike(("dora", "rslora"), there, self)
+        here, other = self.matched(model), there.matched(model)
+        for where, some, rest in (("there", other, here), ("here", here, other)):
+            if only := [name for name in some if name not in rest]:
+                found.append(f"peft.targets: {', '.join(targets.summary(only))} only {where}")
+        both = [name for name in here if name in other]
+        for key, ours, theirs in (("r", self.rank_of, there.rank_of), ("alpha", self.alpha_of, there.alpha_of)):
+            if odd := [name for name in both if not math.isclose(ours(name), theirs(name))]:
+                told = ", ".join(targets.summary(odd))
+                found.append(f"peft.{key} of {told} {theirs(odd[0])} there, {ours(odd[0])} here")
+        return found
 
-class LoRARowLinear(_Adapted, RowParallelLinear):
-    """A row-parallel linear with an update: A split as W's columns are, B replicated.
+    def mistakes(self, config: Config) -> list[str]:
+        return self.unfit(config.model)
 
-    This rank's share of ``low`` joins its share of y in the all-reduce or reduce-scatter (``sp``), and their gradients
-    return in one all-gather (``sp``).
-    """
+    def unfit(self, model: ModelConfig) -> list[str]:
+        """What does not fit a model."""
+        names = targets.linear_names(model)
+        listed = self.targets
+        if "targets" not in self.model_fields_set:
+            listed = [name for name in listed if any(targets.matches(name, one) for one in names)]
+        found, matched = targets.mistakes("peft.targets", listed, names), self.matched(model)
+        if matched:
+            for key in ("ranks", "alphas"):
+                found += targets.mistakes(f"peft.{key}", getattr(self, key), matched)
+        ends = [name for name in targets.ENDS if name in matched]
+        if ends and model.tie_embeddings:
+            found.append(
+                f"peft.targets: {' and '.join(ends)}: model.tie_embeddings makes one tensor of both, and an update of "
+                "one could never be merged into it"
+            )
+        elif ends and self.dora:
+            found.append(f"peft.dora: {' and '.join(ends)}: only linears inside the blocks have magnitudes")
+        return found
 
-    def __init__(self, base: RowParallelLinear, name: str, updates: list[Update], config: LoRAConfig) -> None:
-        nn.Module.__init__(self)
-        self.tp, self.sp, self.weight, self.bias = base.tp, base.sp, base.weight, base.bias
-        self.adapt(name, updates, config)
-        (update,), (rows, width) = updates, spec_of(self.weight).shape
-        self.add(f"lora_{update.name}_a", ShardSpec((update.r, width), dim=1), self.tp.size, (3 * width) ** -0.5)
-        self.add(f"lora_{update.name}_b", ShardSpec((rows, update.r)), self.tp.size, 0.0)
-        if self.dora:
-            self.add(f"lora_{update.name}_m", ShardSpec((rows,)), self.tp.size, "ones")
+    def insert(self, model: Any) -> None:
+        from megatron_lite.peft.lora_modules import add_lora
 
-    @torch._disable_dynamo  # as in comm.apply: a collective that a compiled block must not take in
-    def lengths(self, a: Tensor, b: Tensor) -> Tensor:
-        """Of the whole rows: the sums over tp."""
-        return comm.all_reduce(super().lengths(a, b), self.tp)
+        add_lora(model, self)
 
-    def forward(self, x: Tensor, seed: int | None = None) -> Tensor:
-        a, b = self.a(x.dtype), self.b(x.dtype)
-        low = product(self.dropped(x, seed, self.tp.rank), a)
-        y = self.product(x, None)
-        if self.tp.size > 1:
-            joined = self.reduce(torch.cat((y, low), dim=1))
-            y, low = joined[:, : y.shape[1]], joined[:, y.shape[1] :]
-        y = _plus(y, low, self.replicated(b))
-        if self.dora:
-            (magnitude,) = self.factors("m", x.dtype)
-            y = y * self.magnitude(self.lengths(a, b), [self.replicated(magnitude)])
-        return y if self.bias is None else y + self.replicated(self.bias).to(x.dtype)
+    def merged(self, base: Source, adapter: CheckpointSource, *, sign: int) -> Source:
+        from megatron_lite.checkpoint.adapters.merge import Merged
 
+        return Merged(base, adapter, sign=sign)
 
-class LoRAEmbedding(_Adapted, VocabParallelEmbedding):
-    """An embedding with an update: A [vocab, r] split by vocabulary as the table is, B [hidden, r] replicated. What is
-    looked up in A joins what is in the table."""
+    @classmethod
+    def from_peft(cls, folder: Path, base: Source) -> PeftSource:
+        from megatron_lite.peft.lora_folder import LoRASource
 
-    def __init__(self, base: VocabParallelEmbedding, name: str, updates: list[Update], config: LoRAConfig) -> None:
-        nn.Module.__init__(self)
-        self.tp, self.sp, self.weight = base.tp, base.sp, base.weight
-        self.adapt(name, updates, config)
-        (update,), (rows, width) = updates, spec_of(self.weight).shape
-        self.add(f"lora_{update.name}_a", ShardSpec((rows, update.r), dim=0), self.tp.size, (3 * width) ** -0.5)
-        self.add(f"lora_{update.name}_b", ShardSpec((width, update.r)), self.tp.size, 0.0)
+        return LoRASource(folder, base)
 
-    def forward(self, tokens: Tensor, dtype: torch.dtype) -> Tensor:
-        (update,), (a,), (b,) = self.updates, self.factors("a", dtype), self.factors("b", dtype)
-        found = torch.cat((self.look_up(tokens, self.weight, dtype), self.look_up(tokens, a, dtype)), dim=1)
-        joined, width = self.reduce(found), b.shape[0]
-        b = comm.copy_to(b, self.tp) if self.sp else b
-        return _plus(joined[:, :width], joined[:, width:], update.scale * b)
+    def to_peft(self, adapter: Source, base: Source, folder: Path) -> dict[str, torch.Tensor]:
+        from megatron_lite.peft.lora_folder import export_lora
 
-
-def add_lora(model: Any, config: LoRAConfig) -> None:
-    """Put an adapted linear in the place of each that ``targets`` matches. Base parameters keep their names."""
-    matched = config.matched(model.config)
-
-    def adapt(parent: Any, own: str, name: str, parts: Sequence[str], kind: Any) -> None:
-        """``parent.own``, which is ``name`` to us and ``parts``, one below the other, to users."""
-        linear = getattr(parent, own)
-        spec, rows = spec_of(linear.weight), linear.weight.shape[0]
-        lengths = [chunk // linear.tp.size for chunk in spec.chunks] if spec.chunks else [rows]
-        starts = accumulate(lengths, initial=0)
-        updates = [
-            Update(part.rpartition(".")[2], start, length, config.rank_of(part), config.scale_of(part))
-            for part, start, length in zip(parts, starts, lengths, strict=False)
-            if part in matched
-        ]
-        if updates:
-            setattr(parent, own, kind(linear, name, updates, config))
-
-    for block in model.blocks:
-        at = f"blocks.{block.layer}"
-        for linear in linears(model.config):
-            parts = [f"{at}.{linear.half}.{part}" for part in linear.parts]
-            kind = LoRAColumnLinear if linear.split == 0 else LoRARowLinear
-            adapt(getattr(block, linear.half), linear.name.partition(".")[2], f"{at}.{linear.name}", parts, kind)
-    adapt(model, "embedding", "embedding", ["embedding"], LoRAEmbedding)
-    if model.head is not None:
-        adapt(model, "head", "head", ["head"], LoRAColumnLinear)
+        return export_lora(self, adapter, base, folder)

@@ -1,107 +1,83 @@
 """Prefix-Tuning (Li and Liang 2021): trained keys and values that come before the tokens in every layer.
 
 The prefix takes the first positions: tokens stand where they would stand after a prompt of that length, as in the peft
-library, and every query sees all of the prefix, whatever is masked from it otherwise. Prefix keys are not rotated.
+library. Every query sees the whole prefix, whatever else is masked. Prefix keys are not rotated.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-import torch
-from torch import Tensor, nn
+from megatron_lite.peft.method import PeftMethod
+from megatron_lite.section import Width
 
-from megatron_lite.config import PrefixConfig
-from megatron_lite.distributed import comm
-from megatron_lite.distributed.shard import ShardSpec, attach
-from megatron_lite.layers.attention import Attention
-from megatron_lite.layers.linear import product
+if TYPE_CHECKING:
+    import torch
 
-_STD = 0.02  # small values and nearly even attention: the prefix starts out as little as it can
-
-
-def _parameter(spec: ShardSpec, size: int, init: float) -> nn.Parameter:
-    return attach(nn.Parameter(torch.empty(spec.local_shape(size))), spec, init)
+    from megatron_lite.checkpoint.adapters.peft_folder import PeftSource
+    from megatron_lite.checkpoint.source import Source
+    from megatron_lite.config import Config, ModelConfig
 
 
-class Stem(nn.Module):
-    """What the prefixes of all layers start from: with ``reparameterize`` the hidden layer of their MLP, [length,
-    hidden units], the same on every rank; else nothing. Backward sums its gradient over tp."""
-
-    def __init__(self, model: Any, config: PrefixConfig) -> None:
-        super().__init__()
-        self.length, self.tp = config.length, model.tp
-        self.embedding: nn.Parameter | None = None
-        if config.reparameterize is not None:
-            units, width = config.reparameterize, model.config.hidden_size
-            self.embedding = _parameter(ShardSpec((config.length, width)), 1, 1.0)
-            self.weight = _parameter(ShardSpec((units, width)), 1, width**-0.5)
-            self.bias = _parameter(ShardSpec((units,)), 1, 0.0)
-
-    def forward(self, dtype: torch.dtype) -> Tensor | None:
-        if self.embedding is None:
-            return None
-        hidden = product(self.embedding.to(dtype), self.weight.to(dtype), self.bias.to(dtype))
-        return comm.copy_to(hidden.tanh(), self.tp)
-
-
-class Prefix(nn.Module):
-    """One layer's keys and values, each [local kv heads, length, head_dim]: parameters, or made from the stem.
-
-    Split over tp by kv head. Where there are fewer than ranks, every rank holds all and takes the one its queries
-    attend to; backward sums over tp.
+class PrefixConfig(PeftMethod):
+    """``length`` trained keys and values ahead of the tokens in every layer (Li and Liang 2021), which take the first
+    ``length`` positions. ``reparameterize``: train them as the output of an MLP with this many hidden units, which is
+    left out of what is exported.
     """
 
-    def __init__(self, attention: Attention, config: PrefixConfig) -> None:
-        super().__init__()
-        self.tp, self.heads, self.length = attention.tp, attention.num_kv_heads, config.length
-        self.head_dim, self.replicated = attention.head_dim, attention.gathers_kv
-        dim, size = (None if self.replicated else 0), self.tp.size
-        units = config.reparameterize
-        self.keys: nn.Parameter | None = None
-        if units is None:
-            spec = ShardSpec((self.heads, self.length, self.head_dim), dim=dim)
-            self.keys = _parameter(spec, size, _STD)
-            self.values = _parameter(spec, size, _STD)
-        else:
-            width = self.heads * self.head_dim
-            chunks = None if self.replicated else (width, width)
-            self.weight = _parameter(ShardSpec((2 * width, units), dim=dim, chunks=chunks), size, _STD)
-            self.bias = _parameter(ShardSpec((2 * width,), dim=dim, chunks=chunks), size, 0.0)
+    peft_type: ClassVar[str | None] = "PREFIX_TUNING"
 
-    def forward(self, stem: Tensor | None, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        keys, values = self.made(stem, dtype)
-        if self.replicated:
-            own = self.tp.rank * self.heads // self.tp.size
-            return keys[own : own + 1], values[own : own + 1]
-        return keys, values
+    method: Literal["prefix"]
+    length: Width = 16
+    reparameterize: Width | None = None
 
-    def made(self, stem: Tensor | None, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """The keys and values of all heads that this rank holds."""
-        if self.keys is not None:
-            return self._whole(self.keys).to(dtype), self._whole(self.values).to(dtype)
-        assert stem is not None
-        flat = product(stem, self._whole(self.weight).to(dtype), self._whole(self.bias).to(dtype))
-        keys, values = flat.view(self.length, 2, -1, self.head_dim).permute(1, 2, 0, 3)
-        return keys, values
+    @property
+    def num_positions(self) -> int:
+        return self.length
 
-    def _whole(self, parameter: Tensor) -> Tensor:
-        return comm.copy_to(parameter, self.tp) if self.replicated else parameter
+    def matched(self, model: ModelConfig) -> list[str]:
+        return [f"blocks.{i}.attention" for i in range(model.num_layers)]
 
+    def mistakes(self, config: Config) -> list[str]:
+        return self.unfit(config.model, config.data.seq_len, "data.seq_len")
 
-def add_prefix(model: Any, config: PrefixConfig) -> None:
-    """Give every attention its prefix and the model their stem."""
-    model.prefix = Stem(model, config)
-    for block in model.blocks:
-        block.attention.prefix = Prefix(block.attention, config)
+    def unfit(self, model: ModelConfig, tokens: int = 1, called: str = "a token") -> list[str]:
+        """What does not fit a model that reads this many tokens."""
+        needed, limit = self.length + tokens, model.max_seq_len
+        if needed <= limit:
+            return []
+        return [
+            f"peft.length={self.length} + {called}={tokens} = {needed} positions exceed model.max_seq_len={limit}; "
+            "the prefix takes the first"
+        ]
 
+    def insert(self, model: Any) -> None:
+        from megatron_lite.peft.prefix_modules import Prefix, Stem
 
-@torch.no_grad()
-def fold(model: Any, dtype: torch.dtype) -> None:
-    """Put in the place of the MLP that made the prefix what it makes, in ``dtype``: its use was in training."""
-    stem = model.prefix(dtype)
-    made = [block.attention.prefix.made(stem, dtype) for block in model.blocks]
-    add_prefix(model, PrefixConfig(method="prefix", length=model.prefix.length))
-    for block, (keys, values) in zip(model.blocks, made, strict=True):
-        prefix = block.attention.prefix.to(dtype)
-        prefix.keys.data, prefix.values.data = keys.contiguous(), values.contiguous()
+        model.prefix = Stem(model, self)
+        for block in model.blocks:
+            block.attention.prefix = Prefix(block.attention, self)
+
+    def fold(self, model: Any, dtype: torch.dtype) -> None:
+        """Replace the MLP that makes the prefix by the prefix it makes, in ``dtype``."""
+        import torch
+
+        with torch.no_grad():
+            stem = model.prefix(dtype)
+            made = [block.attention.prefix.made(stem, dtype) for block in model.blocks]
+        self.model_copy(update={"reparameterize": None}).insert(model)
+        for block, (keys, values) in zip(model.blocks, made, strict=True):
+            prefix = block.attention.prefix.to(dtype)
+            prefix.keys.data, prefix.values.data = keys.contiguous(), values.contiguous()
+
+    @classmethod
+    def from_peft(cls, folder: Path, base: Source) -> PeftSource:
+        from megatron_lite.peft.prefix_folder import PrefixSource
+
+        return PrefixSource(folder, base)
+
+    def to_peft(self, adapter: Source, base: Source, folder: Path) -> dict[str, torch.Tensor]:
+        from megatron_lite.peft.prefix_folder import export_prefix
+
+        return export_prefix(self, adapter, base, folder)

@@ -13,11 +13,12 @@ from torch import Tensor
 
 from megatron_lite.checkpoint.adapters.fingerprint import check_base, fingerprint_of
 from megatron_lite.checkpoint.source import CheckpointSource, Info, Source
-from megatron_lite.config import LoRAConfig, ModelConfig
+from megatron_lite.config import ModelConfig
 from megatron_lite.data.ends import named_ends, with_ends
 from megatron_lite.distributed.shard import Tile
 from megatron_lite.errors import CheckpointError
 from megatron_lite.families.family import linears
+from megatron_lite.peft.lora import LoRAConfig
 
 
 class Update(NamedTuple):
@@ -49,15 +50,12 @@ def updates(config: LoRAConfig, model: ModelConfig) -> dict[str, list[Update]]:
 
 
 class Merged(Source):
-    """``base`` with ``adapter`` in it, in float32; ``sign`` -1 takes it out again. Raises CheckpointError for a method
-    that is no change of weights, and for a base that the adapter was not trained on."""
+    """``base`` with ``adapter`` in it, in float32; ``sign`` -1 takes it out again. Raises CheckpointError for a base
+    that the adapter was not trained on."""
 
     def __init__(self, base: Source, adapter: CheckpointSource, *, sign: int = 1) -> None:
         config = adapter.peft
-        if config is None:
-            raise CheckpointError(f"{adapter.path} holds no adapter")
-        if not isinstance(config, LoRAConfig):
-            raise CheckpointError(f"{adapter.path}: peft.method={config.method} changes no weights: nothing to merge")
+        assert isinstance(config, LoRAConfig)
         if config.dora and sign < 0:
             raise CheckpointError(f"{adapter.path}: what DoRA scales by is not known once it is merged")
         if sign > 0:

@@ -1,6 +1,7 @@
-"""Folders of Hugging Face's peft library, ``adapter_config.json`` beside safetensors: what all its methods share.
+"""Folders of Hugging Face's peft library, ``adapter_config.json`` beside safetensors: what its methods share.
 
-A field of the config is honoured, known to change nothing, or refused by name; nothing in a folder is run.
+A field of the config is honoured, known to change nothing, or refused by name; no code from a folder is run. What
+differs by method is in ``peft/``.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from megatron_lite.families.huggingface import Part, tensor_parts
 from megatron_lite.training.faults import Faults
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
-_ANY = (  # decides nothing once there are weights
+_ANY = (  # without effect once there are weights
     *("peft_type", "task_type", "auto_mapping", "base_model_name_or_path", "revision", "inference_mode"),
     *("peft_version", "runtime_config"),
 )
@@ -35,11 +36,11 @@ _NOTHING: tuple[Any, ...] = (None, False, "none", [], {})
 
 
 class PeftSource(Source):
-    """An adapter in a folder of the peft library's, for the model of ``base``. Each method says which of its tensors
-    are ours. Raises CheckpointError, also for what its config asks for and this project does not do."""
+    """An adapter in a folder of the peft library, for the model of ``base``. A subclass for each method maps tensors.
+    Raises CheckpointError, also for what its config asks for and is not supported here."""
 
     peft: PeftConfig
-    known: Collection[str]  # the keys of the config that the method reads, or need not
+    known: Collection[str]  # keys of the config that the method reads or may ignore
 
     def __init__(self, folder: Path, base: Source) -> None:
         if not (folder / WEIGHTS).exists() and (folder / "adapter_model.bin").exists():
@@ -55,7 +56,7 @@ class PeftSource(Source):
         self._file = TensorFile(own_file(folder, WEIGHTS))
 
     def section(self, **keys: Any) -> Any:
-        """The ``peft`` section that these keys make. Raises CheckpointError."""
+        """The ``peft`` section with these keys. Raises CheckpointError."""
         try:
             return parse_peft(keys, str(self.path / CONFIG))
         except ConfigError as error:
@@ -63,7 +64,7 @@ class PeftSource(Source):
             raise CheckpointError(first + (f" (and {len(more)} more like it)" if more else "")) from None
 
     def check_stored(self, theirs: str, shape: tuple[int, ...]) -> torch.dtype:
-        """Refuse a tensor of theirs that is not there in this shape; else the dtype to compute with it in."""
+        """The dtype to compute in with the tensor ``theirs``. Raises CheckpointError where it lacks this shape."""
         stored = self._file.tensors.get(theirs)
         if stored is None or stored.shape != shape:
             raise CheckpointError(f"{self.path / WEIGHTS}: {theirs} should be {shape}, is {stored and stored.shape}")
@@ -71,7 +72,7 @@ class PeftSource(Source):
         return torch.promote_types(stored.dtype, torch.float32)
 
     def check_all_used(self, used: Collection[str]) -> None:
-        """Refuse tensors that are none of these, and no copies of the base's."""
+        """Refuse tensors that are neither ``used`` nor copies of the base's."""
         parts = {part.name: (ours, some) for ours, some in tensor_parts(self.model).items() for part in some}
         unused = sorted(name for name in self._file.tensors.keys() - set(used) if not self._is_of_the_base(name, parts))
         if unused:
@@ -79,7 +80,7 @@ class PeftSource(Source):
             raise CheckpointError(f"{self.path / WEIGHTS}: there is no use for {told}")
 
     def _is_of_the_base(self, name: str, parts: Mapping[str, tuple[str, Sequence[Part]]]) -> bool:
-        """Whether a tensor of theirs is a weight of the base, and equal to it: embeddings are often saved along."""
+        """Whether a tensor is an exact copy of a weight of the base: embeddings are often saved along."""
         ours, some = parts.get(name.removeprefix("base_model.model.").replace(".base_layer.", "."), ("", ()))
         if len(some) != 1 or self._file.tensors[name].shape != some[0].stored:
             return False
@@ -90,13 +91,13 @@ class PeftSource(Source):
         return torch.equal((theirs.t() if some[0].transposed else theirs).to(dtype), own.to(dtype))
 
     def fill(self, theirs: str, place: Sequence[slice], into: Tensor) -> None:
-        """Read a rectangle of a tensor of theirs."""
+        """Read a rectangle of the tensor ``theirs``. Raises CheckpointError for numbers that are not finite."""
         self._file.read(theirs, place, into)
         if not into.isfinite().all():
             raise CheckpointError(f"{self.path / WEIGHTS}: {theirs} holds numbers that are not finite")
 
     def compare(self, written: Mapping[str, Tensor]) -> None:
-        """Refuse tensors other than these."""
+        """Refuse a folder whose tensors are not those that were written."""
         for name, tensor in written.items():
             stored = torch.empty_like(tensor)
             self.fill(name, [slice(0, size) for size in tensor.shape], stored)
@@ -122,8 +123,8 @@ def adapter_state(source: PeftSource, base: Path) -> tuple[dict[str, Any], dict[
 def write_folder(
     folder: Path, config: Mapping[str, Any], tensors: Mapping[str, Tensor], base: Source, adapter: Source
 ) -> None:
-    """Write an adapter as the peft library does, and beside it which tokens end its texts; ``folder`` appears whole or
-    not at all."""
+    """Write an adapter as the peft library does, with the generation config that tells which tokens end its texts.
+    ``folder`` appears whole or not at all."""
     tree = {"task_type": "CAUSAL_LM", "base_model_name_or_path": str(base.path), "inference_mode": True, **config}
     generation = adapter.extras().get(GENERATION)
     with new_folder(folder) as temporary:

@@ -5,8 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 
 from megatron_lite.checkpoint.adapters.peft_folder import CONFIG, PeftSource
-from megatron_lite.checkpoint.adapters.peft_lora import LoRASource
-from megatron_lite.checkpoint.adapters.peft_prefix import PrefixSource
 from megatron_lite.checkpoint.formats.deepspeed import DeepSpeedSource, is_deepspeed
 from megatron_lite.checkpoint.formats.hf import HuggingFaceSource, is_hugging_face, read_json
 from megatron_lite.checkpoint.formats.megatron import is_megatron, open_megatron
@@ -17,8 +15,7 @@ from megatron_lite.checkpoint.storage import agree
 from megatron_lite.config import ModelConfig
 from megatron_lite.distributed.mesh import Axis
 from megatron_lite.errors import CheckpointError
-
-_PEFT_TYPES = {"LORA": LoRASource, "PREFIX_TUNING": PrefixSource}
+from megatron_lite.peft import METHODS
 
 
 def open_source(
@@ -48,7 +45,7 @@ def open_source(
 
 
 def open_adapter(path: Path, base: Source, world: Axis, *, trust: bool = False) -> Source:
-    """An adapter on ``base``, ours or in a folder of the peft library's. Collective over ``world``. Raises
+    """An adapter on ``base``, ours or in a folder of the peft library. Collective over ``world``. Raises
     CheckpointError."""
     if not (path / CONFIG).is_file():
         found = open_source(path, world, trust=trust)
@@ -61,8 +58,9 @@ def open_adapter(path: Path, base: Source, world: Axis, *, trust: bool = False) 
 
 
 def open_peft(folder: Path, base: Source) -> PeftSource:
-    """An adapter in a folder of the peft library's, for the model of ``base``. Raises CheckpointError."""
+    """An adapter in a folder of the peft library, for the model of ``base``. Raises CheckpointError."""
     kind = read_json(folder, CONFIG).get("peft_type")
-    if not isinstance(kind, str) or kind not in _PEFT_TYPES:
-        raise CheckpointError(f"{folder / CONFIG}: peft_type={kind!a}: only {', '.join(_PEFT_TYPES)} are read")
-    return _PEFT_TYPES[kind](folder, base)
+    known = {method.peft_type: method for method in METHODS.values() if method.peft_type is not None}
+    if not isinstance(kind, str) or kind not in known:
+        raise CheckpointError(f"{folder / CONFIG}: peft_type={kind!a}: only {', '.join(known)} are read")
+    return known[kind].from_peft(folder, base)

@@ -9,7 +9,6 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from megatron_lite.config import (
-    LoRAConfig,
     ModelConfig,
     load_config,
     parse_config,
@@ -24,6 +23,7 @@ from megatron_lite.distributed.mesh import Axis
 from megatron_lite.distributed.shard import spec_of
 from megatron_lite.errors import ConfigError
 from megatron_lite.models.decoder import Decoder
+from megatron_lite.peft.lora import LoRAConfig
 from megatron_lite.planning.memory import checkpoint_bytes
 
 CONFIGS = Path(__file__).resolve().parents[4] / "configs"

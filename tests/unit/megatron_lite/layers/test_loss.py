@@ -8,7 +8,7 @@ from megatron_lite.distributed.mesh import Axis
 from megatron_lite.layers import loss as module
 from megatron_lite.layers.loss import linear_cross_entropy
 from megatron_lite.layers.projection import Projection, VocabProduct
-from megatron_lite.peft.lora import UpdatedProduct
+from megatron_lite.peft.lora_modules import UpdatedProduct
 
 TOKENS, HIDDEN, VOCAB, PADDED = 50, 3, 37, 40  # so narrow that chunks may be of 7 tokens
 

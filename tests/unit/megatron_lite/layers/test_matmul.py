@@ -8,7 +8,6 @@ import sys
 import pytest
 import torch
 
-from megatron_lite.config import LoRAConfig
 from megatron_lite.distributed.mesh import Axis
 from megatron_lite.layers import matmul
 from megatron_lite.layers.attention import Attention
@@ -17,7 +16,8 @@ from megatron_lite.layers.embedding import VocabParallelEmbedding
 from megatron_lite.layers.linear import ColumnParallelLinear
 from megatron_lite.layers.loss import linear_cross_entropy
 from megatron_lite.layers.mask import Visible
-from megatron_lite.peft.lora import LoRAColumnLinear, Update
+from megatron_lite.peft.lora import LoRAConfig
+from megatron_lite.peft.lora_modules import LocalUpdate, LoRAColumnLinear
 
 ROWS, INNER, OUTER = 37, 80, 24
 
@@ -95,7 +95,7 @@ def _layers(dtype):
     base = ColumnParallelLinear(INNER, 3 * 32, alone, bias=True, sp=False, std=0.02)
     torch.nn.init.normal_(base.weight, std=0.1, generator=torch.Generator().manual_seed(1))
     torch.nn.init.zeros_(base.bias)
-    layer = LoRAColumnLinear(base, "up", [Update("up", 0, 3 * 32, 4, 2.0)], LoRAConfig(method="lora"))
+    layer = LoRAColumnLinear(base, "up", [LocalUpdate("up", 0, 3 * 32, 4, 2.0)], LoRAConfig(method="lora"))
     for parameter in (layer.lora_up_a, layer.lora_up_b):
         torch.nn.init.normal_(parameter, std=0.1, generator=torch.Generator().manual_seed(2))
     attention = Attention(

@@ -12,7 +12,6 @@ from megatron_lite.inference.sampling import generate
 from megatron_lite.layers.cache import KeyValueCache
 from megatron_lite.layers.context import Context
 from megatron_lite.models.decoder import Decoder
-from megatron_lite.peft.prefix import fold
 from tests.kit.tiny import SEQ_LEN, VOCAB
 
 SOLO = Axis("tp")
@@ -81,6 +80,6 @@ def test_a_prefix_of_a_prompts_keys_and_values_is_that_prompt(family):
 def test_a_folded_prefix_computes_the_same_without_its_mlp():
     model = decoder("llama", PREFIXES["by an mlp"])
     want = model(TOKENS, Context(torch.float64))
-    fold(model, torch.float64)
+    config("llama", PREFIXES["by an mlp"]).peft.fold(model, torch.float64)
     assert not [name for name, _ in model.named_parameters() if name.startswith("prefix.")]
     torch.testing.assert_close(model(TOKENS, Context(torch.float64)), want, rtol=1e-12, atol=1e-12)

@@ -1,6 +1,6 @@
-"""Prefixes as the peft library keeps them: one tensor, [length, layers × (keys, values) × kv heads × head_dim].
+"""Prefixes in folders of the peft library: one tensor, [length, layers × (keys, values) × kv heads × head_dim].
 
-What an MLP made in training is made once more, and the MLP left out, as it is there.
+A prefix that an MLP makes is written as what the MLP makes, without the MLP, as the library does.
 """
 
 from __future__ import annotations
@@ -13,15 +13,16 @@ from torch import Tensor
 
 from megatron_lite.checkpoint.adapters.peft_folder import CONFIG, PeftSource, write_folder
 from megatron_lite.checkpoint.source import Info, Source
-from megatron_lite.config import ModelConfig, PrefixConfig
+from megatron_lite.config import ModelConfig
 from megatron_lite.distributed.shard import Tile
 from megatron_lite.errors import CheckpointError
+from megatron_lite.peft.prefix import PrefixConfig
 
 _NAME = "prompt_embeddings"
 
 
 def _sizes(model: ModelConfig) -> dict[str, int]:
-    """What their config says of the model."""
+    """What the library's config says of the model."""
     heads = model.num_kv_heads
     return {"num_layers": model.num_layers, "num_attention_heads": heads, "token_dim": heads * model.head_dim}
 
@@ -65,10 +66,9 @@ class PrefixSource(PeftSource):
         tile.data.copy_(flat.view(len(flat), -1, width).transpose(0, 1)[:, :, dims])
 
 
-def export_prefix(adapter: Source, base: Source, folder: Path) -> dict[str, Tensor]:
+def export_prefix(config: PrefixConfig, adapter: Source, base: Source, folder: Path) -> dict[str, Tensor]:
     """Write a prefix as the peft library does, and return its tensor. Raises CheckpointError."""
-    config, model = adapter.peft, adapter.model
-    assert isinstance(config, PrefixConfig)
+    model = adapter.model
     model.traits.model_type(model)  # there is such a model
 
     def whole(name: str) -> Tensor:

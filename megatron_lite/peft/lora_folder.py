@@ -1,9 +1,9 @@
-"""LoRA and DoRA adapters as the peft library keeps them.
+"""LoRA and DoRA adapters in folders of the peft library.
 
-Their factors are ours, under their modules' names, but for three things. An embedding's A lies on its side. DoRA's
-magnitudes are lengths of rows, where ours are relative to those of the base. And GPT-2's queries, keys and values are
-one linear there, with one A: three of ours are written as one of the sum of their ranks, B in blocks along its
-diagonal; one of theirs is read as three with the same A.
+Its factors equal ours, under its module names, with three exceptions. An embedding's A is transposed. DoRA's magnitudes
+are lengths of rows, where ours are relative to those of the base. And GPT-2's queries, keys and values are one linear
+there, with one A: three of our updates are written as one whose rank is the sum of theirs, with a block-diagonal B; one
+of the library's is read as three with the same A.
 """
 
 from __future__ import annotations
@@ -23,24 +23,25 @@ from torch import Tensor
 from megatron_lite.checkpoint.adapters.merge import Update, updates
 from megatron_lite.checkpoint.adapters.peft_folder import CONFIG, WEIGHTS, PeftSource, write_folder
 from megatron_lite.checkpoint.source import Info, Source
-from megatron_lite.config import LoRAConfig, ModelConfig
+from megatron_lite.config import ModelConfig
 from megatron_lite.distributed.shard import Tile
 from megatron_lite.errors import CheckpointError
 from megatron_lite.families.family import linears
 from megatron_lite.families.huggingface import tensor_parts
+from megatron_lite.peft.lora import LoRAConfig
 
 _TOP = "base_model.model."
 _TABLE = {"a": "lora_embedding_A", "b": "lora_embedding_B"}
 _LINEAR = {"a": "lora_A.weight", "b": "lora_B.weight", "m": "lora_magnitude_vector"}
-# How factors started that left the base as it was. Others (PiSSA, OLoRA, CorDA, LoftQ, LoRA-GA) took the start out of
-# the base, and what was trained then belongs to weights that are in no file.
+# Initialisations that left the base unchanged. Others (PiSSA, OLoRA, CorDA, LoftQ, LoRA-GA) subtracted the initial
+# update from the base, and what was trained belongs to weights that no file holds.
 _STARTS = (None, True, False, "gaussian", "eva", "orthogonal", "mica")
 _CHOICE = ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern")
 
 
 class Module(NamedTuple):
-    """A module of theirs: ``names`` of our linears in it, one below the other, and where its weight [rows, columns]
-    begins in ours; without the padding of the vocabulary."""
+    """A module of the library's: the ``names`` of our linears in it, by rows, and the row of our ``weight`` where its
+    own [rows, columns] starts; without the padding of the vocabulary."""
 
     names: list[str]
     weight: str
@@ -55,7 +56,7 @@ class Module(NamedTuple):
 
 
 def modules(model: ModelConfig) -> dict[str, Module]:
-    """Every module that the peft library can adapt, by its name there."""
+    """Every module that the peft library can adapt, by the library's name."""
     found: dict[str, Module] = {}
     held = {linear.name: [f"{linear.half}.{part}" for part in linear.parts] for linear in linears(model)}
     for ours, parts in tensor_parts(model).items():
@@ -73,13 +74,13 @@ def modules(model: ModelConfig) -> dict[str, Module]:
 
 
 def _updates(config: LoRAConfig, model: ModelConfig) -> dict[str, Update]:
-    """By the name of each linear that is adapted."""
+    """The update of each adapted linear, by name."""
     return {update.name: update for some in updates(config, model).values() for update in some}
 
 
 class _Part(NamedTuple):
-    """What a tensor of ours is of theirs: its ``known`` rows from ``first`` on; what follows is padding. ``start``: its
-    first row in the weight that it belongs to."""
+    """Where a tensor of ours lies in the tensor ``theirs``: ``known`` rows from ``first`` on; the rest is padding.
+    ``start``: its first row in the base's ``weight``."""
 
     theirs: str
     first: int
@@ -94,7 +95,7 @@ class LoRASource(PeftSource):
     peft: LoRAConfig
     known = (
         *("r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora", "use_dora", "lora_dropout"),
-        # The tensors tell, or the peft library sees for itself.
+        # Known from the tensors, or without effect on them.
         *("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "fan_in_fan_out"),
         *("init_lora_weights", "qalora_group_size", "eva_config", "corda_config", "loftq_config", "lora_ga_config"),
         "megatron_core",
@@ -110,7 +111,7 @@ class LoRASource(PeftSource):
                 r, rows, columns = self.peft.rank_of(update.name), update.length, module.columns
                 first = update.start - module.start
                 known = min(rows, module.rows - first)
-                # Their shape, our shape, our first row in theirs, our rows that are not padding.
+                # Its shape, our shape, our first row in it, our rows that are not padding.
                 kinds = {
                     "a": ((r, columns), (r, columns), 0, r),
                     "b": ((module.rows, r), (rows, r), first, known),
@@ -189,7 +190,7 @@ class LoRASource(PeftSource):
 
 
 def _meant(config: Mapping[str, Any], names: Sequence[str], where: str) -> set[str]:
-    """The modules among ``names`` that a config of theirs is about. Raises CheckpointError."""
+    """The modules among ``names`` that the library's config selects. Raises CheckpointError."""
     targets, excluded = config.get("target_modules"), config.get("exclude_modules") or []
     if targets is None:
         return set(names)
@@ -207,8 +208,8 @@ def _meant(config: Mapping[str, Any], names: Sequence[str], where: str) -> set[s
 
 
 def _matching(wanted: Any, names: Sequence[str], where: str) -> set[str]:
-    """The names that a list means, by their ends, or a regular expression, whole. A stranger's could take for ever:
-    another process looks at it, and not for long."""
+    """The names that match: a list matches suffixes, a regular expression whole names. Another process with a time
+    limit evaluates the expression, since a hostile one may never end."""
     if isinstance(wanted, list):
         return {name for name in names if any(f".{name}".endswith(f".{end}") for end in wanted)}
     if not isinstance(wanted, str):
@@ -229,8 +230,8 @@ def _matching(wanted: Any, names: Sequence[str], where: str) -> set[str]:
 
 
 def _patterns(patterns: Any, where: str) -> dict[tuple[bool, str], tuple[int, Any]]:
-    """Patterns by whether they mean a whole name, and by that name, each with its place among them. The peft library
-    takes regular expressions; those of a stranger could keep a processor busy for ever."""
+    """Values by (whether a whole name is meant, name), each with its index. The peft library takes any regular
+    expression; here only names are read, since a hostile expression may never end."""
     if patterns is not None and not isinstance(patterns, dict):
         raise CheckpointError(f"{where}: expected an object, found {type(patterns).__name__}")
     found: dict[tuple[bool, str], tuple[int, Any]] = {}
@@ -243,7 +244,7 @@ def _patterns(patterns: Any, where: str) -> dict[tuple[bool, str], tuple[int, An
 
 
 def _first(patterns: Mapping[tuple[bool, str], tuple[int, Any]], module: str, default: Any) -> Any:
-    """What the first pattern that means a module says: its name, or the end of it after a dot."""
+    """The value of the first pattern that matches a module: its whole name, or the end of it after a dot."""
     parts = module.split(".")
     names = [(True, module), *((False, ".".join(parts[i:])) for i in range(len(parts)))]
     return min((patterns[name] for name in names if name in patterns), key=lambda hit: hit[0], default=(0, default))[1]
@@ -256,12 +257,11 @@ def _lengths(base: Source, weight: str, start: int, count: int) -> Tensor:
     return torch.linalg.vector_norm(block, dim=1)
 
 
-def export_lora(adapter: Source, base: Source, folder: Path) -> dict[str, Tensor]:
+def export_lora(config: LoRAConfig, adapter: Source, base: Source, folder: Path) -> dict[str, Tensor]:
     """Write an adapter as the peft library does, and return its tensors. Raises CheckpointError."""
-    config, model = adapter.peft, adapter.model
-    assert isinstance(config, LoRAConfig)
-    adapted, written = _updates(config, model), {}
-    found: dict[str, tuple[int, float]] = {}  # rank and alpha of their modules
+    model, written = adapter.model, {}
+    adapted = _updates(config, model)
+    found: dict[str, tuple[int, float]] = {}  # rank and alpha by module
 
     def factor(update: Update, kind: str, *shape: int) -> Tensor:
         data = torch.empty(shape)
@@ -278,7 +278,7 @@ def export_lora(adapter: Source, base: Source, folder: Path) -> dict[str, Tensor
             written[f"{top}.{_TABLE['a']}"] = factor(some[0], "a", module.rows, r).t().contiguous()
             written[f"{top}.{_TABLE['b']}"] = factor(some[0], "b", module.columns, r)
             continue
-        # One alpha for all; where their scales differ, B makes up for it.
+        # One alpha for all of them; B absorbs the ratio where their scales differ.
         scale = some[0].scale
         alpha = scale * (math.sqrt(r) if config.rslora else r)
         found[name] = r, config.alpha_of(some[0].name) if len(some) == 1 else alpha
@@ -306,7 +306,7 @@ def export_lora(adapter: Source, base: Source, folder: Path) -> dict[str, Tensor
         "use_dora": config.dora,
         "bias": "none",
         "fan_in_fan_out": model.traits.names.transposed,
-        # One pattern for exactly the modules that are there: names of another block must not match.
+        # One pattern that matches exactly these modules, and none of the same name in another block.
         "target_modules": "|".join(map(re.escape, found)),
         "rank_pattern": {f"^{re.escape(name)}$": r for name, (r, _) in found.items() if r != config.r},
         "alpha_pattern": {f"^{re.escape(name)}$": alpha for name, (_, alpha) in found.items() if alpha != config.alpha},
