@@ -14,6 +14,7 @@ from megatron_lite.checkpoint.commit import STATE, step_of
 from megatron_lite.checkpoint.manifest import FileEntry, Manifest
 from megatron_lite.checkpoint.shards import Reads, check_pieces, fill, reads
 from megatron_lite.checkpoint.storage import agree, amount, open_regular
+from megatron_lite.distributed.comm import gather_names
 from megatron_lite.distributed.mesh import Axis
 from megatron_lite.distributed.shard import Piece
 from megatron_lite.errors import CheckpointError
@@ -53,7 +54,8 @@ class Checkpoint:
 
     def check(self, pieces: Mapping[str, Piece], world: Axis, *, partial: bool = False) -> None:
         """Refuse what ``load`` would, without a look at the tensors. Collective over ``world``."""
-        agree(world, lambda: check_pieces(self.manifest, pieces, partial, self.path), self.path)
+        names = None if partial else gather_names(pieces, world)
+        agree(world, lambda: check_pieces(self.manifest, pieces, names, self.path), self.path)
 
     def load(self, pieces: Mapping[str, Piece], world: Axis, *, partial: bool = False) -> None:
         """Fill ``pieces`` in place from whatever layout was saved. Collective over ``world``.

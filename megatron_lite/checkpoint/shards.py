@@ -121,17 +121,18 @@ def shard(tensors: Mapping[str, TensorEntry], file: str) -> Shard | None:
     return Shard(start, len(start) + size, boxes)
 
 
-def check_pieces(manifest: Manifest, pieces: Mapping[str, Piece], partial: bool, where: Path) -> None:
+def check_pieces(manifest: Manifest, pieces: Mapping[str, Piece], names: Collection[str] | None, where: Path) -> None:
     """Refuse a checkpoint whose tensors are not those of ``pieces``: names, shapes, kinds of number.
 
-    ``partial`` allows tensors that nobody asks for. Raises CheckpointError naming the tensors.
+    ``names``: those that some rank has, besides which there may be none; None allows any. Raises CheckpointError
+    naming the tensors.
     """
     missing = sorted(pieces.keys() - manifest.tensors.keys())
-    unexpected = [] if partial else sorted(manifest.tensors.keys() - pieces.keys())
-    for names, complaint in ((missing, "lacks"), (unexpected, "has unexpected")):
-        if names:
-            more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-            raise CheckpointError(f"{where} {complaint} {', '.join(names[:3])}{more}")
+    unexpected = [] if names is None else sorted(manifest.tensors.keys() - set(names))
+    for tensors, complaint in ((missing, "lacks"), (unexpected, "has unexpected")):
+        if tensors:
+            more = f" and {len(tensors) - 3} more" if len(tensors) > 3 else ""
+            raise CheckpointError(f"{where} {complaint} {', '.join(tensors[:3])}{more}")
     for name, piece in pieces.items():
         tensor = manifest.tensors[name]
         if list(piece.shape) != tensor.shape:

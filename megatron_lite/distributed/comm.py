@@ -16,7 +16,8 @@ identity, without a graph node, along an axis of size 1.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from itertools import chain
 from typing import Any
 
 import torch
@@ -101,6 +102,11 @@ def gather_objects(value: Any, axis: Axis) -> list[Any]:
     axis.note()
     torch_dist.all_gather_object(values, value, group=axis.group)
     return values
+
+
+def gather_names(names: Iterable[str], axis: Axis) -> list[str]:
+    """Every name that some rank of the axis has, in the order of ranks and, of what one has first, in its own."""
+    return list(dict.fromkeys(chain.from_iterable(gather_objects(list(names), axis))))
 
 
 class _CopyTo(torch.autograd.Function):

@@ -124,26 +124,29 @@ def record(
     noted: Record = {}
 
     def note(kind: str, pieces: dict[str, Piece]) -> Record:
-        names = list(pieces) if kind == "weights" else list(reversed(pieces))  # backward ends at the embedding
+        names = comm.gather_names(pieces, mesh.world)
+        if kind != "weights":
+            names.reverse()  # backward ends at the embedding
         found = dict(gathered(names, pieces, mesh.world))
         noted.update((f"{kind}/{name}", tensor) for name, tensor in found.items())
         return found
 
     floor = FLOORS[config.train.precision]
     trainer.engine = _RecordingEngine(trainer.engine, note, floor if moments else None)  # type: ignore[assignment]
-    sizes = [torch.zeros((), dtype=torch.float64) for _ in trainer.model.blocks]
-    for size, block in zip(sizes, trainer.model.blocks, strict=True):
-        block.register_forward_hook(_measure(size))
+    sizes = {name: torch.zeros((), dtype=torch.float64) for name, _ in trainer.model.blocks.named_children()}
+    for name, block in trainer.model.blocks.named_children():
+        block.register_forward_hook(_measure(sizes[name]))
     loader = batches(trainer)
     for _ in range(steps):
         noted.clear()
-        for size in sizes:
+        for size in sizes.values():
             size.zero_()
         result = trainer.train_step(next(loader))
         forward: Record = {}
-        for i, size in enumerate(sizes):
-            whole = comm.all_reduce(size.clone(), mesh.world)
-            forward[f"block outputs/blocks.{i}"] = whole / (1 if trainer.model.sp else mesh.copies)
+        everyone = comm.gather_objects(sizes, mesh.world)
+        for layer in dict.fromkeys(chain.from_iterable(everyone)):
+            whole = torch.stack([rank[layer] for rank in everyone if layer in rank]).sum()
+            forward[f"block outputs/blocks.{layer}"] = whole / (1 if trainer.model.sp else mesh.copies)
         forward["loss/loss"] = torch.tensor(result.loss, dtype=torch.float64)
         yield {**forward, **noted}
     loader.close()
@@ -158,11 +161,16 @@ def _measure(size: Tensor) -> Callable[..., None]:
 
 
 def gathered(names: Iterable[str], pieces: Mapping[str, Piece], world: Axis) -> Iterator[tuple[str, Tensor]]:
-    """The named tensors in their order, each whole, from the pieces of all ranks. Collective."""
-    for some in _batches(names, pieces):
-        own = [[(tile.place, _as_bytes(tile.numbers)) for tile in pieces[name].tiles] for name in some]
+    """The named tensors in their order, each whole, from the pieces of all ranks, of which none has to have all.
+    Collective."""
+    empty: dict[str, Piece] = {}
+    for kinds in comm.gather_objects({name: (piece.shape, piece.dtype) for name, piece in pieces.items()}, world):
+        empty.update((name, Piece(shape, dtype, [])) for name, (shape, dtype) in kinds.items())
+    for some in _batches(names, empty):
+        held = [pieces.get(name, empty[name]).tiles for name in some]
+        own = [[(tile.place, _as_bytes(tile.numbers)) for tile in tiles] for tiles in held]
         for name, parts in zip(some, zip(*comm.gather_objects(own, world), strict=True), strict=True):
-            yield name, _whole(pieces[name], chain.from_iterable(parts))
+            yield name, _whole(empty[name], chain.from_iterable(parts))
 
 
 def _batches(names: Iterable[str], pieces: Mapping[str, Piece]) -> Iterator[list[str]]:

@@ -44,13 +44,16 @@ def fingerprint(pieces: Mapping[str, Piece], world: Axis, sums: Mapping[str, int
     """
     if sums is None:
         sums = {name: sum(weigh(tile, piece.shape) for tile in piece.tiles) for name, piece in pieces.items()}
-    own = {name: (sums[name], sum(math.prod(t.shape) for t in piece.tiles)) for name, piece in pieces.items()}
+    own = {
+        name: (sums[name], sum(math.prod(t.shape) for t in piece.tiles), math.prod(piece.shape))
+        for name, piece in pieces.items()
+    }
     everyone = comm.gather_objects(own, world)
     whole = {}
-    for name, piece in pieces.items():
+    for name in set().union(*everyone):
+        weights, held, sizes = zip(*(rank[name] for rank in everyone if name in rank), strict=True)
         # What several ranks hold is in the sum as often; Python's integers lose nothing.
-        copies = sum(rank[name][1] for rank in everyone) // math.prod(piece.shape)
-        whole[name] = sum(rank[name][0] for rank in everyone) // copies
+        whole[name] = sum(weights) // (sum(held) // sizes[0])
     return digest(whole)
 
 
