@@ -21,12 +21,31 @@ settings.register_profile("repeatable", derandomize=True, deadline=None, databas
 settings.load_profile("repeatable")
 
 
+HOSTS, WORLD = {"cluster", "slurm", "two", "six"}, {"world", "pair", "parity"}
+
+
+def group(item: pytest.Item) -> tuple[int, str]:
+    """Tests that one worker runs, and when: hosts and ranks are heavy, so only one makes them, and begins with them.
+    Launches come next, each test by itself; then files, whose tests share what they set up."""
+    fixtures = set(getattr(item, "fixturenames", ()))
+    if fixtures & HOSTS:
+        return 0, "hosts"
+    if fixtures & WORLD:
+        return 1, "world"
+    shared = any(defs[-1].scope in ("class", "module") for defs in item._fixtureinfo.name2fixturedefs.values())
+    if item.path.parent.name not in ("e2e", "faults"):
+        return 3, str(item.path)
+    return 2, str(item.path) if shared else f"{item.path}:{item.name}".replace("@", "_")
+
+
 @pytest.hookimpl(wrapper=True)  # before pytest-xdist reads the groups
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> Generator[None]:
-    """A file's tests share what they set up, so one worker runs them; hosts are heavy, and made by one worker alone."""
-    for item in items:
-        hosts = {"cluster", "slurm", "two", "six"} & set(getattr(item, "fixturenames", ()))
-        item.add_marker(pytest.mark.xdist_group("hosts" if hosts else str(item.path)))
+    groups = {item: group(item) for item in items}
+    for item, (_, name) in groups.items():
+        item.add_marker(pytest.mark.xdist_group(name))
+    loadgroup = getattr(config.option, "loadgroup", False)
+    if loadgroup:
+        items.sort(key=lambda item: groups[item][0])
     yield
-    if getattr(config.option, "loadgroup", False) and items and "@" not in items[0].nodeid:
+    if loadgroup and items and "@" not in items[0].nodeid:
         raise pytest.UsageError("this pytest ignores the groups of this pytest-xdist; constraints.txt has two that fit")

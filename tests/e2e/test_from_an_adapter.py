@@ -14,7 +14,7 @@ from megatron_lite.data.dataset import build_dataset
 from megatron_lite.data.loader import Loader
 from tests.kit.foreign import their_adapter
 from tests.kit.jobs import PYTHON, Result, run_job
-from tests.kit.tiny import ENGINES, VOCAB, losses, tiny_config, tiny_data
+from tests.kit.tiny import LAYOUTS, VOCAB, losses, tiny_config, tiny_data
 
 peft = pytest.importorskip("peft", reason="the peft library is not installed")
 transformers = pytest.importorskip("transformers", reason="transformers is not installed")
@@ -35,7 +35,7 @@ METHODS = {  # as the peft library says it, and as we do
 CASES = [
     pytest.param(method, engine, marks=() if (method, engine) == ("lora", "tp") else pytest.mark.slow)
     for method in METHODS
-    for engine in ENGINES
+    for engine in LAYOUTS
 ]
 
 
@@ -63,7 +63,7 @@ def config(folder: Path, base: Path, section: dict, engine: str) -> Path:
     )
     tree = yaml.safe_load(path.read_text())
     tree["model"] = {"vocab_multiple": 8}  # other padding than an import would choose
-    tree["peft"], tree["parallel"] = section, ENGINES[engine]
+    tree["peft"], tree["parallel"] = section, LAYOUTS[engine]
     tree["data"]["train"] = [{"path": str(data)}]
     path.write_text(yaml.safe_dump(tree))
     return path

@@ -13,7 +13,7 @@ from tests.kit.hosts import Unavailable
 from tests.kit.jobs import PYTHON, run_job
 from tests.kit.parity import Case, run_case
 from tests.kit.slurm import Slurm
-from tests.kit.tiny import ENGINES, TinyRuns, losses, short_config, tiny_data
+from tests.kit.tiny import LAYOUTS, TinyRuns, losses, short_config, tiny_data
 from tests.kit.world import World
 
 
@@ -24,7 +24,7 @@ def tiny_runs(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], TinyR
     @cache
     def under(engine: str) -> TinyRuns:
         folder = tmp_path_factory.mktemp("tiny")
-        return TinyRuns(tiny_data(folder), folder, ENGINES[engine])
+        return TinyRuns(tiny_data(folder), folder, LAYOUTS[engine])
 
     return under
 

@@ -8,7 +8,8 @@ with start_job(argv, timeout=60) as job:
     os.kill(job.rank_pid(run_dir, 1), signal.SIGKILL)
     job.finish().expect(exit_code=5, stderr="rank 1")
 
-Programs of ours start without their imports (``tests/kit/warm.py``), unless they are to be ``cold``.
+Programs of ours start without their imports (``tests/kit/warm.py``), unless they are to be ``cold``; with
+``loaded`` modules there, too.
 """
 
 from __future__ import annotations
@@ -88,7 +89,14 @@ class RunningJob:
     """A started job; everything it starts carries a mark in its environment."""
 
     def __init__(
-        self, argv: Sequence[str], timeout: float, env: Mapping[str, str | None], cwd: Path, folder: Path, cold: bool
+        self,
+        argv: Sequence[str],
+        timeout: float,
+        env: Mapping[str, str | None],
+        cwd: Path,
+        folder: Path,
+        cold: bool,
+        loaded: Sequence[str],
     ) -> None:
         self.argv, self.mark = list(argv), uuid.uuid4().hex
         self._busy = _children_busy()
@@ -96,7 +104,7 @@ class RunningJob:
         self.deadline = self.began + timeout
         merged = {**os.environ, **env, MARK: self.mark}
         self.output = [folder / "stdout", folder / "stderr"]
-        started = contextlib.nullcontext() if cold else warm.starts()
+        started = contextlib.nullcontext() if cold else warm.starts(*loaded)
         with self.output[0].open("wb") as out, self.output[1].open("wb") as err, started:
             self.process = psutil.Popen(
                 self.argv,
@@ -229,10 +237,11 @@ def start_job(
     env: Mapping[str, str | None] | None = None,
     cwd: Path = REPOSITORY,
     cold: bool = False,
+    loaded: Sequence[str] = (),
 ) -> Iterator[RunningJob]:
     """Start ``argv`` in ``cwd`` with ``env`` added (``None`` removes a variable); all of it is dead after the block."""
     with tempfile.TemporaryDirectory() as folder:
-        job = RunningJob(argv, timeout, env or {}, cwd, Path(folder), cold)
+        job = RunningJob(argv, timeout, env or {}, cwd, Path(folder), cold, loaded)
         try:
             yield job
         finally:
@@ -246,7 +255,8 @@ def run_job(
     env: Mapping[str, str | None] | None = None,
     cwd: Path = REPOSITORY,
     cold: bool = False,
+    loaded: Sequence[str] = (),
 ) -> Result:
     """Run ``argv`` to its end, or kill it and all it started after ``timeout`` seconds."""
-    with start_job(argv, timeout=timeout, env=env, cwd=cwd, cold=cold) as job:
+    with start_job(argv, timeout=timeout, env=env, cwd=cwd, cold=cold, loaded=loaded) as job:
         return job.finish()

@@ -16,6 +16,7 @@ import yaml
 from megatron_lite.data.indexed import IndexedDataset, IndexedWriter
 from tests.kit.jobs import PYTHON, Result, RunningJob, run_job, start_job
 from tests.kit.terminal import run_on_terminal
+from tests.kit.warm import DEEPSPEED
 
 VOCAB, SEQ_LEN = 64, 32
 
@@ -112,14 +113,14 @@ def assert_same_run(run_dir: Path, reference: Path, *, steps: int = 12) -> None:
     assert states[0] == states[1]
 
 
-ENGINES: dict[str, dict[str, Any]] = {
+LAYOUTS: dict[str, dict[str, Any]] = {
     "tp": {"tp": 2},
     "fsdp": {"zero": 3},
     "deepspeed": {"engine": "deepspeed", "zero": 3},
 }
 every_engine = pytest.mark.parametrize(
     "tiny",
-    ["tp", *(pytest.param(engine, marks=pytest.mark.slow) for engine in ENGINES if engine != "tp")],
+    ["tp", *(pytest.param(engine, marks=pytest.mark.slow) for engine in LAYOUTS if engine != "tp")],
     indirect=True,
     scope="session",
 )
@@ -134,9 +135,10 @@ class TinyRuns:
     every way that the launcher has a part in; under the other engines one of each kind will do.
     """
 
-    def __init__(self, data: Path, folder: Path, parallel: Mapping[str, Any] = ENGINES["tp"]) -> None:
+    def __init__(self, data: Path, folder: Path, parallel: Mapping[str, Any] = LAYOUTS["tp"]) -> None:
         self.data, self.folder, self.parallel = data, folder, parallel
-        self.thorough = parallel == ENGINES["tp"]
+        self.thorough = parallel == LAYOUTS["tp"]
+        self._loaded = DEEPSPEED if parallel.get("engine") == "deepspeed" else ()
 
     @cached_property
     def reference(self) -> Path:
@@ -147,12 +149,16 @@ class TinyRuns:
     def run(
         self, folder: Path, *flags: str, faults: str = "", slow: float = 0, timeout: float = 120, cold: bool = False
     ) -> Result:
-        return run_job(self._argv(folder, flags), timeout=timeout, env=self._env(faults, slow), cold=cold)
+        return run_job(
+            self._argv(folder, flags), timeout=timeout, env=self._env(faults, slow), cold=cold, loaded=self._loaded
+        )
 
     def start(
         self, folder: Path, *flags: str, faults: str = "", slow: float = 0, timeout: float = 120, cold: bool = False
     ) -> AbstractContextManager[RunningJob]:
-        return start_job(self._argv(folder, flags), timeout=timeout, env=self._env(faults, slow), cold=cold)
+        return start_job(
+            self._argv(folder, flags), timeout=timeout, env=self._env(faults, slow), cold=cold, loaded=self._loaded
+        )
 
     def on_terminal(
         self, folder: Path, typed: Sequence[tuple[str, bytes]], *flags: str, slow: float = 0, timeout: float = 120

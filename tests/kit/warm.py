@@ -51,6 +51,11 @@ _MORE = (
     *("torch.utils.tensorboard", "megatron_lite.training.run", "megatron_lite.inference.generate"),
     *("megatron_lite.engines.ddp", "megatron_lite.engines.fsdp"),
 )
+# What ranks import one by one under DeepSpeed, with what it asks torch.compile for when it is asked for ZeRO.
+DEEPSPEED = (
+    *("torch._inductor.compile_fx", "megatron_lite.engines.deepspeed"),
+    "deepspeed.runtime.zero.muon.muon_optimizer",
+)
 # Variables that the interpreter, a library or torch reads while it is loaded.
 _EARLY = ("PYTHON", "LD_", "LC_", "LANG", "OMP_", "MKL_", "TORCH_LOGS", "TORCH_SHOW")
 _ROOM = 8000  # for the command line that a process shows
@@ -117,6 +122,7 @@ def _read_early(variables: dict[str, str]) -> dict[str, str]:
     return {k: v for k, v in variables.items() if k.startswith(_EARLY) and k != "PYTHONUNBUFFERED"}
 
 
+_AT_FIRST = dict(os.environ)  # whatever a test has changed by the time of the first start
 _execute: Callable[..., int] = subprocess._fork_exec  # type: ignore[attr-defined]
 
 
@@ -140,13 +146,13 @@ class Server:
 
     def __init__(self, more: tuple[str, ...]) -> None:
         self.connection, theirs = socket.socketpair()
-        self.early = _read_early(dict(os.environ))
+        self.early = _read_early(_AT_FIRST)
         argv = [sys.executable, "-c", f"from tests.kit import warm; warm.serve({theirs.fileno()}, {more})", " " * _ROOM]
         with theirs:
             self.process = subprocess.Popen(
                 argv,
                 cwd=REPOSITORY,
-                env={**os.environ, MARK: "0" * 32},  # a place for another
+                env={**_AT_FIRST, MARK: "0" * 32},  # a place for another
                 stdin=subprocess.DEVNULL,
                 pass_fds=[theirs.fileno()],
                 process_group=0,

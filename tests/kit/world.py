@@ -22,10 +22,7 @@ from megatron_lite.distributed.spawn import _collect
 from megatron_lite.errors import MegatronLiteError
 from tests.kit import warm
 
-# What ranks would import one by one: DeepSpeed, and what it asks torch.compile for when it is asked for ZeRO.
-LOADED = ["torch._inductor.compile_fx"]
-if find_spec("deepspeed"):
-    LOADED += ["megatron_lite.engines.deepspeed", "deepspeed.runtime.zero.muon.muon_optimizer"]
+LOADED = warm.DEEPSPEED if find_spec("deepspeed") else warm.DEEPSPEED[:1]
 
 
 class World:
