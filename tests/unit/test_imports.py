@@ -2,10 +2,8 @@
 
 import ast
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-
-import pytest
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 PACKAGES = ("launch", "megatron_lite", "data_tools")
@@ -111,7 +109,24 @@ def own_package(name: str) -> str:
     return max(matching, key=len) if matching else name
 
 
-@pytest.mark.parametrize("name", SOURCES)
+def for_each(names: Iterable[str]) -> Callable[[Callable[[str], None]], Callable[[], None]]:
+    """One test for all of these modules: hundreds of tests would take longer than what they look at."""
+
+    def decorate(check: Callable[[str], None]) -> Callable[[], None]:
+        def test() -> None:
+            for name in names:
+                try:
+                    check(name)
+                except AssertionError as error:
+                    error.add_note(f"in {name}")
+                    raise
+
+        return test
+
+    return decorate
+
+
+@for_each(SOURCES)
 def test_nothing_imports_upward(name: str) -> None:
     allowed = rule(ALLOWED, name)
     if allowed is None or name.endswith(".__main__"):
@@ -123,7 +138,7 @@ def test_nothing_imports_upward(name: str) -> None:
         assert any(within(target, entry) for entry in (*allowed, *everyone)), f"{name}:{line} imports {target}"
 
 
-@pytest.mark.parametrize("name", [name for name in SOURCES if rule(THIRD_PARTY, name) is not None])
+@for_each([name for name in SOURCES if rule(THIRD_PARTY, name) is not None])
 def test_third_party_packages_are_few(name: str) -> None:
     for target, line in imports(name):
         top = target.split(".")[0]
@@ -132,12 +147,12 @@ def test_third_party_packages_are_few(name: str) -> None:
         )
 
 
-@pytest.mark.parametrize("name", [name for name in SOURCES if any(within(name, entry) for entry in NO_TORCH)])
+@for_each([name for name in SOURCES if any(within(name, entry) for entry in NO_TORCH)])
 def test_no_torch_where_start_up_has_to_be_quick(name: str) -> None:
     assert not [target for target, _ in imports(name) if within(target, "torch")]
 
 
-@pytest.mark.parametrize("name", SOURCES)
+@for_each(SOURCES)
 def test_the_environment_is_read_in_one_place(name: str) -> None:
     if within(name, "launch") or name == M + "distributed.env":
         return
@@ -148,14 +163,14 @@ def test_the_environment_is_read_in_one_place(name: str) -> None:
             assert not {"environ", "getenv"}.intersection(alias.name for alias in node.names), f"{name}:{node.lineno}"
 
 
-@pytest.mark.parametrize("name", [name for name in SOURCES if within(name, M + "layers") or within(name, M + "models")])
+@for_each([name for name in SOURCES if within(name, M + "layers") or within(name, M + "models")])
 def test_layers_and_models_are_told_their_place(name: str) -> None:
     for node in ast.walk(SOURCES[name]):
         called = getattr(node, "attr", getattr(node, "id", ""))
         assert called not in ("get_rank", "get_world_size"), f"{name}:{node.lineno} asks for its rank"
 
 
-@pytest.mark.parametrize("name", [name for name in SOURCES if within(name, M + "models")])
+@for_each([name for name in SOURCES if within(name, M + "models")])
 def test_models_know_no_rank_group_or_collective(name: str) -> None:
     collectives = {node.name for node in SOURCES[M + "distributed.comm"].body if isinstance(node, ast.FunctionDef)}
     assert {"all_reduce", "all_gather", "copy_to"} <= collectives
@@ -165,12 +180,12 @@ def test_models_know_no_rank_group_or_collective(name: str) -> None:
         assert word not in {"rank", "size", "group", *collectives}, f"{name}:{node.lineno}: {word}"
 
 
-@pytest.mark.parametrize("name", SOURCES)
+@for_each(SOURCES)
 def test_no_file_of_odds_and_ends(name: str) -> None:
     assert name.split(".")[-1] not in ("utils", "helpers", "misc", "common")
 
 
-@pytest.mark.parametrize("name", SOURCES)
+@for_each(SOURCES)
 def test_one_file_imports_deepspeed(name: str) -> None:
     assert name == M + "engines.deepspeed" or not [t for t, _ in imports(name) if within(t, "deepspeed")]
 
