@@ -18,10 +18,10 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeR
 from megatron_lite import checkpoint, peft
 from megatron_lite.checkpoint import inspect as look
 from megatron_lite.checkpoint.adapters.peft_folder import adapter_state
-from megatron_lite.checkpoint.formats import open_peft, open_source
 from megatron_lite.checkpoint.formats.deepspeed import DeepSpeedSource, is_deepspeed
 from megatron_lite.checkpoint.formats.hf import HuggingFaceSource, export, is_hugging_face, read_model
 from megatron_lite.checkpoint.formats.megatron import open_megatron
+from megatron_lite.checkpoint.opening import open_peft, open_source
 from megatron_lite.checkpoint.rewrite import Advance, rewrite
 from megatron_lite.checkpoint.rewrite import diff as compare
 from megatron_lite.checkpoint.source import Average, CheckpointSource, Source

@@ -6,7 +6,7 @@
 from megatron_lite.checkpoint.adapters.fingerprint import check_base, fingerprint, load_base
 from megatron_lite.checkpoint.background import BackgroundSaver
 from megatron_lite.checkpoint.commit import committed, prepare, save
-from megatron_lite.checkpoint.formats import open_adapter, open_source
+from megatron_lite.checkpoint.opening import open_adapter, open_source
 from megatron_lite.checkpoint.reading import Checkpoint, open_checkpoint
 from megatron_lite.checkpoint.retention import find, newest, prune
 from megatron_lite.checkpoint.source import CheckpointSource, Source

@@ -4,9 +4,12 @@ no date that a run's name may look like, no number to base 60 or 8 (``4:00:00``,
 from __future__ import annotations
 
 import re
+from pathlib import Path
 from typing import Any
 
 import yaml
+
+from megatron_lite.errors import ConfigError
 
 _DEEPEST = 100  # far deeper than any config; the parser recurses in C, where that ends the process
 _TAG = "tag:yaml.org,2002:"
@@ -63,3 +66,37 @@ def load(text: str) -> Any:
 def dump(tree: Any) -> str:
     """YAML that ``load`` reads back as ``tree``."""
     return str(yaml.dump(tree, Dumper=_Dumper, allow_unicode=True, sort_keys=False))
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """A YAML file's mapping as plain dictionaries. Raises ConfigError with file and line for anything else."""
+    try:
+        if path.stat().st_size > 1_000_000:
+            raise ConfigError(f"{path} is over 1 MB: not a config")
+        return parse_yaml(path.read_text(encoding="utf-8"), str(path))
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"cannot read {path}: {error}") from None
+
+
+def parse_yaml(text: str, name: str) -> dict[str, Any]:
+    """The mapping in a YAML text that comes from ``name``. Raises ConfigError."""
+    if re.search(r"[\s\[{,:-][&*]\w", text):  # no config needs aliases, and nested ones can fill the memory
+        raise ConfigError(f"{name}: YAML anchors and aliases (& and *) are not allowed in a config")
+    if "${" in text:
+        raise ConfigError(f"{name}: ${{…}} is not filled in; write the value, or give it as --section.key=value")
+    try:
+        tree = load(text)
+    except RecursionError:
+        raise ConfigError(f"{name}: nested too deeply") from None
+    except Exception as error:  # the YAML reader raises many kinds; each means the text is wrong
+        mark = getattr(error, "problem_mark", None)
+        place = f"{name}:{mark.line + 1}:{mark.column + 1}" if mark else name
+        said = [getattr(error, "context", None), getattr(error, "problem", None)] if mark else [str(error)]
+        problem = " ".join(" ".join(filter(None, said)).split()).replace(' in "<unicode string>",', " at")
+        raise ConfigError(f"{place}: {problem or _NO_SECTIONS}") from None
+    if not isinstance(tree, dict | None):
+        raise ConfigError(f"{name}: {_NO_SECTIONS}")
+    return tree or {}
+
+
+_NO_SECTIONS = "expected sections such as 'model:' and 'train:'"

@@ -406,7 +406,7 @@ def test_a_pickle_beside_weights_is_left_alone(folder, tmp_path):
     assert not (tmp_path / "canary").exists()
 
 
-OPEN = """from megatron_lite.checkpoint.formats import open_peft, open_source
+OPEN = """from megatron_lite.checkpoint.opening import open_peft, open_source
         adapter = open_peft(folder, open_source(Path(sys.argv[3])))
         for name, info in adapter.tensors.items():
             adapter.read(name, Tile(torch.empty(info.shape), (0, 0)))"""

@@ -3,6 +3,7 @@
 import ast
 import sys
 from collections.abc import Callable, Iterable, Iterator
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -86,9 +87,9 @@ def within(name: str, package: str) -> bool:
     return name == package or name.startswith(package + ".")
 
 
-def imports(name: str) -> Iterator[tuple[str, int]]:
-    """Modules that ``name`` imports anywhere in its code, with the line; names of ours down to the module."""
-    for node in ast.walk(SOURCES[name]):
+def imports(name: str, nodes: Iterable[ast.AST] | None = None) -> Iterator[tuple[str, int]]:
+    """Modules that ``name`` imports in these nodes, or anywhere, with the line; names of ours down to the module."""
+    for node in ast.walk(SOURCES[name]) if nodes is None else nodes:
         if isinstance(node, ast.Import):
             yield from ((alias.name, node.lineno) for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
@@ -96,6 +97,18 @@ def imports(name: str) -> Iterator[tuple[str, int]]:
             for alias in node.names:
                 inner = f"{node.module}.{alias.name}"
                 yield (inner if inner in SOURCES else node.module or ""), node.lineno
+
+
+def run_by_its_import(name: str) -> Iterator[ast.AST]:
+    """What is neither within a function nor for type checkers alone."""
+    nodes: list[ast.AST] = [SOURCES[name]]
+    while nodes:
+        node = nodes.pop()
+        yield node
+        if isinstance(node, ast.If) and getattr(node.test, "id", "") == "TYPE_CHECKING":
+            nodes += node.orelse
+        elif not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda):
+            nodes += ast.iter_child_nodes(node)
 
 
 def rule(table: dict, name: str):
@@ -136,6 +149,16 @@ def test_nothing_imports_upward(name: str) -> None:
         if target.split(".")[0] not in PACKAGES or within(target, own_package(name)) or target == "megatron_lite":
             continue
         assert any(within(target, entry) for entry in (*allowed, *everyone)), f"{name}:{line} imports {target}"
+
+
+def test_no_module_needs_itself() -> None:
+    needs: dict[str, set[str]] = {name: set() for name in SOURCES}
+    for name in SOURCES:
+        for target, _ in imports(name, run_by_its_import(name)):
+            parts = target.split(".")
+            whole = {".".join(parts[: i + 1]) for i in range(len(parts))}  # with the packages that it lies in
+            needs[name] |= {part for part in whole & SOURCES.keys() if not within(name, part)}
+    TopologicalSorter(needs).prepare()  # a CycleError tells the circle
 
 
 @for_each([name for name in SOURCES if rule(THIRD_PARTY, name) is not None])

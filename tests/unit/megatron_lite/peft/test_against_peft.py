@@ -4,8 +4,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from megatron_lite.checkpoint.formats import open_peft
 from megatron_lite.checkpoint.formats.hf import HuggingFaceSource
+from megatron_lite.checkpoint.opening import open_peft
 from megatron_lite.config import parse_config
 from megatron_lite.data.batch import Batch
 from megatron_lite.distributed.mesh import solo_mesh

@@ -10,8 +10,8 @@ from safetensors.torch import load_file, save_file
 
 from megatron_lite import convert
 from megatron_lite.checkpoint import open_source
-from megatron_lite.checkpoint.formats import open_peft
 from megatron_lite.checkpoint.formats.hf import HuggingFaceSource
+from megatron_lite.checkpoint.opening import open_peft
 from megatron_lite.distributed.mesh import build_mesh, solo_mesh
 from megatron_lite.distributed.spawn import run_ranks
 from megatron_lite.errors import CheckpointError

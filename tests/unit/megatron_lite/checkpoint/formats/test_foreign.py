@@ -4,10 +4,10 @@ import pytest
 import torch
 
 from megatron_lite import convert
-from megatron_lite.checkpoint.formats import open_source
 from megatron_lite.checkpoint.formats.deepspeed import DeepSpeedSource
 from megatron_lite.checkpoint.formats.hf import read_model
 from megatron_lite.checkpoint.formats.megatron import open_megatron
+from megatron_lite.checkpoint.opening import open_source
 from megatron_lite.distributed.shard import Piece
 from megatron_lite.distributed.spawn import run_ranks
 from megatron_lite.errors import CheckpointError

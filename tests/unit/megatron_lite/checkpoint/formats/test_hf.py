@@ -7,8 +7,8 @@ import torch
 from safetensors.torch import load_file
 
 from megatron_lite import convert
-from megatron_lite.checkpoint.formats import open_source
 from megatron_lite.checkpoint.formats.hf import HuggingFaceSource
+from megatron_lite.checkpoint.opening import open_source
 from megatron_lite.distributed.mesh import Axis
 from megatron_lite.distributed.shard import materialize, pieces_of
 from megatron_lite.errors import CheckpointError

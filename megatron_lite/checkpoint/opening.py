@@ -1,0 +1,66 @@
+"""Which kind of checkpoint a path leads to."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from megatron_lite.checkpoint.adapters.peft_folder import CONFIG, PeftSource
+from megatron_lite.checkpoint.formats.deepspeed import DeepSpeedSource, is_deepspeed
+from megatron_lite.checkpoint.formats.hf import HuggingFaceSource, is_hugging_face, read_json
+from megatron_lite.checkpoint.formats.megatron import is_megatron, open_megatron
+from megatron_lite.checkpoint.reading import open_checkpoint
+from megatron_lite.checkpoint.retention import find
+from megatron_lite.checkpoint.source import CheckpointSource, Source
+from megatron_lite.checkpoint.storage import agree
+from megatron_lite.config import ModelConfig
+from megatron_lite.distributed.mesh import Axis
+from megatron_lite.errors import CheckpointError
+from megatron_lite.peft import METHODS
+
+
+def open_source(
+    path: Path, world: Axis | None = None, *, trust: bool = False, like: ModelConfig | None = None
+) -> Source:
+    """A checkpoint of ours (or a run, or its ``checkpoints``: the latest), a Hugging Face folder, or what DeepSpeed or
+    Megatron-LM wrote, checked.
+
+    Collective over ``world``, which shares the checking. ``trust``: nothing is hashed. ``like`` says what a format does
+    not: to what a vocabulary is padded (Hugging Face), its true size (Megatron), the whole model (DeepSpeed). Raises
+    CheckpointError.
+    """
+    if (path / CONFIG).is_file() and not is_hugging_face(path):
+        raise CheckpointError(f"{path} is an adapter of the peft library's; ckpt import_peft makes one of ours of it")
+    if is_hugging_face(path):
+        world, multiple = world or Axis("world"), like.vocab_multiple if like else None
+        theirs: list[Source] = []
+        agree(world, lambda: theirs.append(HuggingFaceSource(path, multiple, compare=world.rank == 0)), path)
+        return theirs[0]
+    if is_megatron(path):
+        return open_megatron(path, like.vocab_size if like else None)
+    if is_deepspeed(path):
+        if like is None:
+            raise CheckpointError(f"{path}: DeepSpeed does not say of what model; ckpt import_deepspeed takes a config")
+        return DeepSpeedSource(path, like)
+    return CheckpointSource(open_checkpoint(find(path), world, trust=trust))
+
+
+def open_adapter(path: Path, base: Source, world: Axis, *, trust: bool = False) -> Source:
+    """An adapter on ``base``, ours or in a folder of the peft library. Collective over ``world``. Raises
+    CheckpointError."""
+    if not (path / CONFIG).is_file():
+        found = open_source(path, world, trust=trust)
+        if found.peft is None:
+            raise CheckpointError(f"{found.path} holds no adapter")
+        return found
+    theirs: list[Source] = []
+    agree(world, lambda: theirs.append(open_peft(path, base)), path)
+    return theirs[0]
+
+
+def open_peft(folder: Path, base: Source) -> PeftSource:
+    """An adapter in a folder of the peft library, for the model of ``base``. Raises CheckpointError."""
+    kind = read_json(folder, CONFIG).get("peft_type")
+    known = {method.peft_type: method for method in METHODS.values() if method.peft_type is not None}
+    if not isinstance(kind, str) or kind not in known:
+        raise CheckpointError(f"{folder / CONFIG}: peft_type={kind!a}: only {', '.join(known)} are read")
+    return known[kind].from_peft(folder, base)
