@@ -42,17 +42,22 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def world() -> Iterator[World]:
-    """Four ranks for all tests of a worker."""
-    with contextlib.closing(World(4)) as ranks:
-        yield ranks
+def worlds() -> Iterator[Callable[[int], World]]:
+    """Worlds by their number of ranks, for all tests of a worker."""
+    with contextlib.ExitStack() as stack:
+        yield cache(lambda size: stack.enter_context(contextlib.closing(World(size))))
 
 
 @pytest.fixture(scope="session")
-def pair() -> Iterator[World]:
+def world(worlds: Callable[[int], World]) -> World:
+    """Four ranks."""
+    return worlds(4)
+
+
+@pytest.fixture(scope="session")
+def pair(worlds: Callable[[int], World]) -> World:
     """Two ranks."""
-    with contextlib.closing(World(2)) as ranks:
-        yield ranks
+    return worlds(2)
 
 
 @pytest.fixture(scope="session")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import pickle
 import subprocess
 import sys
@@ -61,6 +62,12 @@ class World:
             argv = [sys.executable, "-m", "tests.kit.world", *words]
             with theirs, warm.starts(*LOADED):
                 self.ranks.append((subprocess.Popen(argv, pass_fds=[theirs.fileno()]), ours))
+
+
+def run_ranks(function: Callable[..., Any], size: int, *args: Any, timeout: float = 120.0) -> list[Any]:
+    """The library's ``run_ranks``, in ranks that start warm and end with it: for what changes its process."""
+    with contextlib.closing(World(size)) as world:
+        return world.run(function, *args, timeout=timeout)
 
 
 def main(fd: str, rank: str, size: str, store: str) -> None:

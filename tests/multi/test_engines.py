@@ -1,6 +1,5 @@
 """Every engine, with and without tensor parallelism, trains what one process trains, in float64, with clipping on."""
 
-import contextlib
 from itertools import product
 
 import pytest
@@ -8,7 +7,6 @@ import pytest
 from tests.kit.covering import covering
 from tests.kit.engines import ENGINES, HYBRID
 from tests.kit.parity import Case, Layout, assert_equal, run_case, train
-from tests.kit.world import World
 
 pytest.importorskip("deepspeed", reason="deepspeed is not installed (pip install '.[deepspeed]')")
 
@@ -102,16 +100,10 @@ def test_wrong_scaling_of_gradients_is_found(parity, engine):
 @pytest.mark.slow
 @pytest.mark.parametrize("accumulation", [1, 4])
 @pytest.mark.parametrize("model", MODELS)
-def test_hybrid_sharding_with_tensor_parallelism_is_equal(eight, data, model, accumulation):
+def test_hybrid_sharding_with_tensor_parallelism_is_equal(worlds, data, model, accumulation):
     """The one layout of the table that takes eight ranks."""
     layout = Layout(dp=4, tp=2, accumulation=accumulation, parallel={**HYBRID, "sp": True})
-    assert_equal(eight.run(run_case, str(data), Case(layout, {"model": MODELS[model]}))[0])
-
-
-@pytest.fixture(scope="module")
-def eight():
-    with contextlib.closing(World(8)) as ranks:
-        yield ranks
+    assert_equal(worlds(8).run(run_case, str(data), Case(layout, {"model": MODELS[model]}))[0])
 
 
 def curves(rank: int, size: int, data: str, precision: str) -> dict[str, list[float]]:

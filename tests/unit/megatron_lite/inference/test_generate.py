@@ -14,7 +14,6 @@ from megatron_lite.data.template import PLAIN
 from megatron_lite.data.tokenizer import load_tokenizer, tokenizer_files
 from megatron_lite.distributed.mesh import build_mesh, solo_mesh
 from megatron_lite.distributed.shard import spec_of
-from megatron_lite.distributed.spawn import run_ranks
 from megatron_lite.errors import CheckpointError, ConfigError, NonFiniteError
 from megatron_lite.inference.codec import Codec
 from megatron_lite.inference.generate import generate_text
@@ -26,6 +25,7 @@ from megatron_lite.tasks.causal_lm import CausalLM
 from tests.kit.adapters import FAMILIES, LENGTH, VOCAB, decoder, saved
 from tests.kit.corpora import UNMARKED, write_json_tokenizer
 from tests.kit.tokenizers import slow_folder
+from tests.kit.world import run_ranks
 
 PROMPT = [5, 17, 40, 2]
 

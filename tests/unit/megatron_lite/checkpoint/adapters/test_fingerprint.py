@@ -6,8 +6,8 @@ import torch
 from megatron_lite.checkpoint import fingerprint
 from megatron_lite.distributed.mesh import Axis
 from megatron_lite.distributed.shard import Piece, ShardSpec, Tile
-from megatron_lite.distributed.spawn import run_ranks
 from tests.kit.pieces import SOLO, world_of
+from tests.kit.world import run_ranks
 
 SPECS = {"a": ShardSpec((24, 6), dim=0, chunks=(16, 4, 4)), "b": ShardSpec((6, 8), dim=1), "c": ShardSpec((7,))}
 

@@ -13,11 +13,11 @@ from megatron_lite.checkpoint import open_source
 from megatron_lite.checkpoint.formats.hf import HuggingFaceSource
 from megatron_lite.checkpoint.opening import open_peft
 from megatron_lite.distributed.mesh import build_mesh, solo_mesh
-from megatron_lite.distributed.spawn import run_ranks
 from megatron_lite.errors import CheckpointError
 from megatron_lite.inference.loading import Models
 from tests.kit.adapters import LENGTH, VOCAB, decoder, saved
 from tests.kit.foreign import their_adapter
+from tests.kit.world import run_ranks
 
 peft = pytest.importorskip("peft", reason="the peft library is not installed")
 transformers = pytest.importorskip("transformers", reason="transformers is not installed")

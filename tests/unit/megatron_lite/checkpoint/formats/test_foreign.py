@@ -9,17 +9,17 @@ from megatron_lite.checkpoint.formats.hf import read_model
 from megatron_lite.checkpoint.formats.megatron import open_megatron
 from megatron_lite.checkpoint.opening import open_source
 from megatron_lite.distributed.shard import Piece
-from megatron_lite.distributed.spawn import run_ranks
 from megatron_lite.errors import CheckpointError
 from megatron_lite.families.huggingface import tensor_parts
 from tests.kit.foreign import save_with_megatron, train_with_deepspeed
+from tests.kit.world import run_ranks
 
 
 @pytest.mark.parametrize(("stage", "bf16", "ranks"), [(1, False, 2), (2, False, 3), (3, False, 2), (3, True, 3)])
-def test_what_deepspeed_wrote(tmp_path, stage, bf16, ranks):
+def test_what_deepspeed_wrote(worlds, tmp_path, stage, bf16, ranks):
     pytest.importorskip("deepspeed", reason="deepspeed is not installed (pip install '.[deepspeed]')")
     pytest.importorskip("transformers", reason="transformers is not installed (pip install '.[hf]')")
-    run_ranks(train_with_deepspeed, ranks, str(tmp_path), stage, bf16, timeout=280)
+    worlds(ranks).run(train_with_deepspeed, str(tmp_path), stage, bf16)
     want = torch.load(tmp_path / "want.pt")
     model, _ = read_model(tmp_path / "model")
     source = DeepSpeedSource(tmp_path / "ds", model)
@@ -48,12 +48,12 @@ def test_what_deepspeed_wrote(tmp_path, stage, bf16, ranks):
 
 
 @pytest.mark.parametrize(("stage", "bf16"), [(1, False), (2, True), (3, False)])
-def test_frozen_parameters_that_deepspeed_wrote(tmp_path, stage, bf16):
+def test_frozen_parameters_that_deepspeed_wrote(worlds, tmp_path, stage, bf16):
     """Each stage keeps them in another place; with a tied head beside them."""
     pytest.importorskip("deepspeed", reason="deepspeed is not installed (pip install '.[deepspeed]')")
     pytest.importorskip("transformers", reason="transformers is not installed (pip install '.[hf]')")
     frozen = ("embed_tokens", "layers.0.self_attn", "layers.1.mlp.up_proj", "layers.0.input_layernorm")
-    run_ranks(train_with_deepspeed, 2, str(tmp_path), stage, bf16, frozen, True, timeout=280)
+    worlds(2).run(train_with_deepspeed, str(tmp_path), stage, bf16, frozen, True)
     want = torch.load(tmp_path / "want.pt")
     model, _ = read_model(tmp_path / "model")
     source = DeepSpeedSource(tmp_path / "ds", model)

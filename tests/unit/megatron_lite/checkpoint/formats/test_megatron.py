@@ -10,9 +10,9 @@ import torch
 from megatron_lite import convert
 from megatron_lite.checkpoint.formats.megatron import open_megatron
 from megatron_lite.checkpoint.formats.megatron_args import model_section
-from megatron_lite.distributed.spawn import run_ranks
 from megatron_lite.errors import CheckpointError
 from tests.kit.foreign import GPT2, LLAMA, megatron_logits, megatron_model, run_megatron
+from tests.kit.world import run_ranks
 
 pytest.importorskip("megatron.core", reason="megatron-core is not installed (pip install '.[dev]')")
 
