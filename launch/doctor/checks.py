@@ -1,4 +1,4 @@
-"""What the doctor checks: pure functions from what hosts said (a ``Case``) to findings, causes before effects."""
+"""What the doctor checks: pure functions from what hosts said (an ``Examination``) to findings, causes first."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from typing import Literal
 
-from launch.doctor.examination import Case, Finding, amount
+from launch.doctor.examination import Examination, Finding, amount
 from launch.doctor.facts import PACKAGES, Facts, Peer
 from launch.hosts import network
 from launch.hosts.hostfile import count
@@ -21,13 +21,13 @@ _GLOO_MBITS = 10_000  # which gloo cannot fill beyond about this
 _LOOPBACK = 0.2e9  # bytes a second, within a machine
 
 
-Check = Callable[[Case], Iterator[Finding]]
+Check = Callable[[Examination], Iterator[Finding]]
 
 
-def ssh(case: Case) -> Iterator[Finding]:
+def ssh(exam: Examination) -> Iterator[Finding]:
     """Every host answers, without a prompt."""
-    for host in case.hosts:
-        if said := case.silent.get(host.name):
+    for host in exam.hosts:
+        if said := exam.silent.get(host.name):
             fix = next((f"; {fix}" for sign, fix in SSH_FIXES.items() if sign in said), "")
             yield Finding("error", said + fix, host.name)
 
@@ -48,9 +48,9 @@ SSH_FIXES = {  # what ssh, or the shell behind it, says; and what helps
 }
 
 
-def names(case: Case) -> Iterator[Finding]:
+def names(exam: Examination) -> Iterator[Finding]:
     """Every host finds an address for every name, not its own loopback for another's, and a name for the address."""
-    for host, known in case.facts.items():
+    for host, known in exam.facts.items():
         nameless = []
         for other, peer in known.peers.items():
             first = peer.addresses[:1]
@@ -66,19 +66,19 @@ def names(case: Case) -> Iterator[Finding]:
             yield Finding("warning", f"no name belongs to {', '.join(nameless)}; {fix}", host)
 
 
-def interface(case: Case) -> Iterator[Finding]:
+def interface(exam: Examination) -> Iterator[Finding]:
     """Ranks listen where the user says, or else gloo where the host's own name leads: not at loopback."""
-    if len(case.hosts) == 1:
+    if len(exam.hosts) == 1:
         yield Finding("note", "one host")
         return
-    for host, known in case.facts.items():
+    for host, known in exam.facts.items():
         way = next((peer.interface for peer in known.peers.values() if peer.interface), "")
         hint = " and ".join(f"{name}={way}" for name in network.VARIABLES)
         trap = f"its own name {known.hostname} leads to {known.own_address}, where no other host can connect"
-        if wrong := [f"{name}={value}" for name, value in case.chosen.items() if not _leads_out(value, known)]:
+        if wrong := [f"{name}={value}" for name, value in exam.chosen.items() if not _leads_out(value, known)]:
             fix = f"set {hint}, or unset it" if way else "unset it"
             yield Finding("error", f"{' and '.join(wrong)}, but it has {', '.join(known.speeds)}; {fix}", host)
-        elif gloo := case.chosen.get(network.VARIABLES[0]):
+        elif gloo := exam.chosen.get(network.VARIABLES[0]):
             yield Finding("note", f"{gloo}, as you have chosen", host)
         elif not network.is_loopback(known.own_address):
             if ":" in known.own_address:
@@ -99,19 +99,19 @@ def _leads_out(chosen: str, known: Facts) -> bool:
     return chosen.startswith("^") or any(name.startswith(word) for word in words for name in outward)
 
 
-def versions(case: Case) -> Iterator[Finding]:
+def versions(exam: Examination) -> Iterator[Finding]:
     """The same Python, packages and code everywhere; what most hosts have is taken as meant."""
     having: dict[str, dict[str, str | None]] = {
-        "Python": {host: known.python for host, known in case.facts.items()},
-        **{name: {host: known.versions.get(name) for host, known in case.facts.items()} for name in PACKAGES},
-        "code": {host: known.code for host, known in case.facts.items()},
+        "Python": {host: known.python for host, known in exam.facts.items()},
+        **{name: {host: known.versions.get(name) for host, known in exam.facts.items()} for name in PACKAGES},
+        "code": {host: known.code for host, known in exam.facts.items()},
     }
-    for what, found in having.items() if case.facts else ():
+    for what, found in having.items() if exam.facts else ():
         usual = Counter(found.values()).most_common(1)[0][0]  # of equally many, the first host's
         usual_text = f"{what} {usual}" if usual else f"no {what}"
         for host, version in found.items():
             if version != usual:
-                where = "copy the code there" if what == "code" else f"install it for {case.facts[host].executable}"
+                where = "copy the code there" if what == "code" else f"install it for {exam.facts[host].executable}"
                 has = f"{what} {version}" if version else f"no {what}"
                 yield Finding("error", f"has {has}, others {usual_text}; {where}", host)
         if what == "torch" and usual is None:
@@ -120,11 +120,11 @@ def versions(case: Case) -> Iterator[Finding]:
             yield Finding("note", usual_text)
 
 
-def devices(case: Case) -> Iterator[Finding]:
+def devices(exam: Examination) -> Iterator[Finding]:
     """A GPU for every slot, or, where no host has any, a core."""
-    some = any(known.gpus for known in case.facts.values())
-    for host in case.hosts:
-        if (known := case.facts.get(host.name)) is None:
+    some = any(known.gpus for known in exam.facts.values())
+    for host in exam.hosts:
+        if (known := exam.facts.get(host.name)) is None:
             continue
         wanted = max(host.devices) + 1 if host.devices else host.slots
         if some and known.gpus < wanted:
@@ -138,30 +138,30 @@ def devices(case: Case) -> Iterator[Finding]:
             yield Finding("note", f"{has} for {count(host.slots, 'rank')}", host.name)
 
 
-def threads(case: Case) -> Iterator[Finding]:
+def threads(exam: Examination) -> Iterator[Finding]:
     """The threads with which the ranks of a host compute have a core each; whether ranks have one is ``devices``'."""
-    for host in case.hosts:
-        if (known := case.facts.get(host.name)) is None or case.omp <= 1:
+    for host in exam.hosts:
+        if (known := exam.facts.get(host.name)) is None or exam.omp <= 1:
             continue
-        if (wanted := case.omp * host.slots) > known.cores:
-            has = f"OMP_NUM_THREADS={case.omp} in {count(host.slots, 'rank')}: {wanted} threads share"
+        if (wanted := exam.omp * host.slots) > known.cores:
+            has = f"OMP_NUM_THREADS={exam.omp} in {count(host.slots, 'rank')}: {wanted} threads share"
             fix = f"--launch.env.OMP_NUM_THREADS={max(1, known.cores // host.slots)} is faster"
             yield Finding("warning", f"{has} {count(known.cores, 'core')}; {fix}", host.name)
         else:
-            yield Finding("note", f"OMP_NUM_THREADS={case.omp}", host.name)
+            yield Finding("note", f"OMP_NUM_THREADS={exam.omp}", host.name)
 
 
-def clock(case: Case) -> Iterator[Finding]:
+def clock(exam: Examination) -> Iterator[Finding]:
     """Clocks agree: the first of several failures is found by its time."""
-    for host, seconds in case.skew.items():
+    for host, seconds in exam.skew.items():
         if abs(seconds) > _SKEW_S:
             text = f"its clock is {abs(seconds):.0f} s {'ahead' if seconds > 0 else 'behind'}; run chrony or ntpd there"
             yield Finding("error" if abs(seconds) > _FAR_S else "warning", text, host)
 
 
-def shm(case: Case) -> Iterator[Finding]:
+def shm(exam: Examination) -> Iterator[Finding]:
     """Room in /dev/shm, where processes of a host hand each other data."""
-    for host, known in case.facts.items():
+    for host, known in exam.facts.items():
         fix = "in a container: --shm-size=1g (Kubernetes: launch.k8s.shm); else mount -o remount,size=1G /dev/shm"
         size = f"/dev/shm has {amount(known.shm_free)} free of {amount(known.shm_size)}"
         if known.shm_free < _SHM:
@@ -170,11 +170,11 @@ def shm(case: Case) -> Iterator[Finding]:
             yield Finding("warning", f"{size}; {fix}", host)
 
 
-def limits(case: Case) -> Iterator[Finding]:
+def limits(exam: Examination) -> Iterator[Finding]:
     """Files, threads and pinned memory that a rank may have."""
-    ranks = sum(host.slots for host in case.hosts)
-    for host in case.hosts:
-        if (known := case.facts.get(host.name)) is None:
+    ranks = sum(host.slots for host in exam.hosts)
+    for host in exam.hosts:
+        if (known := exam.facts.get(host.name)) is None:
             continue
         files = _FILES + _FILES_PER_RANK * ranks
         if 0 <= (limit := known.limits["nofile"]) < files:
@@ -190,57 +190,57 @@ def limits(case: Case) -> Iterator[Finding]:
                           "memory; set it to unlimited in /etc/security/limits.conf", host.name)  # fmt: skip
 
 
-def folder(case: Case) -> Iterator[Finding]:
+def folder(exam: Examination) -> Iterator[Finding]:
     """The run's folder is one folder, and every host can write to it."""
-    if case.unusable:
-        yield Finding("error", f"{case.folder} cannot be used: {case.unusable}; choose another run.dir")
-    for host, known in case.facts.items():
+    if exam.unusable:
+        yield Finding("error", f"{exam.folder} cannot be used: {exam.unusable}; choose another run.dir")
+    for host, known in exam.facts.items():
         trouble = known.folder or (
-            "" if host in case.seen else "is not the same folder: what it writes is not seen here"
+            "" if host in exam.seen else "is not the same folder: what it writes is not seen here"
         )
         if trouble:
             fix = "let the user write there" if "cannot be used" in trouble else "put it on a file system all share"
-            yield Finding("error", f"{case.folder} {trouble}; {fix} (run.dir)", host)
+            yield Finding("error", f"{exam.folder} {trouble}; {fix} (run.dir)", host)
 
 
-def disk(case: Case) -> Iterator[Finding]:
+def disk(exam: Examination) -> Iterator[Finding]:
     """Room for the checkpoints that the config keeps, and the one that is being written."""
-    all_of_them = (case.keep + 1) * case.checkpoint
-    has = f"{case.folder} has {amount(case.free)} free"
-    if case.checkpoint and case.free < all_of_them:
-        level: Literal["error", "warning"] = "error" if case.free < case.checkpoint else "warning"
-        needs = f"a checkpoint takes {amount(case.checkpoint)}, {case.keep} kept and one being written "
+    all_of_them = (exam.keep + 1) * exam.checkpoint
+    has = f"{exam.folder} has {amount(exam.free)} free"
+    if exam.checkpoint and exam.free < all_of_them:
+        level: Literal["error", "warning"] = "error" if exam.free < exam.checkpoint else "warning"
+        needs = f"a checkpoint takes {amount(exam.checkpoint)}, {exam.keep} kept and one being written "
         yield Finding(level, f"{has}; {needs}{amount(all_of_them)}; make room, or set run.dir or checkpoint.keep")
     else:
-        takes = f"; a checkpoint takes {amount(case.checkpoint)}" if case.checkpoint else ""
+        takes = f"; a checkpoint takes {amount(exam.checkpoint)}" if exam.checkpoint else ""
         yield Finding("note", has + takes)
 
 
-def port(case: Case) -> Iterator[Finding]:
+def port(exam: Examination) -> Iterator[Finding]:
     """The rendezvous port is free."""
-    if case.port:
-        yield Finding("error", case.port, case.hosts[0].name)
+    if exam.port:
+        yield Finding("error", exam.port, exam.hosts[0].name)
 
 
-def links(case: Case) -> Iterator[Finding]:
+def links(exam: Examination) -> Iterator[Finding]:
     """Every host can connect to every other one, at any port: ranks choose theirs freely."""
-    for (host, other), said in case.links.items():
+    for (host, other), said in exam.links.items():
         if said:
             fix = "look at cable, routes and firewall between them: training needs all TCP ports"
             yield Finding("error", f"cannot connect to {other}: {said}; {fix}", host)
 
 
-def bandwidth(case: Case) -> Iterator[Finding]:
+def bandwidth(exam: Examination) -> Iterator[Finding]:
     """An all-reduce among the hosts is as fast as their links let expect."""
-    if isinstance(case.reduced, str):
+    if isinstance(exam.reduced, str):
         fix = "; is it the interface ({} and {}), or torch itself? NCCL_DEBUG=INFO tells more".format(
             *network.VARIABLES
         )
-        yield Finding("error", case.reduced + fix) if case.failed else Finding("note", case.reduced)
+        yield Finding("error", exam.reduced + fix) if exam.failed else Finding("note", exam.reduced)
         return
-    for a, b, speed in case.reduced["pairs"]:
-        least, because = expected(case, a, b)
-        pair = f"{case.hosts[a].name} and {case.hosts[b].name}" if len(case.hosts) > 1 else "two ranks"
+    for a, b, speed in exam.reduced["pairs"]:
+        least, because = expected(exam, a, b)
+        pair = f"{exam.hosts[a].name} and {exam.hosts[b].name}" if len(exam.hosts) > 1 else "two ranks"
         text = f"{pair}: {speed / 1e9:.2f} GB/s"
         if speed < least:
             text += f", expected {least / 1e9:.2f}: {because}"
@@ -249,20 +249,20 @@ def bandwidth(case: Case) -> Iterator[Finding]:
             yield Finding(
                 "note", f"{text} ({f'at least {least / 1e9:.2f} expected' if least else 'no expectation'}: {because})"
             )
-    together = f"{case.reduced['all'] / 1e9:.2f} GB/s, 4 bytes in {case.reduced['latency'] * 1e3:.2f} ms"
-    yield Finding("note", f"all: {together}, {case.reduced['backend']}")
+    together = f"{exam.reduced['all'] / 1e9:.2f} GB/s, 4 bytes in {exam.reduced['latency'] * 1e3:.2f} ms"
+    yield Finding("note", f"all: {together}, {exam.reduced['backend']}")
 
 
-def expected(case: Case, a: int, b: int) -> tuple[float, str]:
+def expected(exam: Examination, a: int, b: int) -> tuple[float, str]:
     """The least bandwidth between two hosts, in bytes a second, and why."""
-    if len(case.hosts) == 1:
+    if len(exam.hosts) == 1:
         return _LOOPBACK, "through this machine's memory"
-    ends = [(case.hosts[a], case.hosts[b]), (case.hosts[b], case.hosts[a])]
-    through = [(case.facts[x.name], case.facts[x.name].peers.get(y.address, Peer()).interface) for x, y in ends]
+    ends = [(exam.hosts[a], exam.hosts[b]), (exam.hosts[b], exam.hosts[a])]
+    through = [(exam.facts[x.name], exam.facts[x.name].peers.get(y.address, Peer()).interface) for x, y in ends]
     speeds = [known.speeds.get(name, 0) for known, name in through]
     if not all(speeds):
         return 0.0, f"the driver of {through[speeds.index(0)][1] or 'the interface'} tells no speed"
-    gloo, link = not isinstance(case.reduced, str) and case.reduced["backend"] == "gloo", min(speeds)
+    gloo, link = not isinstance(exam.reduced, str) and exam.reduced["backend"] == "gloo", min(speeds)
     used, cap = (_GLOO_MBITS, " of what gloo can use") if gloo and link > _GLOO_MBITS else (link, "")
     return _SHARE * used * 1e6 / 8, f"a fifth{cap} of a link of {link / 1000:g} Gbit/s"
 
@@ -286,6 +286,6 @@ CHECKS: dict[str, tuple[int, Check]] = {
 }
 
 
-def examine(case: Case, names: Sequence[str] = tuple(CHECKS)) -> dict[str, list[Finding]]:
+def examine(exam: Examination, names: Sequence[str] = tuple(CHECKS)) -> dict[str, list[Finding]]:
     """The findings of some checks."""
-    return {name: list(CHECKS[name][1](case)) for name in names}
+    return {name: list(CHECKS[name][1](exam)) for name in names}

@@ -77,7 +77,7 @@ class Contact:
         self._errors.close()
 
 
-class Ward:
+class Contacts:
     """All hosts that still answer; ``silent`` says why others do not, ``heard`` when each answered last."""
 
     def __init__(self, hosts: tuple[Host, ...], ssh: Ssh, seconds: float) -> None:

@@ -21,8 +21,8 @@ from typing import Any
 
 from launch import process
 from launch.doctor.checks import CHECKS, examine
-from launch.doctor.contacts import Ward, progress
-from launch.doctor.examination import Case, Finding
+from launch.doctor.contacts import Contacts, progress
+from launch.doctor.examination import Examination, Finding
 from launch.doctor.facts import MARKER, Facts, Peer, new_secret
 from launch.hosts.hostfile import UsageError
 from launch.hosts.job import Job
@@ -46,13 +46,13 @@ class Wanted:
     seconds: int = 60
 
 
-def diagnose(job: Job, wanted: Wanted) -> tuple[Case, dict[str, list[Finding]]]:
+def diagnose(job: Job, wanted: Wanted) -> tuple[Examination, dict[str, list[Finding]]]:
     """Everything about the hosts of ``job``, of which nothing is started, and the findings of every check."""
     folder = _existing(job.run_dir.absolute())
     free = shutil.disk_usage(folder).free
     chosen = {name: job.env[name] for name in VARIABLES if job.env.get(name)}
     omp = job.env.get("OMP_NUM_THREADS", os.environ.get("OMP_NUM_THREADS", "")).partition(",")[0].strip()
-    case = Case(
+    exam = Examination(
         job.hosts,
         {},
         folder=str(folder),
@@ -65,20 +65,20 @@ def diagnose(job: Job, wanted: Wanted) -> tuple[Case, dict[str, list[Finding]]]:
     try:
         probe = Path(tempfile.mkdtemp(prefix=".doctor-", dir=folder))
     except OSError as error:
-        case = replace(case, unusable=error.strerror or str(error))
-        return case, examine(case)
+        exam = replace(exam, unusable=error.strerror or str(error))
+        return exam, examine(exam)
     try:
-        case = _ask(case, job, probe, wanted)
-        findings = examine(case)
+        exam = _ask(exam, job, probe, wanted)
+        findings = examine(exam)
         if any(finding.level == "error" for found in findings.values() for finding in found):
-            case = replace(case, reduced="not run: the errors come first")
+            exam = replace(exam, reduced="not run: the errors come first")
         elif not wanted.bandwidth:
-            case = replace(case, reduced="not run, as --bandwidth=false says")
+            exam = replace(exam, reduced="not run, as --bandwidth=false says")
         elif len(job.hosts) == 1 and job.hosts[0].slots == 1:
-            case = replace(case, reduced="not run: there is one rank; with --nproc=2 it is measured")
+            exam = replace(exam, reduced="not run: there is one rank; with --nproc=2 it is measured")
         else:
-            case = _all_reduce(case, job, probe, wanted.seconds)
-        return case, examine(case)
+            exam = _all_reduce(exam, job, probe, wanted.seconds)
+        return exam, examine(exam)
     finally:
         shutil.rmtree(probe, ignore_errors=True)
 
@@ -87,41 +87,41 @@ def _existing(path: Path) -> Path:
     return next(folder for folder in (path, *path.parents) if folder.is_dir())
 
 
-def _ask(case: Case, job: Job, probe: Path, wanted: Wanted) -> Case:
+def _ask(exam: Examination, job: Job, probe: Path, wanted: Wanted) -> Examination:
     """Ask every host about itself, and have them call each other."""
     secret = new_secret()
     (probe / MARKER).write_text(secret)
     hosts, numbers = job.hosts, {host: str(number) for number, host in enumerate(job.hosts)}
     addresses = [host.address for host in hosts] if len(hosts) > 1 else []
     about = {"ask": "facts", "folder": str(probe), "secret": secret, "visible": job.env.get("CUDA_VISIBLE_DEVICES")}
-    ward = Ward(hosts, job.ssh, wanted.seconds)
+    contacts = Contacts(hosts, job.ssh, wanted.seconds)
     try:
         asked = time.time()
-        said = ward.ask(
+        said = contacts.ask(
             lambda host: {**about, "names": near(addresses, host.address), "own": numbers[host]},
             f"{len(hosts)} hosts about themselves" if len(hosts) > 1 else "this host about itself",
         )
         failed = {name: answer["error"] for name, answer in said.items() if "error" in answer}
         answers = {name: answer for name, answer in said.items() if name not in failed}
         skew = {
-            name: max(0.0, answer["ended"] - ward.heard[name]) or min(0.0, answer["began"] - asked)
+            name: max(0.0, answer["ended"] - contacts.heard[name]) or min(0.0, answer["began"] - asked)
             for name, answer in answers.items()
         }
         facts = {name: _facts(answer) for name, answer in answers.items()}
         seen = {host.name for host in hosts if _content(probe / numbers[host]) == secret}
-        case = replace(case, facts=facts, skew=skew, seen=frozenset(seen))
+        exam = replace(exam, facts=facts, skew=skew, seen=frozenset(seen))
         if len(hosts) > 1 or job.rendezvous:
-            case = replace(case, **_calls(ward, job, secret))
-        return replace(case, silent={**failed, **ward.silent})
+            exam = replace(exam, **_calls(contacts, job, secret))
+        return replace(exam, silent={**failed, **contacts.silent})
     finally:
-        ward.close()
+        contacts.close()
 
 
-def _calls(ward: Ward, job: Job, secret: str) -> dict[str, Any]:
+def _calls(contacts: Contacts, job: Job, secret: str) -> dict[str, Any]:
     """Every host listens, the first one at the rendezvous port, and calls the others."""
     first = job.hosts[0]
     address, port = job.rendezvous or ("", 0)
-    served = ward.ask(
+    served = contacts.ask(
         lambda host: {"ask": "serve", "port": port if host == first else 0, "secret": secret}, "all for a free port"
     )
     places = {
@@ -129,7 +129,7 @@ def _calls(ward: Ward, job: Job, secret: str) -> dict[str, Any]:
         for host in job.hosts
         if "port" in served.get(host.name, {})
     }
-    called = ward.ask(
+    called = contacts.ask(
         lambda host: {
             "ask": "connect",
             "to": {name: places[name] for name in near(list(places), host.address) if name != host.address},
@@ -161,7 +161,7 @@ def _content(path: Path) -> str:
         return ""
 
 
-def _all_reduce(case: Case, job: Job, probe: Path, seconds: int) -> Case:
+def _all_reduce(exam: Examination, job: Job, probe: Path, seconds: int) -> Examination:
     """One rank a host, as a run would start them, in a process that can be ended with all it started."""
     alone, out, console = len(job.hosts) == 1, probe / "bandwidth.json", probe / "console"
     measuring = replace(
@@ -187,13 +187,13 @@ def _all_reduce(case: Case, job: Job, probe: Path, seconds: int) -> Case:
             os.kill(child, signal.SIGKILL)  # whatever it has started follows, here and elsewhere
             os.waitpid(child, 0)
     try:
-        return replace(case, reduced=json.loads(out.read_text()))
+        return replace(exam, reduced=json.loads(out.read_text()))
     except (OSError, ValueError):
         said = last_words(_content(console).encode()) if ended else f"timed out after {seconds} s"
         said = said.partition("; log: ")[0]  # the log is about to be removed: here is what it says
         logs = [last_words(_content(log).encode()) for log in sorted((probe / "logs").glob("rank_*.log"))]
         said += next((f": {words}" for words in logs if words and not words.startswith("#")), "")
-        return replace(case, reduced=f"all-reduce: {said}", failed=True)
+        return replace(exam, reduced=f"all-reduce: {said}", failed=True)
 
 
 def _supervise(job: Job, console: Path) -> None:
@@ -217,24 +217,24 @@ def exit_code(findings: Mapping[str, list[Finding]]) -> int:
     return next((CHECKS[name][0] for name in failed), 0)
 
 
-def report(case: Case, findings: Mapping[str, list[Finding]]) -> str:
+def report(exam: Examination, findings: Mapping[str, list[Finding]]) -> str:
     """Errors and warnings, a line each, on stderr; returns the table of all checks."""
     for level in ("error", "warning"):
         for found in findings.values():
-            for line in _lines(case, found, level):
+            for line in _lines(exam, found, level):
                 say(f"{level}: {line}")
     rows = []
     for name, found in findings.items():
         levels = [finding.level for finding in found]
         state = "ERROR" if "error" in levels else "warning" if "warning" in levels else "ok"
-        unmeasured = name == "bandwidth" and isinstance(case.reduced, str) and not case.failed
-        if unmeasured or not (found or case.facts):
+        unmeasured = name == "bandwidth" and isinstance(exam.reduced, str) and not exam.failed
+        if unmeasured or not (found or exam.facts):
             state = "skipped"
-        rows.append(f"{name:<10} {state:<8} {'; '.join(_lines(case, found, 'note'))}".rstrip())
+        rows.append(f"{name:<10} {state:<8} {'; '.join(_lines(exam, found, 'note'))}".rstrip())
     return "\n".join(rows)
 
 
-def _lines(case: Case, found: list[Finding], level: str) -> list[str]:
+def _lines(exam: Examination, found: list[Finding], level: str) -> list[str]:
     """The findings of a level, what several hosts share in one line."""
     hosts: dict[str, list[str]] = {}
     for finding in found:
@@ -242,19 +242,19 @@ def _lines(case: Case, found: list[Finding], level: str) -> list[str]:
             hosts.setdefault(finding.text, []).append(finding.host)
     lines = []
     for text, names in hosts.items():
-        shared = names == [""] or (len(case.hosts) > 1 and len(names) == len(case.hosts) and level == "note")
-        lines.append(text if shared or case.hosts[0].name == "localhost" else f"{', '.join(names)}: {text}")
+        shared = names == [""] or (len(exam.hosts) > 1 and len(names) == len(exam.hosts) and level == "note")
+        lines.append(text if shared or exam.hosts[0].name == "localhost" else f"{', '.join(names)}: {text}")
     return lines
 
 
-def as_json(case: Case, findings: Mapping[str, list[Finding]]) -> str:
+def as_json(exam: Examination, findings: Mapping[str, list[Finding]]) -> str:
     """All of it, for programs."""
-    hosts = {host.name: asdict(case.facts[host.name]) if host.name in case.facts else None for host in case.hosts}
+    hosts = {host.name: asdict(exam.facts[host.name]) if host.name in exam.facts else None for host in exam.hosts}
     shown = {
         "exit_code": exit_code(findings),
         "checks": {name: [asdict(finding) for finding in found] for name, found in findings.items()},
         "hosts": hosts,
-        "silent": case.silent,
-        "bandwidth": case.reduced if isinstance(case.reduced, dict) else None,
+        "silent": exam.silent,
+        "bandwidth": exam.reduced if isinstance(exam.reduced, dict) else None,
     }
     return json.dumps(shown, indent=2)

@@ -20,7 +20,7 @@ class Finding:
 
 
 @dataclass(frozen=True)
-class Case:
+class Examination:
     """Everything that was found out.
 
     ``silent``: hosts that did not answer, and why. ``skew``: seconds that a clock is surely ahead of ours. ``seen``:

@@ -120,9 +120,9 @@ class Job:
         return self.log_dir / f"launcher{self.own}.lock"
 
     @property
-    def wish(self) -> Path:
+    def control(self) -> Path:
         """The file that tells ranks on other machines what their launcher wants of them (``launch/watch/rank.py``)."""
-        return self.log_dir / "wish"
+        return self.log_dir / "control"
 
     def next_attempt(self) -> Job:
         """The same again, after this start, which goes on from what this one has saved."""
@@ -143,8 +143,8 @@ class Job:
     def rank_argv(self, *options: str) -> list[str]:
         """The argv, after the Python executable, of one rank: the program in its shim (``launch/watch/rank.py``)."""
         program = self.program + (self.begin or (self.resume if self.attempt else ()))
-        wish = [f"--wish={self.wish}"] if self.distributed else []
-        return ["-m", "launch.watch.rank", f"--log-dir={self.log_dir}", *wish, *options, "--", *program]
+        control = [f"--control={self.control}"] if self.distributed else []
+        return ["-m", "launch.watch.rank", f"--log-dir={self.log_dir}", *control, *options, "--", *program]
 
 
 def ordered(job: Job, env: Mapping[str, str], *options: str, lease: bool = False) -> tuple[list[str], dict[Path, str]]:

@@ -2,7 +2,7 @@
 
 It keeps the rank's output in ``DIR/rank_N.log``, passes signals on, and reports how the rank ended (``report.py``),
 since launchers hand back neither exit codes nor signals. Options: ``--rank=VARIABLE`` that holds the rank (RANK),
-``--stderr-fd=N`` for rank 0's errors, ``--wish=FILE`` in which a launcher on another machine says what it wants, and
+``--stderr-fd=N`` for rank 0's errors, ``--control=FILE`` in which a launcher on another machine says what it wants, and
 ``--lease`` to end with it. ``--file=FILE`` stands for all of this: there the arguments are, and variables to set.
 """
 
@@ -30,9 +30,9 @@ from launch.watch.report import PREEMPTED, Report, last_words
 
 _STOP = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP, signal.SIGQUIT)  # what torchrun passes on
 _STOPPED_LIMIT_S = 2.0  # how long a rank that should save may stay stopped (SIGSTOP) before it is killed
-_POLL_S, _WISH_S = 0.2, 1.0
+_POLL_S, _CONTROL_S = 0.2, 1.0
 _LEASE_S = 30.0  # a rank with a lease ends when its launcher has been silent for this long
-SAVE, END = "save", "end"  # wishes, each followed by the attempt that is meant
+SAVE, END = "save", "end"  # requests, each followed by the attempt that is meant
 _TAIL_BYTES = 8192
 _INHERITED = ("PMI_FD",)  # holds the descriptor through which MPICH's MPI_Init talks to its mpiexec
 
@@ -78,10 +78,10 @@ def run(
     rank: int,
     attempt: int,
     console: tuple[int, int] | None,
-    wish: Wish | None = None,
+    control: Control | None = None,
 ) -> int:
     """Run ``program`` to its end; ``console`` holds the descriptors for its stdout and stderr, if it is shown, and
-    ``wish`` tells what a launcher wants that cannot send signals.
+    ``control`` tells what a launcher wants that cannot send signals.
 
     Returns the exit code for the launcher: the program's own, 128 + N after signal N, but 0 when the program was
     preempted, so that the launcher does not tear down the peers that are still saving.
@@ -113,7 +113,7 @@ def run(
     for copier in copiers:
         copier.start()
 
-    asked, stopped = _wait(child, watched, wish, relay)
+    asked, stopped = _wait(child, watched, control, relay)
 
     with contextlib.suppress(ProcessLookupError):
         os.killpg(child.pid, signal.SIGKILL)  # what the program started and left behind
@@ -134,16 +134,16 @@ def run(
 
 
 def _wait(
-    child: subprocess.Popen[bytes], watched: set[signal.Signals], wish: Wish | None, relay: int
+    child: subprocess.Popen[bytes], watched: set[signal.Signals], control: Control | None, relay: int
 ) -> tuple[bool, bool]:
-    """Pass signals and wishes on until ``child`` ends: was it asked to stop, and had it to be killed while stopped?
+    """Pass signals and requests on until ``child`` ends: was it asked to stop, and had it to be killed while stopped?
 
-    A byte in ``relay`` tells the program that it may be asked by others, too, and that it is one and the same wish.
+    A byte in ``relay`` tells the program that it may be asked by others, too, and that it is one and the same request.
     """
     asked, stopped, stopped_since = False, False, 0.0
     while child.poll() is None:
-        received = signal.sigtimedwait(watched, _POLL_S if asked else _WISH_S if wish else 60)
-        wanted = wish.read() if wish else ""
+        received = signal.sigtimedwait(watched, _POLL_S if asked else _CONTROL_S if control else 60)
+        wanted = control.read() if control else ""
         if wanted == END:
             process.send(child.pid, signal.SIGKILL)
         if received and received.si_signo == signal.SIGUSR2:
@@ -163,10 +163,10 @@ def _wait(
     return asked or not signal.sigpending().isdisjoint(_STOP), stopped
 
 
-class Wish:
+class Control:
     """A file in which a launcher on another machine says what it wants, and, by changing it, that it is there.
 
-    Its text is ``WISH ATTEMPT NUMBER``. It is opened at each look: network file systems refresh a file then.
+    Its text is ``REQUEST ATTEMPT NUMBER``. It is opened at each look: network file systems refresh a file then.
     """
 
     def __init__(self, path: Path, attempt: int, *, lease: bool) -> None:
@@ -181,8 +181,8 @@ class Wish:
                 self.text, self.since = text, time.monotonic()
         if self.lease and time.monotonic() - self.since > _LEASE_S:
             return END
-        wish, _, rest = self.text.partition(" ")
-        return wish if rest.partition(" ")[0] == self.attempt else ""
+        request, _, rest = self.text.partition(" ")
+        return request if rest.partition(" ")[0] == self.attempt else ""
 
 
 def _arguments() -> list[str]:
@@ -209,9 +209,9 @@ def main() -> NoReturn:
     program, log_dir = argv[split + 1 :], Path(options["log-dir"])
     rank, attempt = int(os.environ[options.get("rank", "RANK")]), int(os.environ.get("MLITE_ATTEMPT", "0"))
     console = (1, int(options.get("stderr-fd", "2"))) if rank == 0 else None
-    wish = Wish(Path(options["wish"]), attempt, lease="lease" in options) if "wish" in options else None
+    control = Control(Path(options["control"]), attempt, lease="lease" in options) if "control" in options else None
     try:
-        raise SystemExit(run(log_dir, program, rank, attempt, console, wish))
+        raise SystemExit(run(log_dir, program, rank, attempt, console, control))
     except OSError as error:
         print(f"error: rank {rank} could not be started: {error}", file=sys.stderr)
         raise SystemExit(7 if error.filename != program[0] else 2) from None

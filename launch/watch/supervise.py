@@ -38,7 +38,7 @@ _DEATH_LIMIT_S = 10.0  # for the kernel to end what was killed
 _QUICK_S, _LONGEST_WAIT_S = 60.0, 60.0  # attempts that end sooner than this are followed by ever longer waits
 _HOSTS_WAIT_S, _HOSTS_RETRY_S = 600.0, 5.0  # for enough hosts to be reachable, or to come by themselves
 _SAY_AFTER_S, _SAY_AGAIN_S = 10.0, 60.0  # for whom it waits
-_SECOND_SIGNAL_S = 0.5  # `timeout` and some schedulers deliver one signal twice: only a later one is a second wish
+_SECOND_SIGNAL_S = 0.5  # `timeout` and some schedulers deliver one signal twice: only a later one is a second request
 
 
 def supervise(job: Job, launcher: Callable[[Job], Launch], max_restarts: int = 0, pool: Pool | None = None) -> Outcome:
@@ -159,12 +159,12 @@ class _Attempt:
         self.ranks = frozenset(place.rank for place in job.watched)
         self.stop_asked = 0.0  # when a signal first asked the run to stop
         self.growing = False  # hosts came back: the ranks are asked to save, to start again with more of them
-        self.told: set[int] = set()  # shims that were passed the wish
+        self.told: set[int] = set()  # shims that were passed the request
         self.agents: list[subprocess.Popen[bytes]] = []  # one for each of the launch's commands
         self.began = self.beaten = self.probed = time.monotonic()
         self.remind_at = self.began + _SAY_AFTER_S
         self.hosts_wait = max(_HOSTS_WAIT_S, job.rendezvous_wait)
-        self.wished, self.beats = "", 0
+        self.asked_for, self.beats = "", 0
         self.probe: Probe | None = None  # of hosts that are missing
         self.unreachable: set[Host] = set()
         self.search: Probe | None = None  # of hosts that may be the reason why ranks lost each other
@@ -174,7 +174,7 @@ class _Attempt:
             if int(stale.name.split("_")[1].split(".")[0]) in self.ranks:
                 stale.unlink()
         if self.job.distributed:
-            self._wish("")
+            self._ask("")
         for path, text in self.launch.files.items():
             path.touch(mode=0o600)
             path.write_text(text)
@@ -304,7 +304,7 @@ class _Attempt:
         self.beaten, self.beats = now, self.beats + 1
         if self.job.distributed:
             with contextlib.suppress(OSError):
-                self._wish(self.wished)
+                self._ask(self.asked_for)
         for agent in self.agents:
             if agent.stdin is not None:
                 with contextlib.suppress(OSError):  # it has ended, or the link does not take any more
@@ -331,25 +331,25 @@ class _Attempt:
                 self.growing = True
 
     def _tell(self, shims: set[int]) -> None:
-        """Ask ranks to stop: by signal where they are below this process, by the wish everywhere else."""
+        """Ask ranks to stop: by signal where they are below this process, by the control file everywhere else."""
         if new := shims - self.told:
             if self.job.distributed:
-                self._wish(SAVE)
+                self._ask(SAVE)
             for pid in new.intersection(process.descendants()):  # a pid from a dead shim's report may be a stranger's
                 process.send(pid, signal.SIGTERM)
             self.told |= new
 
-    def _wish(self, wish: str) -> None:
+    def _ask(self, request: str) -> None:
         # In place and always of one size: it works on a full disk, and other hosts see it as soon as they open it.
-        self.wished = wish
-        with self.job.wish.open("r+" if self.job.wish.exists() else "w") as file:
-            file.write(f"{wish} {self.job.attempt} {self.beats}".ljust(63) + "\n")
+        self.asked_for = request
+        with self.job.control.open("r+" if self.job.control.exists() else "w") as file:
+            file.write(f"{request} {self.job.attempt} {self.beats}".ljust(63) + "\n")
 
     def _kill_all(self) -> None:
         """Kill everything below this process; other hosts do the same when their lifeline ends."""
         if self.job.distributed:
             with contextlib.suppress(OSError):
-                self._wish(END)
+                self._ask(END)
         elsewhere = []  # what ends by itself, once it has ended what it started on hosts that can be reached
         for command, agent in zip(self.launch.commands, self.agents, strict=False):
             if command.host is None or (agent.stdin is not None and command.host not in self.unreachable):

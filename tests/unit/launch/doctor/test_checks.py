@@ -7,7 +7,7 @@ import pytest
 
 from launch.doctor.checks import CHECKS, examine
 from launch.doctor.doctor import exit_code, near, report
-from launch.doctor.examination import Case, Finding, amount
+from launch.doctor.examination import Examination, Finding, amount
 from launch.doctor.facts import Facts, Peer, left_visible
 from launch.hosts.hostfile import Host
 
@@ -41,7 +41,7 @@ def facts(number: int) -> Facts:
     )
 
 
-HEALTHY = Case(
+HEALTHY = Examination(
     hosts=HOSTS,
     facts={host.name: facts(number) for number, host in enumerate(HOSTS)},
     seen=frozenset(host.name for host in HOSTS),
@@ -53,33 +53,33 @@ HEALTHY = Case(
 )
 
 
-def on(name: str, **changes) -> Case:
+def on(name: str, **changes) -> Examination:
     """The healthy case with one host's facts changed."""
     return replace(HEALTHY, facts={**HEALTHY.facts, name: replace(HEALTHY.facts[name], **changes)})
 
 
-def everywhere(**changes) -> Case:
+def everywhere(**changes) -> Examination:
     return replace(HEALTHY, facts={name: replace(known, **changes) for name, known in HEALTHY.facts.items()})
 
 
-def silent(said: str) -> Case:
+def silent(said: str) -> Examination:
     left = {name: known for name, known in HEALTHY.facts.items() if name != "node2"}
     return replace(HEALTHY, facts=left, silent={"node2": said}, reduced="not run")
 
 
-def peer(name: str, other: str, changed: Peer) -> Case:
+def peer(name: str, other: str, changed: Peer) -> Examination:
     return on(name, peers={**PEERS, other: changed})
 
 
-def limit(**changes: int) -> Case:
+def limit(**changes: int) -> Examination:
     return on("node0", limits={"nofile": 1024, "memlock": 65536, "nproc": -1, **changes})
 
 
-def reduced(*pairs: tuple[int, int, float], backend: str = "gloo", case: Case = HEALTHY) -> Case:
-    return replace(case, reduced={**REDUCED, "pairs": pairs, "backend": backend})
+def reduced(*pairs: tuple[int, int, float], backend: str = "gloo", exam: Examination = HEALTHY) -> Examination:
+    return replace(exam, reduced={**REDUCED, "pairs": pairs, "backend": backend})
 
 
-TABLE: list[tuple[str, Case, str]] = [  # a check, a case, and its one error or warning
+TABLE: list[tuple[str, Examination, str]] = [  # a check, a exam, and its one error or warning
     ("ssh", silent("Host key verification failed"), "error: node2: Host key .*; connect once by hand"),
     ("ssh", silent("REMOTE HOST IDENTIFICATION HAS CHANGED: …"), "error: node2: REMOTE .*; if it was reinstalled"),
     ("ssh", silent("me@node2: Permission denied (publickey)"), "error: node2: .*; it would ask for a password"),
@@ -197,7 +197,7 @@ TABLE: list[tuple[str, Case, str]] = [  # a check, a case, and its one error or 
     ),
     (
         "bandwidth",
-        reduced((0, 1, 1e9), backend="nccl", case=everywhere(speeds={"eth0": 100_000})),
+        reduced((0, 1, 1e9), backend="nccl", exam=everywhere(speeds={"eth0": 100_000})),
         r"warning: node0 and user@node1: 1\.00 GB/s, expected 2\.50: a fifth of a link of 100 Gbit/s",
     ),
     (
@@ -208,10 +208,10 @@ TABLE: list[tuple[str, Case, str]] = [  # a check, a case, and its one error or 
 ]
 
 
-@pytest.mark.parametrize(("check", "case", "wanted"), TABLE)
-def test_what_is_wrong_is_one_line_of_one_check(check: str, case: Case, wanted: str, capsys) -> None:
-    findings = examine(case)
-    report(case, findings)
+@pytest.mark.parametrize(("check", "exam", "wanted"), TABLE)
+def test_what_is_wrong_is_one_line_of_one_check(check: str, exam: Examination, wanted: str, capsys) -> None:
+    findings = examine(exam)
+    report(exam, findings)
     (line,) = capsys.readouterr().err.splitlines()
     assert re.match(wanted, line), line
     assert [name for name, found in findings.items() if any(f.level != "note" for f in found)] == [check]
@@ -236,28 +236,28 @@ def test_healthy_hosts_give_a_table_of_what_they_have(capsys) -> None:
 
 
 def test_a_link_of_unknown_speed_is_measured_and_not_judged() -> None:
-    case = reduced((0, 1, 1.0), case=on("user@node1", speeds={"eth0": 0}))
-    assert examine(case, ["bandwidth"])["bandwidth"][0] == Finding(
+    exam = reduced((0, 1, 1.0), exam=on("user@node1", speeds={"eth0": 0}))
+    assert examine(exam, ["bandwidth"])["bandwidth"][0] == Finding(
         "note", "node0 and user@node1: 0.00 GB/s (no expectation: the driver of eth0 tells no speed)"
     )
 
 
 @pytest.mark.parametrize("chosen", ["eth0", "eth", "=eth0", "^docker0", "ib0,eth0"])
 def test_an_interface_that_the_user_chose_is_right_where_it_exists(chosen: str) -> None:
-    case = replace(on("node0", own_address="127.0.1.1"), chosen={"GLOO_SOCKET_IFNAME": chosen})
-    assert {finding.level for finding in examine(case, ["interface"])["interface"]} == {"note"}
+    exam = replace(on("node0", own_address="127.0.1.1"), chosen={"GLOO_SOCKET_IFNAME": chosen})
+    assert {finding.level for finding in examine(exam, ["interface"])["interface"]} == {"note"}
 
 
 def test_the_first_failing_check_decides_the_exit_code() -> None:
-    case = replace(silent("timed out"), port="taken", checkpoint=200 * GIB)
-    assert exit_code(examine(case)) == 5
-    assert exit_code(examine(replace(case, silent={}))) == 7
-    assert exit_code(examine(replace(case, silent={}, checkpoint=0))) == 2
+    exam = replace(silent("timed out"), port="taken", checkpoint=200 * GIB)
+    assert exit_code(examine(exam)) == 5
+    assert exit_code(examine(replace(exam, silent={}))) == 7
+    assert exit_code(examine(replace(exam, silent={}, checkpoint=0))) == 2
 
 
 def test_what_no_host_could_be_asked_is_skipped() -> None:
-    case = replace(HEALTHY, facts={}, silent={host.name: "timed out" for host in HOSTS}, links={}, reduced="not run")
-    states = dict(line.split()[:2] for line in report(case, examine(case)).splitlines())
+    exam = replace(HEALTHY, facts={}, silent={host.name: "timed out" for host in HOSTS}, links={}, reduced="not run")
+    states = dict(line.split()[:2] for line in report(exam, examine(exam)).splitlines())
     assert states.pop("ssh") == "ERROR"
     assert states.pop("disk") == "ok"
     assert set(states.values()) == {"skipped"}
