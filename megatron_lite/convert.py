@@ -260,10 +260,11 @@ def export_peft(adapter: Path, destination: Path, base: Path | None, *, trust: b
                 f"{opened.path} was trained with {told}, which their format cannot say; merge_adapter can"
             )
         assert opened.peft is not None
-        if opened.peft.peft_type is None:
-            known = ", ".join(name for name, method in peft.METHODS.items() if method.peft_type is not None)
+        form = opened.peft.peft_folder()
+        if form is None:
+            known = ", ".join(name for name, method in peft.METHODS.items() if method.peft_folder() is not None)
             raise CheckpointError(f"{opened.path}: peft.method={opened.peft.method}: of {known} there are theirs")
-        written = opened.peft.to_peft(opened, under, destination)
+        written = form.write(opened, under, destination)
         with contextlib.closing(open_peft(destination, under)) as again:
             again.compare(written)
         size, told = sum(tensor.nbytes for tensor in written.values()), _as_peft_computes(destination, under, opened)

@@ -60,7 +60,8 @@ def open_adapter(path: Path, base: Source, world: Axis, *, trust: bool = False) 
 def open_peft(folder: Path, base: Source) -> PeftSource:
     """An adapter in a folder of the peft library, for the model of ``base``. Raises CheckpointError."""
     kind = read_json(folder, CONFIG).get("peft_type")
-    known = {method.peft_type: method for method in METHODS.values() if method.peft_type is not None}
+    folders = filter(None, (method.peft_folder() for method in METHODS.values()))
+    known = {each.peft_type: each for each in folders}
     if not isinstance(kind, str) or kind not in known:
         raise CheckpointError(f"{folder / CONFIG}: peft_type={kind!a}: only {', '.join(known)} are read")
-    return known[kind].from_peft(folder, base)
+    return known[kind](folder, base)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
@@ -13,8 +12,6 @@ from megatron_lite.peft.method import PeftMethod, unlike
 from megatron_lite.section import PositiveFloat, Probability, Width
 
 if TYPE_CHECKING:
-    import torch
-
     from megatron_lite.checkpoint.adapters.peft_folder import PeftSource
     from megatron_lite.checkpoint.source import CheckpointSource, Source
     from megatron_lite.config import Config, ModelConfig
@@ -30,7 +27,6 @@ class LoRAConfig(PeftMethod):
     """
 
     vocabulary: ClassVar[tuple[str, ...]] = ("embedding.lora_embedding_a", "head.lora_head_b")
-    peft_type: ClassVar[str | None] = "LORA"
 
     method: Literal["lora"]
     targets: Annotated[list[str], Field(min_length=1)] = ["q", "k", "v", "o", "gate", "up", "down"]
@@ -109,12 +105,7 @@ class LoRAConfig(PeftMethod):
         return Merged(base, adapter, sign=sign)
 
     @classmethod
-    def from_peft(cls, folder: Path, base: Source) -> PeftSource:
+    def peft_folder(cls) -> type[PeftSource] | None:
         from megatron_lite.peft.lora_folder import LoRASource
 
-        return LoRASource(folder, base)
-
-    def to_peft(self, adapter: Source, base: Source, folder: Path) -> dict[str, torch.Tensor]:
-        from megatron_lite.peft.lora_folder import export_lora
-
-        return export_lora(self, adapter, base, folder)
+        return LoRASource

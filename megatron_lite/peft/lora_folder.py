@@ -90,9 +90,10 @@ class _Part(NamedTuple):
 
 
 class LoRASource(PeftSource):
-    """``peft_type`` LORA."""
+    """LoRA and DoRA."""
 
     peft: LoRAConfig
+    peft_type = "LORA"
     known = (
         *("r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora", "use_dora", "lora_dropout"),
         # Known from the tensors, or without effect on them.
@@ -188,6 +189,66 @@ class LoRASource(PeftSource):
         if part.theirs.endswith(_LINEAR["m"]):
             into /= _lengths(self.base, part.weight, part.start + rows.start, held).to(into.device)
 
+    @staticmethod
+    def write(adapter: Source, base: Source, folder: Path) -> dict[str, Tensor]:
+        config, model = adapter.peft, adapter.model
+        assert isinstance(config, LoRAConfig)
+        adapted, written = _updates(config, model), {}
+        found: dict[str, tuple[int, float]] = {}  # rank and alpha by module
+
+        def factor(update: Update, kind: str, *shape: int) -> Tensor:
+            data = torch.empty(shape)
+            adapter.read(f"{update.factors}_{kind}", Tile(data, (0,) * len(shape)))
+            return data
+
+        for name, module in modules(model).items():
+            some = [adapted[linear] for linear in module.names if linear in adapted]
+            if not some:
+                continue
+            r, top = sum(config.rank_of(update.name) for update in some), f"{_TOP}{name}"
+            if module.table:
+                found[name] = r, config.alpha_of("embedding")
+                written[f"{top}.{_TABLE['a']}"] = factor(some[0], "a", module.rows, r).t().contiguous()
+                written[f"{top}.{_TABLE['b']}"] = factor(some[0], "b", module.columns, r)
+                continue
+            # One alpha for all of them; B absorbs the ratio where their scales differ.
+            scale = some[0].scale
+            alpha = scale * (math.sqrt(r) if config.rslora else r)
+            found[name] = r, config.alpha_of(some[0].name) if len(some) == 1 else alpha
+            a, b = torch.empty((r, module.columns)), torch.zeros((module.rows, r))
+            lengths = _lengths(base, module.weight, module.start, module.rows) if config.dora else None
+            column = 0
+            for update in some:
+                own = config.rank_of(update.name)
+                first, columns = update.start - module.start, slice(column, column + own)
+                rows = slice(first, min(first + update.length, module.rows))
+                a[columns] = factor(update, "a", own, module.columns)
+                b[rows, columns] = factor(update, "b", rows.stop - first, own) * (update.scale / scale)
+                if lengths is not None:
+                    lengths[rows] *= factor(update, "m", rows.stop - first)
+                column += own
+            written |= {f"{top}.{_LINEAR['a']}": a, f"{top}.{_LINEAR['b']}": b}
+            if lengths is not None:
+                written[f"{top}.{_LINEAR['m']}"] = lengths
+        tree = {
+            "peft_type": LoRASource.peft_type,
+            "r": config.r,
+            "lora_alpha": config.alpha,
+            "lora_dropout": config.dropout,
+            "use_rslora": config.rslora,
+            "use_dora": config.dora,
+            "bias": "none",
+            "fan_in_fan_out": model.traits.names.transposed,
+            # One pattern that matches exactly these modules, and none of the same name in another block.
+            "target_modules": "|".join(map(re.escape, found)),
+            "rank_pattern": {f"^{re.escape(name)}$": r for name, (r, _) in found.items() if r != config.r},
+            "alpha_pattern": {
+                f"^{re.escape(name)}$": alpha for name, (_, alpha) in found.items() if alpha != config.alpha
+            },
+        }
+        write_folder(folder, tree, written, base, adapter)
+        return written
+
 
 def _meant(config: Mapping[str, Any], names: Sequence[str], where: str) -> set[str]:
     """The modules among ``names`` that the library's config selects. Raises CheckpointError."""
@@ -255,61 +316,3 @@ def _lengths(base: Source, weight: str, start: int, count: int) -> Tensor:
     block = torch.empty((count, base.tensors[weight].shape[1]))
     base.read(weight, Tile(block, (start, 0)))
     return torch.linalg.vector_norm(block, dim=1)
-
-
-def export_lora(config: LoRAConfig, adapter: Source, base: Source, folder: Path) -> dict[str, Tensor]:
-    """Write an adapter as the peft library does, and return its tensors. Raises CheckpointError."""
-    model, written = adapter.model, {}
-    adapted = _updates(config, model)
-    found: dict[str, tuple[int, float]] = {}  # rank and alpha by module
-
-    def factor(update: Update, kind: str, *shape: int) -> Tensor:
-        data = torch.empty(shape)
-        adapter.read(f"{update.factors}_{kind}", Tile(data, (0,) * len(shape)))
-        return data
-
-    for name, module in modules(model).items():
-        some = [adapted[linear] for linear in module.names if linear in adapted]
-        if not some:
-            continue
-        r, top = sum(config.rank_of(update.name) for update in some), f"{_TOP}{name}"
-        if module.table:
-            found[name] = r, config.alpha_of("embedding")
-            written[f"{top}.{_TABLE['a']}"] = factor(some[0], "a", module.rows, r).t().contiguous()
-            written[f"{top}.{_TABLE['b']}"] = factor(some[0], "b", module.columns, r)
-            continue
-        # One alpha for all of them; B absorbs the ratio where their scales differ.
-        scale = some[0].scale
-        alpha = scale * (math.sqrt(r) if config.rslora else r)
-        found[name] = r, config.alpha_of(some[0].name) if len(some) == 1 else alpha
-        a, b = torch.empty((r, module.columns)), torch.zeros((module.rows, r))
-        lengths = _lengths(base, module.weight, module.start, module.rows) if config.dora else None
-        column = 0
-        for update in some:
-            own = config.rank_of(update.name)
-            first, columns = update.start - module.start, slice(column, column + own)
-            rows = slice(first, min(first + update.length, module.rows))
-            a[columns] = factor(update, "a", own, module.columns)
-            b[rows, columns] = factor(update, "b", rows.stop - first, own) * (update.scale / scale)
-            if lengths is not None:
-                lengths[rows] *= factor(update, "m", rows.stop - first)
-            column += own
-        written |= {f"{top}.{_LINEAR['a']}": a, f"{top}.{_LINEAR['b']}": b}
-        if lengths is not None:
-            written[f"{top}.{_LINEAR['m']}"] = lengths
-    tree = {
-        "peft_type": "LORA",
-        "r": config.r,
-        "lora_alpha": config.alpha,
-        "lora_dropout": config.dropout,
-        "use_rslora": config.rslora,
-        "use_dora": config.dora,
-        "bias": "none",
-        "fan_in_fan_out": model.traits.names.transposed,
-        # One pattern that matches exactly these modules, and none of the same name in another block.
-        "target_modules": "|".join(map(re.escape, found)),
-        "rank_pattern": {f"^{re.escape(name)}$": r for name, (r, _) in found.items() if r != config.r},
-        "alpha_pattern": {f"^{re.escape(name)}$": alpha for name, (_, alpha) in found.items() if alpha != config.alpha},
-    }
-    write_folder(folder, tree, written, base, adapter)
-    return written

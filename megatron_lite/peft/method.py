@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from megatron_lite.errors import CheckpointError
@@ -35,12 +34,10 @@ class PeftMethod(Section, ABC):
     linears inside the blocks in 8 or 4 bits (QLoRA, Dettmers et al. 2023), the rest in what is computed in.
 
     A method defines ``insert`` and ``matched``; the other hooks have defaults that do nothing. ``vocabulary``: names of
-    its parameters with a row for each entry of the vocabulary, padded as the embedding is. ``peft_type``: its name in
-    Hugging Face's peft library; a method that has one defines ``from_peft`` and ``to_peft``.
+    its parameters with a row for each entry of the vocabulary, padded as the embedding is.
     """
 
     vocabulary: ClassVar[tuple[str, ...]] = ()
-    peft_type: ClassVar[str | None] = None
 
     base_dtype: Literal["float32", "bfloat16", "int8", "nf4"] | None = None
     method: str
@@ -80,13 +77,9 @@ class PeftMethod(Section, ABC):
         raise CheckpointError(f"{adapter.path}: peft.method={self.method} changes no weights: nothing to merge")
 
     @classmethod
-    def from_peft(cls, folder: Path, base: Source) -> PeftSource:
-        """Open an adapter that the peft library wrote for the model of ``base``. Raises CheckpointError."""
-        raise NotImplementedError
-
-    def to_peft(self, adapter: Source, base: Source, folder: Path) -> dict[str, torch.Tensor]:
-        """Write an adapter as the peft library does, and return its tensors. Raises CheckpointError."""
-        raise NotImplementedError
+    def peft_folder(cls) -> type[PeftSource] | None:
+        """What reads and writes its folders of Hugging Face's peft library; None if that lacks the method."""
+        return None
 
 
 def unlike(keys: Iterable[str], there: PeftMethod, here: PeftMethod) -> list[str]:

@@ -6,8 +6,7 @@ library. Every query sees the whole prefix, whatever else is masked. Prefix keys
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from megatron_lite.peft.method import PeftMethod
 from megatron_lite.section import Width
@@ -16,7 +15,6 @@ if TYPE_CHECKING:
     import torch
 
     from megatron_lite.checkpoint.adapters.peft_folder import PeftSource
-    from megatron_lite.checkpoint.source import Source
     from megatron_lite.config import Config, ModelConfig
 
 
@@ -25,8 +23,6 @@ class PrefixConfig(PeftMethod):
     ``length`` positions. ``reparameterize``: train them as the output of an MLP with this many hidden units, which is
     left out of what is exported.
     """
-
-    peft_type: ClassVar[str | None] = "PREFIX_TUNING"
 
     method: Literal["prefix"]
     length: Width = 16
@@ -72,12 +68,7 @@ class PrefixConfig(PeftMethod):
             prefix.keys.data, prefix.values.data = keys.contiguous(), values.contiguous()
 
     @classmethod
-    def from_peft(cls, folder: Path, base: Source) -> PeftSource:
+    def peft_folder(cls) -> type[PeftSource] | None:
         from megatron_lite.peft.prefix_folder import PrefixSource
 
-        return PrefixSource(folder, base)
-
-    def to_peft(self, adapter: Source, base: Source, folder: Path) -> dict[str, torch.Tensor]:
-        from megatron_lite.peft.prefix_folder import export_prefix
-
-        return export_prefix(self, adapter, base, folder)
+        return PrefixSource

@@ -28,9 +28,10 @@ def _sizes(model: ModelConfig) -> dict[str, int]:
 
 
 class PrefixSource(PeftSource):
-    """``peft_type`` PREFIX_TUNING."""
+    """Prefixes."""
 
     peft: PrefixConfig
+    peft_type = "PREFIX_TUNING"
     known = (
         *("num_virtual_tokens", "num_layers", "num_attention_heads", "token_dim", "num_transformer_submodules"),
         *("prefix_projection", "encoder_hidden_size", "init_weights"),  # of training
@@ -65,28 +66,28 @@ class PrefixSource(PeftSource):
         self.fill(_NAME, (positions, columns), flat)
         tile.data.copy_(flat.view(len(flat), -1, width).transpose(0, 1)[:, :, dims])
 
+    @staticmethod
+    def write(adapter: Source, base: Source, folder: Path) -> dict[str, Tensor]:
+        config, model = adapter.peft, adapter.model
+        assert isinstance(config, PrefixConfig)
+        model.traits.model_type(model)  # there is such a model
 
-def export_prefix(config: PrefixConfig, adapter: Source, base: Source, folder: Path) -> dict[str, Tensor]:
-    """Write a prefix as the peft library does, and return its tensor. Raises CheckpointError."""
-    model = adapter.model
-    model.traits.model_type(model)  # there is such a model
+        def whole(name: str) -> Tensor:
+            data = torch.empty(adapter.tensors[f"model.{name}"].shape)
+            adapter.read(f"model.{name}", Tile(data, (0,) * data.dim()))
+            return data
 
-    def whole(name: str) -> Tensor:
-        data = torch.empty(adapter.tensors[f"model.{name}"].shape)
-        adapter.read(f"model.{name}", Tile(data, (0,) * data.dim()))
-        return data
-
-    made = []
-    if config.reparameterize is not None:
-        hidden = F.linear(whole("prefix.embedding"), whole("prefix.weight"), whole("prefix.bias")).tanh()
-    for i in range(model.num_layers):
-        at = f"blocks.{i}.attention.prefix"
+        made = []
         if config.reparameterize is not None:
-            made.append(F.linear(hidden, whole(f"{at}.weight"), whole(f"{at}.bias")))
-        else:  # each [heads, length, head_dim]
-            made += [whole(f"{at}.{kind}").transpose(0, 1).flatten(1) for kind in ("keys", "values")]
-    written = {_NAME: torch.cat(made, dim=1)}
-    tree = {"peft_type": "PREFIX_TUNING", "num_virtual_tokens": config.length, "prefix_projection": False}
-    tree |= {**_sizes(model), "num_transformer_submodules": 1, "encoder_hidden_size": None}
-    write_folder(folder, tree, written, base, adapter)
-    return written
+            hidden = F.linear(whole("prefix.embedding"), whole("prefix.weight"), whole("prefix.bias")).tanh()
+        for i in range(model.num_layers):
+            at = f"blocks.{i}.attention.prefix"
+            if config.reparameterize is not None:
+                made.append(F.linear(hidden, whole(f"{at}.weight"), whole(f"{at}.bias")))
+            else:  # each [heads, length, head_dim]
+                made += [whole(f"{at}.{kind}").transpose(0, 1).flatten(1) for kind in ("keys", "values")]
+        written = {_NAME: torch.cat(made, dim=1)}
+        tree = {"peft_type": PrefixSource.peft_type, "num_virtual_tokens": config.length, "prefix_projection": False}
+        tree |= {**_sizes(model), "num_transformer_submodules": 1, "encoder_hidden_size": None}
+        write_folder(folder, tree, written, base, adapter)
+        return written

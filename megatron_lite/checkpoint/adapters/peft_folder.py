@@ -7,6 +7,7 @@ differs by method is in ``peft/``.
 from __future__ import annotations
 
 import json
+from abc import abstractmethod
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -40,6 +41,7 @@ class PeftSource(Source):
     Raises CheckpointError, also for what its config asks for and is not supported here."""
 
     peft: PeftConfig
+    peft_type: str  # the library's name of the method
     known: Collection[str]  # keys of the config that the method reads or may ignore
 
     def __init__(self, folder: Path, base: Source) -> None:
@@ -54,6 +56,11 @@ class PeftSource(Source):
             told = ", ".join(f"{ascii(key)[1:-1]}={self.config[key]!a}"[:200] for key in odd[:3])
             raise CheckpointError(f"{folder / CONFIG}: {told}: not done here")
         self._file = TensorFile(own_file(folder, WEIGHTS))
+
+    @staticmethod
+    @abstractmethod
+    def write(adapter: Source, base: Source, folder: Path) -> dict[str, Tensor]:
+        """Write an adapter as the peft library does, and return its tensors. Raises CheckpointError."""
 
     def section(self, **keys: Any) -> Any:
         """The ``peft`` section with these keys. Raises CheckpointError."""
