@@ -35,7 +35,7 @@ def start(argv: list[str], unblock: Iterable[signal.Signals], **options: Any) ->
         if os.getppid() != parent:  # it ended before the death signal was set
             os._exit(1)
 
-    return subprocess.Popen(argv, preexec_fn=prepare, **options)  # both callers have a single thread
+    return subprocess.Popen(argv, preexec_fn=prepare, **options)
 
 
 def state(pid: int) -> str:

@@ -56,9 +56,9 @@ def permute(indices: np.ndarray, size: int, key: int) -> np.ndarray:
 class Blend:
     """Deals positions 0, 1, 2, … out to datasets in proportion to their ``weights``, at every prefix.
 
-    A balanced tree of two-way splits; of its first n positions each sends n p, rounded, to the left. So a split adds
-    at most half a sample of error: of any first n positions a dataset has its exact share to within half a sample
-    where there are two, one where there are up to four, ``ceil(log2(datasets)) / 2`` in general.
+    A balanced tree of two-way splits; each sends n p of its first n positions, rounded, to the left. A split adds at
+    most half a sample of error, so a dataset's share of any first n positions is exact to ``ceil(log2(datasets)) / 2``
+    samples.
     """
 
     weights: tuple[int, ...]
@@ -74,7 +74,7 @@ class Blend:
         return cls(tuple(whole))
 
     def deal(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """For each of the int64 ``positions``: the dataset it goes to, and the how-many-eth of that dataset it is."""
+        """The dataset of each of the int64 ``positions``, and its index within that dataset, counted from 0."""
         source = np.zeros_like(positions)
         count = positions.copy()
         self._split(0, len(self.weights), np.arange(len(positions)), source, count)

@@ -163,7 +163,7 @@ class WholeMatrices:
         comm.all_to_all(parts, into, self.world, self.device)
 
     def state(self) -> dict[str, Piece]:
-        """The optimizer's tensors as ``NAME.KIND``; of a fused parameter, those of its chunks one below the other."""
+        """The optimizer's tensors as ``NAME.KIND``; of a fused parameter, those of its chunks stacked by rows."""
         found: dict[str, Piece] = {}
         for name in sorted(self.names):
             chunks = [matrix for matrix in self.matrices if matrix.name == name]

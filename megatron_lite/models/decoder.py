@@ -32,7 +32,7 @@ class Decoder(nn.Module):
 
     Built from the padded vocabulary; the true size bounds what the loss and the sampler can see. ``tp`` and ``sp`` are
     handed to the layers, which own every collective. ``prefix``, where a PEFT method sets it: ``length`` keys and
-    values come before the tokens in every layer; called, it makes what the layers' own prefixes start from.
+    values precede the tokens in every layer; called, it computes the hidden states that each layer projects them from.
     """
 
     def __init__(self, config: ModelConfig, tp: Axis, *, sp: bool, stage: Stage | None = None) -> None:
@@ -115,9 +115,9 @@ class Decoder(nn.Module):
         x: Tensor | None = None,
     ) -> Tensor:
         """Token ids [batch, seq] → what ``output`` makes of the normalised hidden states [tokens (/ tp under sp),
-        hidden]: as it is, each row's last logits.
+        hidden]; by default each row's last logits.
 
-        All but a last stage return hidden states, which are the next one's ``x``.
+        A stage that is not the last returns its hidden states, which are ``x`` of the next.
         """
         context, positions = self.begin(context or Context(), tokens.shape, tokens.device)
         if x is None:

@@ -1,4 +1,4 @@
-"""What glibc's malloc, from which torch takes the memory of CPU tensors, does with what is freed."""
+"""Tunes glibc's malloc, which serves torch's CPU tensors: whether freed blocks go back to the system."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ _LARGEST = 32 << 20  # the most that glibc takes for the latter
 
 
 def keep_freed() -> None:
-    """From now on this process keeps freed blocks of up to 32 MiB. A training step frees the tensors that the next one
-    makes again; where they go back to the system in between, every page of theirs is mapped and zeroed anew. Larger
-    blocks do go back: kept, they would be cut up, and more of them be needed."""
+    """Keep freed blocks of up to 32 MiB in this process. Each training step allocates what the last one freed; returned
+    to the system in between, every page would be mapped and zeroed again. Larger blocks are returned: kept, they would
+    be split, and more of them would be needed."""
     _set(_M_MMAP_THRESHOLD, _LARGEST)
     _set(_M_TRIM_THRESHOLD, -1)
 
 
 def return_freed(size: int) -> None:
-    """From now on freed blocks of ``size`` bytes and more go back to the system. Left alone, glibc keeps ever larger
-    ones, and ever more, as few fit what comes next."""
+    """Return freed blocks of ``size`` bytes and more to the system. By default glibc keeps ever larger blocks, and ever
+    more of them, since few fit the next request."""
     _set(_M_MMAP_THRESHOLD, size)
 
 
