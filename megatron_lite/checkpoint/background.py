@@ -22,9 +22,8 @@ from megatron_lite.checkpoint import shards
 from megatron_lite.checkpoint.commit import arrange, write
 from megatron_lite.checkpoint.manifest import BoxEntry
 from megatron_lite.distributed.mesh import Axis
+from megatron_lite.distributed.shard import Box
 from megatron_lite.training.faults import Faults
-
-Box = tuple[str, tuple[int, ...], tuple[int, ...]]
 
 
 class BackgroundSaver:
@@ -41,7 +40,7 @@ class BackgroundSaver:
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="save")
         self._copied: Future[None] | None = None
         self._pending: Future[None] | None = None
-        self._buffers: dict[Box, Tensor] = {}
+        self._buffers: dict[tuple[str, Box], Tensor] = {}
 
     @property
     def failed(self) -> bool:
@@ -77,11 +76,11 @@ class BackgroundSaver:
         faults.at("save", step)
         layout = arrange([shards.holdings(pieces)], self.world)
         sources = {
-            _box(name, entry): shards.tile_of(pieces[name], entry).data.detach()
+            (name, entry.box): shards.tile_of(pieces[name], entry).data.detach()
             for file in layout.own.values()
             for name, entry in file.boxes
         }
-        copies = self._buffers = {box: self._buffer(box, source) for box, source in sources.items()}
+        copies = self._buffers = {named: self._buffer(named, source) for named, source in sources.items()}
         stream = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
         if stream is not None:
             stream.wait_stream(torch.cuda.current_stream(self.device))
@@ -89,13 +88,13 @@ class BackgroundSaver:
         def copy() -> None:
             faults.at("copy", step)
             with contextlib.nullcontext() if stream is None else torch.cuda.stream(stream):
-                for box, source in sources.items():
-                    copies[box].copy_(source, non_blocking=True)
+                for named, source in sources.items():
+                    copies[named].copy_(source, non_blocking=True)
             if stream is not None:
                 stream.synchronize()
 
         def read(name: str, entry: BoxEntry) -> Iterable[Any]:
-            return [shards.buffer(copies[_box(name, entry)])]
+            return [shards.buffer(copies[name, entry.box])]
 
         def persist() -> None:
             copied.result()
@@ -104,13 +103,9 @@ class BackgroundSaver:
         self._copied = copied = self._thread.submit(copy)
         self._pending = self._thread.submit(persist)
 
-    def _buffer(self, box: Box, source: Tensor) -> Tensor:
+    def _buffer(self, named: tuple[str, Box], source: Tensor) -> Tensor:
         """Host memory for a copy, that of the last save where it fits."""
-        buffer = self._buffers.get(box)
+        buffer = self._buffers.get(named)
         if buffer is None or buffer.dtype != source.dtype:
             buffer = torch.empty(source.shape, dtype=source.dtype, pin_memory=source.is_cuda)
         return buffer
-
-
-def _box(name: str, entry: BoxEntry) -> Box:
-    return name, tuple(entry.offset), tuple(entry.shape)

@@ -68,7 +68,7 @@ class Layout(NamedTuple):
     """Which box goes into which file, the files that this rank writes, and the bytes of all."""
 
     tensors: dict[str, TensorEntry]
-    own: dict[str, shards.Shard]
+    own: dict[str, shards.ShardFile]
     size: int
 
 
@@ -76,7 +76,7 @@ def arrange(held: list[dict[str, shards.Holding]], world: Axis) -> Layout:
     """Decide who writes what. ``held``: what may go into each of the files that this rank writes. Collective."""
     told = gather_objects(held, world)
     tensors = shards.plan([holdings for some in told for holdings in some])
-    files = {name: shards.shard(tensors, name) for name in map(shards.shard_name, range(sum(map(len, told))))}
+    files = {name: shards.shard_file(tensors, name) for name in map(shards.shard_name, range(sum(map(len, told))))}
     first = sum(map(len, told[: world.rank]))
     own = {name: file for i in range(len(held)) if (file := files[name := shards.shard_name(first + i)])}
     return Layout(tensors, own, sum(file.size for file in files.values() if file))

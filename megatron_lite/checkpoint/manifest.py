@@ -54,6 +54,11 @@ class BoxEntry(_Entry):
     offset: list[Size]
     shape: list[Size]
 
+    @property
+    def box(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """The rectangle alone."""
+        return tuple(self.offset), tuple(self.shape)
+
 
 class TensorEntry(_Entry):
     """A global tensor; its boxes cover it exactly once."""

@@ -18,7 +18,7 @@ import torch
 
 from megatron_lite.checkpoint.manifest import BoxEntry, Manifest, TensorEntry, overlap
 from megatron_lite.checkpoint.tensor_file import DTYPE_NAMES, DTYPES, TensorFile, header
-from megatron_lite.distributed.shard import Piece, Tile
+from megatron_lite.distributed.shard import Box, Piece, Tile
 from megatron_lite.errors import CheckpointError
 
 Reads = dict[str, list[tuple[str, BoxEntry, Tile]]]
@@ -29,7 +29,7 @@ class Holding(NamedTuple):
 
     dtype: str
     shape: tuple[int, ...]
-    boxes: list[tuple[tuple[int, ...], tuple[int, ...]]]  # offset, shape
+    boxes: list[Box]
 
 
 def holdings(pieces: Mapping[str, Piece]) -> dict[str, Holding]:
@@ -38,7 +38,7 @@ def holdings(pieces: Mapping[str, Piece]) -> dict[str, Holding]:
         name: Holding(
             DTYPE_NAMES[piece.dtype],
             piece.shape,
-            [(tile.offset, tile.shape) for tile in piece.tiles if 0 not in tile.shape],
+            [tile.box for tile in piece.tiles if 0 not in tile.shape],
         )
         for name, piece in pieces.items()
     }
@@ -52,20 +52,20 @@ def plan(held: Sequence[Mapping[str, Holding]]) -> dict[str, TensorEntry]:
     such pieces would be our bug.
     """
     kinds: dict[str, tuple[str, tuple[int, ...]]] = {}
-    holders: dict[tuple[str, tuple[int, ...], tuple[int, ...]], list[int]] = defaultdict(list)
+    holders: dict[tuple[str, Box], list[int]] = defaultdict(list)
     for rank, pieces in enumerate(held):
         for name, holding in pieces.items():
             kind = kinds.setdefault(name, holding[:2])
             assert kind == holding[:2], f"{name} is {holding[:2]} on rank {rank}, {kind} elsewhere"
-            for offset, shape in holding.boxes:
-                holders[name, offset, shape].append(rank)
+            for box in holding.boxes:
+                holders[name, box].append(rank)
     tensors = {name: TensorEntry(dtype=d, shape=list(shape), boxes=[]) for name, (d, shape) in sorted(kinds.items())}
     load = [0] * len(held)
-    sizes = {box: math.prod(box[2]) * tensors[box[0]].item_size for box in holders}
-    for box in sorted(holders, key=lambda b: (-sizes[b], b)):
-        name, offset, shape = box
-        writer = min(holders[box], key=lambda rank: (load[rank], rank))
-        load[writer] += sizes[box]
+    sizes = {(name, box): math.prod(box[1]) * tensors[name].item_size for name, box in holders}
+    for named in sorted(holders, key=lambda n: (-sizes[n], n)):
+        name, (offset, shape) = named
+        writer = min(holders[named], key=lambda rank: (load[rank], rank))
+        load[writer] += sizes[named]
         tensors[name].boxes.append(BoxEntry(file=shard_name(writer), offset=list(offset), shape=list(shape)))
     for name, tensor in tensors.items():
         tensor.boxes.sort(key=lambda b: b.offset)
@@ -79,7 +79,7 @@ def shard_name(rank: int) -> str:
 
 
 @dataclass(frozen=True)
-class Shard:
+class ShardFile:
     """One file to be: its header, its size in bytes, and the boxes in the order they are written."""
 
     header: bytes
@@ -94,15 +94,14 @@ class Shard:
 
 
 def reader(pieces: Mapping[str, Piece]) -> Callable[[str, BoxEntry], Iterable[Any]]:
-    """The boxes of ``pieces`` for ``Shard.chunks``: only a strided or device-resident one is copied."""
+    """The boxes of ``pieces`` for ``ShardFile.chunks``: only a strided or device-resident one is copied."""
 
     return lambda name, entry: [buffer(tile_of(pieces[name], entry).data)]
 
 
 def tile_of(piece: Piece, entry: BoxEntry) -> Tile:
     """The tile that a box was planned from."""
-    place = (tuple(entry.offset), tuple(entry.shape))
-    return next(tile for tile in piece.tiles if (tile.offset, tile.shape) == place)
+    return next(tile for tile in piece.tiles if tile.box == entry.box)
 
 
 def buffer(tensor: torch.Tensor) -> Any:
@@ -110,7 +109,7 @@ def buffer(tensor: torch.Tensor) -> Any:
     return tensor.detach().contiguous().cpu().reshape(-1).view(torch.uint8).numpy()
 
 
-def shard(tensors: Mapping[str, TensorEntry], file: str) -> Shard | None:
+def shard_file(tensors: Mapping[str, TensorEntry], file: str) -> ShardFile | None:
     """The shard named ``file`` under a plan, or None if nothing is in it."""
     boxes = [(name, box) for name, tensor in tensors.items() for box in tensor.boxes if box.file == file]
     if not boxes:
@@ -118,7 +117,7 @@ def shard(tensors: Mapping[str, TensorEntry], file: str) -> Shard | None:
     boxes.sort(key=lambda b: (-tensors[b[0]].item_size, b[0], b[1].offset))  # larger items first keeps all aligned
     start = header([(tensors[n].key(n, box), DTYPES[tensors[n].dtype], box.shape) for n, box in boxes])
     size = sum(math.prod(box.shape) * tensors[name].item_size for name, box in boxes)
-    return Shard(start, len(start) + size, boxes)
+    return ShardFile(start, len(start) + size, boxes)
 
 
 def check_pieces(manifest: Manifest, pieces: Mapping[str, Piece], names: Collection[str] | None, where: Path) -> None:

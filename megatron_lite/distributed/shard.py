@@ -19,6 +19,8 @@ from megatron_lite.config import PACKED_BLOCK, PACKED_BYTES
 from megatron_lite.distributed.mesh import Axis, Mesh
 from megatron_lite.distributed.quantization import pack, unpack
 
+Box = tuple[tuple[int, ...], tuple[int, ...]]  # a rectangle of a tensor: its offset and its shape
+
 
 @dataclass(frozen=True)
 class ShardSpec:
@@ -103,6 +105,11 @@ class Tile:
     def shape(self) -> tuple[int, ...]:
         """Elements along each dim."""
         return tuple(self.data.shape)
+
+    @property
+    def box(self) -> Box:
+        """The rectangle, without the data."""
+        return self.offset, self.shape
 
     @property
     def place(self) -> tuple[slice, ...]:

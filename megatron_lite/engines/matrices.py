@@ -18,10 +18,8 @@ from torch import Tensor, nn
 from megatron_lite.config import OptimConfig
 from megatron_lite.distributed import comm
 from megatron_lite.distributed.mesh import Mesh
-from megatron_lite.distributed.shard import Piece, ShardSpec, Tile
+from megatron_lite.distributed.shard import Box, Piece, ShardSpec, Tile
 from megatron_lite.engines.optim import decays, is_updated_whole
-
-Box = tuple[tuple[int, ...], tuple[int, ...]]  # offset in the parameter, shape
 
 
 @dataclass
@@ -70,9 +68,7 @@ class WholeMatrices:
     ) -> None:
         self.world, self.device, self.specs = mesh.world, mesh.device, specs
         world = mesh.world
-        held = comm.gather_objects(
-            {name: [(tile.offset, tile.shape) for tile in piece.tiles] for name, piece in weights.items()}, world
-        )
+        held = comm.gather_objects({name: [tile.box for tile in piece.tiles] for name, piece in weights.items()}, world)
         self.matrices = [
             matrix
             for name, spec in specs.items()
@@ -212,4 +208,4 @@ def _matrices(name: str, spec: ShardSpec, held: list[list[Box]]) -> Iterator[Mat
 
 
 def _tiles(piece: Piece) -> dict[Box, Tensor]:
-    return {(tile.offset, tile.shape): tile.data for tile in piece.tiles}
+    return {tile.box: tile.data for tile in piece.tiles}
