@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import pickle
+import signal
 import subprocess
 import sys
 import tempfile
@@ -46,10 +48,16 @@ class World:
             raise
 
     def close(self) -> None:
-        for process, pipe in self.ranks:
-            process.kill()
+        for _, pipe in self.ranks:
+            pipe.close()  # a sound rank ends by itself
+        deadline = time.monotonic() + 5
+        for process, _ in self.ranks:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(max(0.0, deadline - time.monotonic()))
+        for process, _ in self.ranks:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)  # and what it has started: Megatron leaves a process behind
             process.wait()
-            pipe.close()
         if self.ranks:
             self.folder.cleanup()
         self.ranks = []
@@ -61,7 +69,7 @@ class World:
             words = map(str, (theirs.fileno(), rank, self.size, f"{self.folder.name}/store"))
             argv = [sys.executable, "-m", "tests.kit.world", *words]
             with theirs, warm.starts(*LOADED):
-                self.ranks.append((subprocess.Popen(argv, pass_fds=[theirs.fileno()]), ours))
+                self.ranks.append((subprocess.Popen(argv, pass_fds=[theirs.fileno()], process_group=0), ours))
 
 
 def run_ranks(function: Callable[..., Any], size: int, *args: Any, timeout: float = 120.0) -> list[Any]:
