@@ -87,7 +87,7 @@ class Start(NamedTuple):
     uid: int | None
     umask: int
     preexec_fn: Callable[[], Any] | None
-    vfork: bool
+    vfork: bool = False  # which later Pythons no longer pass
 
     @property
     def variables(self) -> dict[str, str]:
