@@ -181,7 +181,7 @@ def verify(*, via: str | None, dir: str, **where: Any) -> int:
 
 
 def choose_hosts(where: Mapping[str, Any]) -> tuple[tuple[Host, ...], Pool | None]:
-    """The hosts that flags name, and, where --nodes gives a choice, all that may be chosen from. Raises UsageError."""
+    """The hosts that the flags name and, with --nodes=MIN:MAX, the pool to choose from. Raises UsageError."""
     if where["via"] == "slurm":
         return slurm.choose_hosts(where, os.environ), None
     nproc, nodes, hostfile = where["nproc"], where["nodes"], where["hostfile"]
@@ -220,7 +220,7 @@ def choose_hosts(where: Mapping[str, Any]) -> tuple[tuple[Host, ...], Pool | Non
 
 
 def _alone(where: Mapping[str, Any]) -> tuple[tuple[Host, ...], None]:
-    """Hosts that are known by their number only, each of which starts its own ranks."""
+    """Hosts known only by number (--node_rank): each starts its own ranks."""
     (least, most), node, rendezvous = where["nodes"], where["node_rank"], where["rdzv"]
     if least != most or node >= most or rendezvous is None or not rendezvous[1] or where["via"] != "torchrun":
         raise UsageError("--node_rank=I takes --nodes=N (I from 0 to N-1), --rdzv=HOST:PORT and --via=torchrun")
@@ -228,7 +228,7 @@ def _alone(where: Mapping[str, Any]) -> tuple[tuple[Host, ...], None]:
 
 
 def check(config: str, hosts: tuple[Host, ...], overrides: Mapping[str, str]) -> dict[str, Any]:
-    """The config as megatron_lite resolves it for these hosts. It judges it in well under a second, without torch."""
+    """The config, checked and resolved by ``megatron_lite config`` for these hosts: under a second, without torch."""
     checked = _ask(config, sum(host.slots for host in hosts), overrides, stderr=None)
     if checked.returncode:
         raise SystemExit(checked.returncode if checked.returncode > 0 else 1)
@@ -249,7 +249,7 @@ def _fits(config: str, ranks: int, overrides: Mapping[str, str]) -> bool:
 
 
 def _keys(names: Sequence[str]) -> dict[str, str]:
-    """What megatron_lite says of flags whose names are others' for keys of its config, or its keys without the dot."""
+    """Hints from megatron_lite for unknown flags: keys without their section, or keys as other trainers name them."""
     argv = [sys.executable, "-m", "megatron_lite", "config", *(f"--{name}=" for name in names)]
     asked = subprocess.run(argv, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False)
     said = re.findall(r"^error: unknown flag --(\S+)( \((?!did you mean).*\));", asked.stderr, re.MULTILINE)
@@ -267,7 +267,7 @@ def make_job(
     overrides: Mapping[str, str],
     where: Mapping[str, Any],
 ) -> Job:
-    """The run as a job: what every rank is to run, with which variables, and where its files are."""
+    """The run as a job: the program of every rank, its variables, and where its files are."""
     launch, folder, wanted = settings["launch"], settings["run"], settings["checkpoint"].get("resume", "auto")
     begin = (f"--checkpoint.resume={wanted}",) if wanted != "auto" or "checkpoint.resume" in overrides else ()
     kept = {key: value for key, value in overrides.items() if key != "checkpoint.resume"}
@@ -291,13 +291,13 @@ def make_job(
 
 
 def _variables(job: Job, env: Mapping[str, str], forward: Sequence[str]) -> dict[str, str]:
-    """What every rank gets: this machine's variables, where ranks are elsewhere, then defaults, then the config's."""
+    """Variables of every rank: forwarded ones if ranks are on other hosts, then defaults, then those of the config."""
     here = forwarded(os.environ, forward) if job.distributed else {}
     return {**here, **rank_defaults(max(host.slots for host in job.hosts), os.environ), **env}
 
 
 def _shown(job: Job) -> Job:
-    """The job as it is printed: with a port that stands for the free one that is found at the start."""
+    """The job as printed by --dry_run and plan: 29500 stands for the free port that a real start looks for."""
     if (len(job.hosts) > 1 or job.slurm) and (job.rendezvous is None or not job.rendezvous[1]):
         address = job.rendezvous[0] if job.rendezvous else job.hosts[0].address
         return replace(job, rendezvous=(address, 29500), nonce="")
@@ -306,7 +306,7 @@ def _shown(job: Job) -> Job:
 
 @dataclass(frozen=True)
 class Entry:
-    """A command: its function, whose docstring is the help, its flags, and what it takes besides."""
+    """A command: its function (whose docstring is the help), its flags and its positional arguments."""
 
     call: Callable[..., int]
     flags: Mapping[str, Flag]
@@ -357,9 +357,9 @@ def _help() -> str:
 
 
 def main() -> int:
-    """Entry point: 0, or the documented exit code after one ``error:`` line for each mistake.
+    """Entry point: returns 0, or the documented exit code after one ``error:`` line for each mistake.
 
-    Whoever reads the output may go away, as in ``| head``; where it has no room, that is an error."""
+    A closed pipe (as in ``| head``) ends the command quietly; a full device is an error."""
     try:
         code = _run()
         print(end="", flush=True)
@@ -371,12 +371,12 @@ def main() -> int:
             raise
         say(f"error: {error.filename or 'the output'}: {error.strerror}")
         code = STORAGE
-    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # for what is still to be written
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # the interpreter flushes stdout once more at exit
     return code
 
 
 def _run() -> int:
-    gc.freeze()  # modules stay: no collection has to look at them, not even the last one
+    gc.freeze()  # modules live to the end: no garbage collection needs to visit them
     name, words = (sys.argv[1], sys.argv[2:]) if len(sys.argv) > 1 else ("--help", [])
     try:
         if name in ("-h", "--help", "help"):

@@ -1,4 +1,4 @@
-"""Command lines of the launcher: flags read and checked before anything happens, every mistake in a line of its own."""
+"""Command lines of the launcher: all flags are checked before anything happens; each mistake is one line."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _PLAIN = re.compile(r"([^-].*)|--(\w[\w.-]*)=(.*)", re.ASCII | re.DOTALL)
 
 @dataclass(frozen=True)
 class Flag:
-    """``--name=PLACEHOLDER``: how its text is read, what it is where it is not given, and a line of help."""
+    """A flag ``--name=PLACEHOLDER``: the function that reads its text, its default, and a line of help."""
 
     read: Callable[[str], Any]
     default: Any
@@ -25,7 +25,7 @@ class Flag:
 
 
 def whole(low: int, high: int) -> Callable[[str], int]:
-    """A whole number between two others."""
+    """A reader of whole numbers from ``low`` to ``high``."""
 
     def convert(text: str) -> int:
         if not (text.isascii() and text.isdecimal() and len(text) < 19 and low <= int(text) <= high):
@@ -36,7 +36,7 @@ def whole(low: int, high: int) -> Callable[[str], int]:
 
 
 def one_of(choices: Iterable[str]) -> Callable[[str], str]:
-    """One of a few words."""
+    """A reader of one of the words in ``choices``."""
 
     def convert(text: str) -> str:
         if text not in choices:
@@ -54,7 +54,7 @@ def switch(text: str) -> bool:
 
 
 def span(text: str) -> tuple[int, int]:
-    """A number of nodes, ``4``, or the least and the most, ``2:4``."""
+    """A number of nodes, ``4``, or a range, ``2:4`` (minimum:maximum)."""
     least, colon, most = text.partition(":")
     read = whole(1, 16384)
     pair = read(least), read(most if colon else least)
@@ -64,7 +64,7 @@ def span(text: str) -> tuple[int, int]:
 
 
 def endpoint(text: str) -> tuple[str, int]:
-    """``HOST`` or ``HOST:PORT``; without a port a free one is found."""
+    """``HOST`` or ``HOST:PORT``; port 0 means: find a free one."""
     match = re.fullmatch(r"(\[[^\]]*\]|[^:]*)(?::(\d{1,5}))?", text)
     if match is None or not check_name(match[1].strip("[]")) or not 0 <= int(match[2] or 0) < 65536:
         raise ValueError("expected HOST or HOST:PORT")
@@ -72,7 +72,7 @@ def endpoint(text: str) -> tuple[str, int]:
 
 
 def shown(place: tuple[str, int]) -> str:
-    """What ``endpoint`` reads as ``place``."""
+    """The inverse of ``endpoint``: ``HOST`` or ``HOST:PORT``."""
     host, port = place
     return (f"[{host}]" if ":" in host else host) + (f":{port}" if port else "")
 
@@ -85,10 +85,14 @@ def parse(
     overrides: bool = False,
     hints: Callable[[Sequence[str]], Mapping[str, str]] = lambda names: {},
 ) -> dict[str, Any]:
-    """Arguments and flags by name; with ``overrides`` a flag with a dot in its name is one. An argument written as
-    ``[name]`` may be left out. ``hints``: what to say of flags that only the config could know. UsageError lists all
-    mistakes."""
-    mistakes = [f"unexpected argument {word!r}" for word in words if word in ("-", "--")]  # fire has uses for these
+    """Arguments and flags by name. Raises UsageError, which lists all mistakes.
+
+    ``arguments``: positional ones; ``[name]`` is optional. ``overrides``: accept flags with a dot in their name as
+    config overrides. ``hints``: what to say about flags that this parser does not know but the config may.
+    """
+    mistakes = [
+        f"unexpected argument {word!r}" for word in words if word in ("-", "--")
+    ]  # fire gives these a meaning of its own
     names = Counter(word[2:].partition("=")[0].replace("-", "_") for word in words if word[:2] == "--" != word)
     mistakes += [f"--{name} is given twice" for name, count in names.items() if count > 1]
     args, given = split([word for word in words if word not in ("-", "--")])
@@ -115,9 +119,10 @@ def parse(
 
 
 def split(words: Sequence[str]) -> tuple[tuple[str, ...], dict[str, str]]:
-    """Arguments, and flags by name: what fire makes of the words.
+    """Positional arguments, and flags by name, as fire parses them.
 
-    Where each stands for itself there is nothing to be made, and fire's import, a fifth of a short command, is saved.
+    If every word is a plain argument or ``--name=value``, fire is not needed; skipping its import saves a fifth of a
+    short command's time.
     """
     plain = [_PLAIN.fullmatch(word) for word in words]
     if all(plain):
@@ -137,7 +142,7 @@ def split(words: Sequence[str]) -> tuple[tuple[str, ...], dict[str, str]]:
 
 
 def usage(name: str, text: str, flags: Mapping[str, Flag], arguments: Sequence[str], *, overrides: bool) -> str:
-    """What ``--help`` prints of one command; ``text`` is its docstring."""
+    """The ``--help`` text of one command; ``text`` is its docstring."""
     line = " ".join([f"usage: python -m launch {name}", *(word.upper() for word in arguments), "[FLAGS]"])
     shown = [
         (f"--{key}" + (f"={flag.placeholder}" if flag.placeholder else ""), flag.help) for key, flag in flags.items()

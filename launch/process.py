@@ -1,4 +1,4 @@
-"""What Linux offers to keep a family of processes together: death signals, adoption, and the process table."""
+"""Process trees on Linux: parent-death signals, subreapers, and the process table."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ _PR_SET_PDEATHSIG, _PR_SET_CHILD_SUBREAPER = 1, 36  # <linux/prctl.h>
 
 
 def die_with_parent() -> None:
-    """Have the kernel kill this process as soon as its parent ends, however that happens."""
+    """Ask the kernel to kill this process when its parent ends, for whatever reason."""
     _prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def adopt_orphans() -> None:
-    """Become the parent of every descendant whose own parent ends, so that none can slip away."""
+    """Become a subreaper: descendants whose parent ends become our children, so none can escape."""
     _prctl(_PR_SET_CHILD_SUBREAPER, 1)
 
 
 def start(argv: list[str], unblock: Iterable[signal.Signals], **options: Any) -> subprocess.Popen[bytes]:
-    """``Popen`` of a process that dies with this one and that does not inherit the blocking of ``unblock``."""
+    """``Popen`` a process that dies with this one, with the signals in ``unblock`` unblocked."""
     parent, unblock = os.getpid(), set(unblock)
 
     def prepare() -> None:
@@ -35,11 +35,11 @@ def start(argv: list[str], unblock: Iterable[signal.Signals], **options: Any) ->
         if os.getppid() != parent:  # it ended before the death signal was set
             os._exit(1)
 
-    return subprocess.Popen(argv, preexec_fn=prepare, **options)
+    return subprocess.Popen(argv, preexec_fn=prepare, **options)  # preexec_fn is safe: every caller has a single thread
 
 
 def state(pid: int) -> str:
-    """The kernel's letter for what ``pid`` does (R, S, D, T stopped, Z zombie), or an empty string if it is gone."""
+    """The kernel's state letter of ``pid`` (R, S, D, T stopped, Z zombie), or an empty string if it is gone."""
     return _stat(pid)[0]
 
 
@@ -58,7 +58,7 @@ def descendants() -> list[int]:
 
 
 def reap(children: Iterable[subprocess.Popen[bytes]]) -> None:
-    """Collect dead children: those of a Popen through it, the others, adopted orphans mostly, from the kernel."""
+    """Reap dead children: ``children`` through their Popen, all others (mostly adopted orphans) with waitpid."""
     known = set()
     for child in children:
         child.poll()
@@ -70,9 +70,9 @@ def reap(children: Iterable[subprocess.Popen[bytes]]) -> None:
 
 
 def kill_all(children: Iterable[subprocess.Popen[bytes]], limit_s: float) -> list[int]:
-    """Kill everything below this process, again until nothing is left: orphans are adopted, and come up next.
+    """Kill every descendant, repeatedly until none is left: orphans are adopted and killed in the next round.
 
-    ``children`` are collected through their Popen. Returns what the kernel has not ended after ``limit_s``.
+    ``children`` are reaped through their Popen. Returns the pids that are still alive after ``limit_s`` seconds.
     """
     children, deadline = list(children), time.monotonic() + limit_s
     while (pids := descendants()) and time.monotonic() < deadline:
@@ -85,7 +85,7 @@ def kill_all(children: Iterable[subprocess.Popen[bytes]], limit_s: float) -> lis
 
 
 def send(pid: int, signum: int) -> None:
-    """``os.kill`` that does not mind a process that has just ended."""
+    """``os.kill``, ignoring a process that has already ended."""
     with contextlib.suppress(ProcessLookupError):
         os.kill(pid, signum)
 

@@ -1,1 +1,1 @@
-"""Hosts examined before a job: what runs on each, what is judged, and how it is told."""
+"""The doctor: examines hosts before a job is started on them."""

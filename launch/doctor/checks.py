@@ -12,27 +12,30 @@ from launch.hosts import network
 from launch.hosts.hostfile import count
 from launch.watch.report import PEER_LOST, STORAGE, USAGE
 
-_SKEW_S, _FAR_S = 1.0, 60.0  # clocks: odd order of logs; trouble for tickets, certificates and file times, too
-_SHM, _SHM_SMALL = 16 << 20, 512 << 20  # bytes: free, that NCCL and workers cannot do without; a comfortable size
-_FILES, _FILES_PER_RANK = 256, 8  # open files of a rank, and its connections to each other one
-_THREADS = 64  # of a rank, beside those that compute
-_SHARE = 0.2  # of a link's speed is the least that an all-reduce should reach
-_GLOO_MBITS = 10_000  # which gloo cannot fill beyond about this
-_LOOPBACK = 0.2e9  # bytes a second, within a machine
+_SKEW_S, _FAR_S = (
+    1.0,
+    60.0,
+)  # clock skew in seconds: logs are out of order; tickets, certificates and file times fail, too
+_SHM, _SHM_SMALL = 16 << 20, 512 << 20  # bytes of /dev/shm: free space that NCCL and workers need; recommended size
+_FILES, _FILES_PER_RANK = 256, 8  # open files of a rank; connections to each of its peers
+_THREADS = 64  # threads of a rank, besides its compute threads
+_SHARE = 0.2  # an all-reduce should reach at least this share of the link's speed
+_GLOO_MBITS = 10_000  # gloo cannot use much more than this
+_LOOPBACK = 0.2e9  # bytes a second, between ranks of one machine
 
 
 Check = Callable[[Examination], Iterator[Finding]]
 
 
 def ssh(exam: Examination) -> Iterator[Finding]:
-    """Every host answers, without a prompt."""
+    """Every host answers over ssh, without a prompt."""
     for host in exam.hosts:
         if said := exam.silent.get(host.name):
             fix = next((f"; {fix}" for sign, fix in SSH_FIXES.items() if sign in said), "")
             yield Finding("error", said + fix, host.name)
 
 
-SSH_FIXES = {  # what ssh, or the shell behind it, says; and what helps
+SSH_FIXES = {  # message of ssh or of the remote shell: how to fix it
     "resolve hostname": "correct the name in the hostfile, or add it to DNS or /etc/hosts",
     "Host key verification failed": "connect once by hand to accept its key: ssh HOST true",
     "HOST IDENTIFICATION HAS CHANGED": "if it was reinstalled: ssh-keygen -R HOST, then ssh HOST true",
@@ -49,7 +52,7 @@ SSH_FIXES = {  # what ssh, or the shell behind it, says; and what helps
 
 
 def names(exam: Examination) -> Iterator[Finding]:
-    """Every host finds an address for every name, not its own loopback for another's, and a name for the address."""
+    """Every host resolves every name, to an address that is not its own loopback, and resolves that address back."""
     for host, known in exam.facts.items():
         nameless = []
         for other, peer in known.peers.items():
@@ -67,7 +70,7 @@ def names(exam: Examination) -> Iterator[Finding]:
 
 
 def interface(exam: Examination) -> Iterator[Finding]:
-    """Ranks listen where the user says, or else gloo where the host's own name leads: not at loopback."""
+    """Ranks listen on the interface that the user chose, or gloo on the host name's own address: not loopback."""
     if len(exam.hosts) == 1:
         yield Finding("note", "one host")
         return
@@ -93,21 +96,21 @@ def interface(exam: Examination) -> Iterator[Finding]:
 
 
 def _leads_out(chosen: str, known: Facts) -> bool:
-    """Whether one of the interfaces that a variable names exists and is no loopback; NCCL takes prefixes, too."""
+    """Whether a chosen interface exists and is not loopback; NCCL also accepts prefixes of names."""
     outward = [name for name in known.speeds if name != "lo"]
     words = [word.removeprefix("=") for word in chosen.split(",")]
     return chosen.startswith("^") or any(name.startswith(word) for word in words for name in outward)
 
 
 def versions(exam: Examination) -> Iterator[Finding]:
-    """The same Python, packages and code everywhere; what most hosts have is taken as meant."""
+    """The same Python, packages and code on every host; what most hosts have counts as intended."""
     having: dict[str, dict[str, str | None]] = {
         "Python": {host: known.python for host, known in exam.facts.items()},
         **{name: {host: known.versions.get(name) for host, known in exam.facts.items()} for name in PACKAGES},
         "code": {host: known.code for host, known in exam.facts.items()},
     }
     for what, found in having.items() if exam.facts else ():
-        usual = Counter(found.values()).most_common(1)[0][0]  # of equally many, the first host's
+        usual = Counter(found.values()).most_common(1)[0][0]  # in a tie, the first host's
         usual_text = f"{what} {usual}" if usual else f"no {what}"
         for host, version in found.items():
             if version != usual:
@@ -121,7 +124,7 @@ def versions(exam: Examination) -> Iterator[Finding]:
 
 
 def devices(exam: Examination) -> Iterator[Finding]:
-    """A GPU for every slot, or, where no host has any, a core."""
+    """A GPU for every slot or, if no host has GPUs, a core."""
     some = any(known.gpus for known in exam.facts.values())
     for host in exam.hosts:
         if (known := exam.facts.get(host.name)) is None:
@@ -139,7 +142,7 @@ def devices(exam: Examination) -> Iterator[Finding]:
 
 
 def threads(exam: Examination) -> Iterator[Finding]:
-    """The threads with which the ranks of a host compute have a core each; whether ranks have one is ``devices``'."""
+    """Every compute thread of a host's ranks has a core. (``devices`` checks that every rank has one.)"""
     for host in exam.hosts:
         if (known := exam.facts.get(host.name)) is None or exam.omp <= 1:
             continue
@@ -152,7 +155,7 @@ def threads(exam: Examination) -> Iterator[Finding]:
 
 
 def clock(exam: Examination) -> Iterator[Finding]:
-    """Clocks agree: the first of several failures is found by its time."""
+    """Clocks agree, because the first of several failures is found by its time."""
     for host, seconds in exam.skew.items():
         if abs(seconds) > _SKEW_S:
             text = f"its clock is {abs(seconds):.0f} s {'ahead' if seconds > 0 else 'behind'}; run chrony or ntpd there"
@@ -160,7 +163,7 @@ def clock(exam: Examination) -> Iterator[Finding]:
 
 
 def shm(exam: Examination) -> Iterator[Finding]:
-    """Room in /dev/shm, where processes of a host hand each other data."""
+    """Enough space in /dev/shm, through which processes of a host exchange data."""
     for host, known in exam.facts.items():
         fix = "in a container: --shm-size=1g (Kubernetes: launch.k8s.shm); else mount -o remount,size=1G /dev/shm"
         size = f"/dev/shm has {amount(known.shm_free)} free of {amount(known.shm_size)}"
@@ -171,7 +174,7 @@ def shm(exam: Examination) -> Iterator[Finding]:
 
 
 def limits(exam: Examination) -> Iterator[Finding]:
-    """Files, threads and pinned memory that a rank may have."""
+    """Limits (ulimit) on open files, threads and pinned memory."""
     ranks = sum(host.slots for host in exam.hosts)
     for host in exam.hosts:
         if (known := exam.facts.get(host.name)) is None:
@@ -191,7 +194,7 @@ def limits(exam: Examination) -> Iterator[Finding]:
 
 
 def folder(exam: Examination) -> Iterator[Finding]:
-    """The run's folder is one folder, and every host can write to it."""
+    """The run folder is shared: every host sees the same files and can write."""
     if exam.unusable:
         yield Finding("error", f"{exam.folder} cannot be used: {exam.unusable}; choose another run.dir")
     for host, known in exam.facts.items():
@@ -204,7 +207,7 @@ def folder(exam: Examination) -> Iterator[Finding]:
 
 
 def disk(exam: Examination) -> Iterator[Finding]:
-    """Room for the checkpoints that the config keeps, and the one that is being written."""
+    """Enough disk space for the checkpoints that are kept and the one being written."""
     all_of_them = (exam.keep + 1) * exam.checkpoint
     has = f"{exam.folder} has {amount(exam.free)} free"
     if exam.checkpoint and exam.free < all_of_them:
@@ -223,7 +226,7 @@ def port(exam: Examination) -> Iterator[Finding]:
 
 
 def links(exam: Examination) -> Iterator[Finding]:
-    """Every host can connect to every other one, at any port: ranks choose theirs freely."""
+    """Every host can connect to every other one, at any port, since ranks listen on arbitrary ports."""
     for (host, other), said in exam.links.items():
         if said:
             fix = "look at cable, routes and firewall between them: training needs all TCP ports"
@@ -231,7 +234,7 @@ def links(exam: Examination) -> Iterator[Finding]:
 
 
 def bandwidth(exam: Examination) -> Iterator[Finding]:
-    """An all-reduce among the hosts is as fast as their links let expect."""
+    """An all-reduce among the hosts is about as fast as their links allow."""
     if isinstance(exam.reduced, str):
         fix = "; is it the interface ({} and {}), or torch itself? NCCL_DEBUG=INFO tells more".format(
             *network.VARIABLES
@@ -254,7 +257,7 @@ def bandwidth(exam: Examination) -> Iterator[Finding]:
 
 
 def expected(exam: Examination, a: int, b: int) -> tuple[float, str]:
-    """The least bandwidth between two hosts, in bytes a second, and why."""
+    """The least bandwidth to expect between two hosts, in bytes a second, and why."""
     if len(exam.hosts) == 1:
         return _LOOPBACK, "through this machine's memory"
     ends = [(exam.hosts[a], exam.hosts[b]), (exam.hosts[b], exam.hosts[a])]
@@ -267,7 +270,7 @@ def expected(exam: Examination, a: int, b: int) -> tuple[float, str]:
     return _SHARE * used * 1e6 / 8, f"a fifth{cap} of a link of {link / 1000:g} Gbit/s"
 
 
-# Name, exit code where it fails, function.
+# Name: exit code if it fails, function.
 CHECKS: dict[str, tuple[int, Check]] = {
     "ssh": (PEER_LOST, ssh),
     "names": (PEER_LOST, names),
@@ -287,5 +290,5 @@ CHECKS: dict[str, tuple[int, Check]] = {
 
 
 def examine(exam: Examination, names: Sequence[str] = tuple(CHECKS)) -> dict[str, list[Finding]]:
-    """The findings of some checks."""
+    """The findings of the checks in ``names``."""
     return {name: list(CHECKS[name][1](exam)) for name in names}

@@ -1,4 +1,4 @@
-"""Conversations with many hosts at once, each answer bounded in time; what a host says instead of answering is kept."""
+"""Asks many hosts questions at once, with a time limit for the answers; keeps the error of a host that fails."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from launch.watch.supervise import say
 
 
 class Contact:
-    """A conversation with a host: ``launch/doctor/facts.py`` there, or what ssh says instead."""
+    """The connection to one host: ``launch/doctor/facts.py`` runs there; if it cannot start, ssh says why."""
 
     def __init__(self, host: Host, ssh: Ssh) -> None:
         self.host, self._heard = host, b""
@@ -39,12 +39,12 @@ class Contact:
         self.stdin, self.stdout = self._child.stdin, self._child.stdout
 
     def ask(self, request: Mapping[str, Any]) -> None:
-        with contextlib.suppress(BrokenPipeError):  # its end is seen on stdout
+        with contextlib.suppress(BrokenPipeError):  # ``hear`` notices that it has ended
             self.stdin.write(json.dumps(request).encode() + b"\n")
             self.stdin.flush()
 
     def hear(self) -> dict[str, Any] | None:
-        """What has come, if it is an answer; greetings of a login shell are not. Raises EOFError when it has ended."""
+        """Read what has arrived: an answer, or None (a login shell may print greetings). Raises EOFError at the end."""
         chunk = os.read(self.stdout.fileno(), 65536)
         if not chunk:
             raise EOFError
@@ -66,7 +66,7 @@ class Contact:
         )
 
     def close(self) -> None:
-        with contextlib.suppress(BrokenPipeError):  # of a question that did not reach it
+        with contextlib.suppress(BrokenPipeError):  # an unsent question is still in the buffer
             self.stdin.close()
         try:
             self._child.wait(2)
@@ -78,7 +78,7 @@ class Contact:
 
 
 class Contacts:
-    """All hosts that still answer; ``silent`` says why others do not, ``heard`` when each answered last."""
+    """All hosts that still answer. ``silent``: why the others do not. ``heard``: when each host answered last."""
 
     def __init__(self, hosts: tuple[Host, ...], ssh: Ssh, seconds: float) -> None:
         self.seconds = seconds
@@ -89,7 +89,7 @@ class Contacts:
         self.contacts = [Contact(host, ssh) for host in hosts]
 
     def ask(self, request: Callable[[Host], Mapping[str, Any]], what: str) -> dict[str, dict[str, Any]]:
-        """The answers of all hosts to a question, in the hosts' order; it waits for them side by side."""
+        """Ask all hosts at the same time; returns their answers in the order of the hosts."""
         deadline, answers = time.monotonic() + self.seconds, dict[str, dict[str, Any]]()
         waiting = {contact.stdout.fileno(): contact for contact in self.contacts}
         outputs = select.poll()
@@ -125,7 +125,7 @@ class Contacts:
 
 @contextlib.contextmanager
 def progress(what: str) -> Iterator[Callable[[str], None]]:
-    """A line when something begins; on a terminal it shows the time and what is waited for, and then goes away."""
+    """Print a line when something begins; on a terminal, a live status line that is removed at the end."""
     began, live = time.monotonic(), sys.stderr.isatty()
     if not live:
         say(f"doctor: {what}")

@@ -1,6 +1,6 @@
-"""Examines hosts before a run is started on them: asks all of them at once, has them call each other, and reports.
+"""Examines hosts before a run: asks all of them at once, lets them connect to each other, and reports.
 
-Every question has a limit in time. What is found out is judged in ``launch/doctor/checks.py``.
+Every question has a time limit. ``launch/doctor/checks.py`` judges the answers.
 """
 
 from __future__ import annotations
@@ -32,13 +32,14 @@ from launch.watch.report import last_words
 from launch.watch.supervise import say, supervise
 
 _CALL_S = 5.0  # for a TCP connection between hosts
-_MESH = 16  # hosts of which each calls every other one; of more, each calls the first and its neighbours
+_MESH = 16  # up to this many hosts, each calls every other; beyond it, only the first host and its neighbours
 _GRACE_S = 10.0
 
 
 @dataclass(frozen=True)
 class Wanted:
-    """What the run would need of the run folder's disk, and which answers to wait for, for how many seconds."""
+    """What to examine. ``checkpoint``: bytes of one checkpoint; ``keep``: how many are kept; ``bandwidth``: whether to
+    measure it; ``seconds``: time limit of a question."""
 
     checkpoint: int = 0
     keep: int = 1
@@ -47,7 +48,7 @@ class Wanted:
 
 
 def diagnose(job: Job, wanted: Wanted) -> tuple[Examination, dict[str, list[Finding]]]:
-    """Everything about the hosts of ``job``, of which nothing is started, and the findings of every check."""
+    """Examine the hosts of ``job`` (which is not started); returns the measurements and the findings of every check."""
     folder = _existing(job.run_dir.absolute())
     free = shutil.disk_usage(folder).free
     chosen = {name: job.env[name] for name in VARIABLES if job.env.get(name)}
@@ -88,7 +89,7 @@ def _existing(path: Path) -> Path:
 
 
 def _ask(exam: Examination, job: Job, probe: Path, wanted: Wanted) -> Examination:
-    """Ask every host about itself, and have them call each other."""
+    """Ask every host about itself, and let the hosts connect to each other."""
     secret = new_secret()
     (probe / MARKER).write_text(secret)
     hosts, numbers = job.hosts, {host: str(number) for number, host in enumerate(job.hosts)}
@@ -118,7 +119,7 @@ def _ask(exam: Examination, job: Job, probe: Path, wanted: Wanted) -> Examinatio
 
 
 def _calls(contacts: Contacts, job: Job, secret: str) -> dict[str, Any]:
-    """Every host listens, the first one at the rendezvous port, and calls the others."""
+    """Every host listens (the first one at the rendezvous port) and connects to the others."""
     first = job.hosts[0]
     address, port = job.rendezvous or ("", 0)
     served = contacts.ask(
@@ -143,7 +144,7 @@ def _calls(contacts: Contacts, job: Job, secret: str) -> dict[str, Any]:
 
 
 def near(names: list[str], own: str) -> list[str]:
-    """The hosts that a host is asked about: all of a few; of many the first, itself and its neighbours."""
+    """Which hosts a host is asked about: all if they are few, else the first, itself and its neighbours."""
     if len(names) <= _MESH or own not in names:
         return names
     place = names.index(own)
@@ -162,7 +163,7 @@ def _content(path: Path) -> str:
 
 
 def _all_reduce(exam: Examination, job: Job, probe: Path, seconds: int) -> Examination:
-    """One rank a host, as a run would start them, in a process that can be ended with all it started."""
+    """Measure an all-reduce with one rank on each host, in a child process that can be killed with all its children."""
     alone, out, console = len(job.hosts) == 1, probe / "bandwidth.json", probe / "console"
     measuring = replace(
         job,
@@ -184,20 +185,20 @@ def _all_reduce(exam: Examination, job: Job, probe: Path, seconds: int) -> Exami
                 time.sleep(0.1)
     finally:
         with contextlib.suppress(ProcessLookupError, ChildProcessError):
-            os.kill(child, signal.SIGKILL)  # whatever it has started follows, here and elsewhere
+            os.kill(child, signal.SIGKILL)  # what it has started dies with it, also on other hosts
             os.waitpid(child, 0)
     try:
         return replace(exam, reduced=json.loads(out.read_text()))
     except (OSError, ValueError):
         said = last_words(_content(console).encode()) if ended else f"timed out after {seconds} s"
-        said = said.partition("; log: ")[0]  # the log is about to be removed: here is what it says
+        said = said.partition("; log: ")[0]  # the log is about to be removed: quote it instead
         logs = [last_words(_content(log).encode()) for log in sorted((probe / "logs").glob("rank_*.log"))]
         said += next((f": {words}" for words in logs if words and not words.startswith("#")), "")
         return replace(exam, reduced=f"all-reduce: {said}", failed=True)
 
 
 def _supervise(job: Job, console: Path) -> None:
-    """The life of the child process."""
+    """The body of the child process."""
     try:
         process.die_with_parent()
         number = os.open(console, os.O_WRONLY | os.O_CREAT)
@@ -212,13 +213,13 @@ def _supervise(job: Job, console: Path) -> None:
 
 
 def exit_code(findings: Mapping[str, list[Finding]]) -> int:
-    """That of the first check with an error, 0 without one."""
+    """The exit code of the first check with an error, or 0."""
     failed = (name for name, found in findings.items() if any(finding.level == "error" for finding in found))
     return next((CHECKS[name][0] for name in failed), 0)
 
 
 def report(exam: Examination, findings: Mapping[str, list[Finding]]) -> str:
-    """Errors and warnings, a line each, on stderr; returns the table of all checks."""
+    """Print errors and warnings on stderr, one line each; returns the table of all checks."""
     for level in ("error", "warning"):
         for found in findings.values():
             for line in _lines(exam, found, level):
@@ -235,7 +236,7 @@ def report(exam: Examination, findings: Mapping[str, list[Finding]]) -> str:
 
 
 def _lines(exam: Examination, found: list[Finding], level: str) -> list[str]:
-    """The findings of a level, what several hosts share in one line."""
+    """The findings of one level; equal findings of several hosts share a line."""
     hosts: dict[str, list[str]] = {}
     for finding in found:
         if finding.level == level:
@@ -248,7 +249,7 @@ def _lines(exam: Examination, found: list[Finding], level: str) -> list[str]:
 
 
 def as_json(exam: Examination, findings: Mapping[str, list[Finding]]) -> str:
-    """All of it, for programs."""
+    """Everything, as JSON."""
     hosts = {host.name: asdict(exam.facts[host.name]) if host.name in exam.facts else None for host in exam.hosts}
     shown = {
         "exit_code": exit_code(findings),

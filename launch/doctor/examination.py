@@ -1,4 +1,4 @@
-"""What the doctor has found out about hosts, and what it says about them."""
+"""The data types of the doctor: what it measured on the hosts, and its findings."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ from launch.hosts.hostfile import Host
 
 @dataclass(frozen=True)
 class Finding:
-    """One line. ``level``: an error ends a run or makes it wrong; a note only informs. No host: all of them."""
+    """One line of the report. ``level``: an error would end a run or make it wrong; a note only informs. An empty
+    ``host`` means all hosts."""
 
     level: Literal["error", "warning", "note"]
     text: str
@@ -21,13 +22,13 @@ class Finding:
 
 @dataclass(frozen=True)
 class Examination:
-    """Everything that was found out.
+    """Everything that was measured.
 
-    ``silent``: hosts that did not answer, and why. ``skew``: seconds that a clock is surely ahead of ours. ``seen``:
-    hosts whose file has come into the run's folder. ``links``: from, to, what failed. ``chosen``: the user's
-    ``network.VARIABLES``. ``omp``: OMP_NUM_THREADS of every rank, 0 where it says nothing. ``port``: what is wrong with
-    the rendezvous port. ``reduced``: what ``megatron_lite/distributed/bandwidth.py`` wrote, or why there is nothing,
-    which is an error if it ``failed``.
+    ``silent``: hosts that did not answer, and why. ``skew``: by how many seconds a host's clock is at least ahead of
+    ours (negative: behind). ``seen``: hosts whose file appeared in the run folder. ``links``: (from, to) and the error
+    of that connection, empty if it worked. ``chosen``: values of ``network.VARIABLES`` that the user has set. ``omp``:
+    OMP_NUM_THREADS of every rank, 0 if unset. ``port``: what is wrong with the rendezvous port. ``reduced``: the result
+    of ``megatron_lite/distributed/bandwidth.py``, or why there is none; that is an error if ``failed``.
     """
 
     hosts: tuple[Host, ...]
@@ -49,7 +50,7 @@ class Examination:
 
 
 def amount(size: float) -> str:
-    """Bytes for people."""
+    """A number of bytes in readable units."""
     for unit in ("B", "KiB", "MiB", "GiB"):
         if size < 1000:
             return f"{size:.3g} {unit}"

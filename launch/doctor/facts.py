@@ -1,6 +1,7 @@
-"""What the doctor asks of a host: ``python -m launch.doctor.facts`` there, started through ssh, from stdin to stdout.
+"""The doctor's program on each host: ``python -m launch.doctor.facts``, started through ssh.
 
-Each line is a request in JSON (``{"ask": "facts", …}``), each answer a line. It ends when stdin closes.
+It reads requests from stdin, one line of JSON each (``{"ask": "facts", …}``), and answers each with a line of JSON on
+stdout. It ends when stdin closes.
 """
 
 from __future__ import annotations
@@ -28,15 +29,15 @@ from launch.hosts import network
 from launch.hosts.hostfile import UsageError
 from launch.hosts.rendezvous import listen
 
-PACKAGES = ("torch", "deepspeed", "megatron_lite")  # whose versions are compared
+PACKAGES = ("torch", "deepspeed", "megatron_lite")  # their versions are compared
 LIMITS = {"nofile": resource.RLIMIT_NOFILE, "memlock": resource.RLIMIT_MEMLOCK, "nproc": resource.RLIMIT_NPROC}
 MARKER = "marker"
-_NAMES_S = 8.0  # for the resolver, which may wait for servers that do not answer
+_NAMES_S = 8.0  # time limit of name resolution
 
 
 @dataclass(frozen=True)
 class Peer:
-    """How a host sees another one: the addresses of its name, the name of the first, the interface that leads there."""
+    """How one host sees another: the addresses of its name, the reverse name of the first, the interface used."""
 
     addresses: list[str] = field(default_factory=list)
     name: str = ""
@@ -45,7 +46,7 @@ class Peer:
 
 @dataclass(frozen=True)
 class Facts:
-    """One host. Times are seconds since 1970, at the beginning and the end of the answer; sizes are bytes."""
+    """One host's answer. ``began`` and ``ended``: Unix time before and after measuring; sizes in bytes."""
 
     hostname: str
     own_address: str
@@ -58,7 +59,7 @@ class Facts:
     rdma: bool
     shm_free: int
     shm_size: int
-    limits: dict[str, int]  # -1: none
+    limits: dict[str, int]  # -1: unlimited
     threads: int
     peers: dict[str, Peer]
     speeds: dict[str, int]  # Mbit/s of each interface, 0 where unknown
@@ -68,7 +69,8 @@ class Facts:
 
 
 def facts(names: Iterable[str], folder: str, own: str, secret: str, visible: str | None) -> dict[str, Any]:
-    """All facts, with how this host sees those called ``names``; leaves its word in ``folder``, as the file ``own``."""
+    """All facts, including how this host sees the hosts ``names``; writes ``secret`` to the file ``own`` in
+    ``folder``."""
     began = time.time()
     memory = os.statvfs("/dev/shm") if Path("/dev/shm").is_dir() else None
     found = Facts(
@@ -95,7 +97,7 @@ def facts(names: Iterable[str], folder: str, own: str, secret: str, visible: str
 
 
 def _in_time(tasks: Mapping[str, Callable[[], Any]], otherwise: Any) -> dict[str, Any]:
-    """The results of all tasks, run side by side; ``otherwise`` for one that takes too long."""
+    """The results of all tasks, run in parallel threads; ``otherwise`` for one that takes too long."""
     results: dict[str, Any] = {}
 
     def run(name: str) -> None:
@@ -127,18 +129,20 @@ def _version(package: str) -> str | None:
 
 
 def _code() -> str:
-    """A digest of the code that ranks would run: the packages as Python finds them from here, without importing."""
+    """A digest of the code that ranks would run: the packages that Python finds from here, without importing them."""
     digest = hashlib.sha256()
     for package in ("launch", "megatron_lite"):
         spec = util.find_spec(package)
         for root in (spec.submodule_search_locations or []) if spec else []:
-            for path in sorted(filter(Path.is_file, Path(root).rglob("*.py"))):  # editors' locks are links to nowhere
+            for path in sorted(
+                filter(Path.is_file, Path(root).rglob("*.py"))
+            ):  # skips dangling links, such as lock files of editors
                 digest.update(f"{path.relative_to(root)}\0".encode() + path.read_bytes() + b"\0")
     return digest.hexdigest()[:12]
 
 
 def _gpus(visible: str | None) -> int:
-    """GPUs that ranks may use: NVIDIA's and AMD's devices, as far as CUDA_VISIBLE_DEVICES leaves them."""
+    """How many GPUs ranks may use: NVIDIA or AMD devices that CUDA_VISIBLE_DEVICES leaves visible."""
     nvidia = [path for path in Path("/dev").glob("nvidia*") if path.name.removeprefix("nvidia").isdecimal()]
     nodes = Path("/sys/class/kfd/kfd/topology/nodes").glob("*/gpu_id")
     amd = [node for node in nodes if node.read_text().strip() not in ("", "0")]
@@ -146,8 +150,8 @@ def _gpus(visible: str | None) -> int:
 
 
 def left_visible(gpus: int, visible: str | None) -> int:
-    """How many GPUs, or parts of them (MIG), CUDA_VISIBLE_DEVICES leaves of those of a host: its list ends at the first
-    word that names none, as ``-1`` and Slurm's ``NoDevFiles``."""
+    """How many of ``gpus`` GPUs (or MIG parts) CUDA_VISIBLE_DEVICES leaves visible. The list ends at the first word
+    that names no GPU, such as ``-1`` or Slurm's ``NoDevFiles``."""
     if visible is None or not gpus:
         return gpus
 
@@ -158,7 +162,7 @@ def left_visible(gpus: int, visible: str | None) -> int:
 
 
 def _threads() -> int:
-    """Threads of this user, which is what the limit ``nproc`` counts."""
+    """The number of threads of this user, which the limit ``nproc`` counts."""
     count = 0
     for entry in Path("/proc").iterdir():
         with contextlib.suppress(OSError):
@@ -168,7 +172,7 @@ def _threads() -> int:
 
 
 def _use(folder: Path, own: str, secret: str) -> str:
-    """Read the driver's file in ``folder`` and write one; what went wrong, or nothing."""
+    """Read the doctor's marker in ``folder`` and write a file; returns what went wrong, or an empty string."""
     try:
         if (folder / MARKER).read_text() != secret:
             return "shows other files"
@@ -181,7 +185,7 @@ def _use(folder: Path, own: str, secret: str) -> str:
 
 
 def serve(port: int, secret: str) -> dict[str, Any]:
-    """Listen at ``port`` (0: a free one) until this program ends, answering every call with ``secret``."""
+    """Listen on ``port`` (0: a free one) until this program ends, answering every connection with ``secret``."""
     listener = listen(port)
 
     def answer() -> None:
@@ -196,7 +200,7 @@ def serve(port: int, secret: str) -> dict[str, Any]:
 
 
 def connect(to: Mapping[str, tuple[str, int]], secret: str, timeout: float) -> dict[str, str]:
-    """Call address and port of every host; what went wrong with each, empty where it answered."""
+    """Connect to the address and port of every host; returns the error of each, empty if it answered."""
     return _in_time({name: partial(_call, *place, secret, timeout) for name, place in to.items()}, "timed out")
 
 
@@ -223,7 +227,7 @@ def main() -> None:
 
 
 def new_secret() -> str:
-    """What tells files and answers of this examination from all others."""
+    """A random token that identifies the files and answers of this examination."""
     return secrets.token_hex(16)
 
 

@@ -1,4 +1,4 @@
-"""Starts every rank for real under every launcher, and holds what each says of itself against the plan."""
+"""Starts every rank for real under every launcher, and compares what each reports about itself with the plan."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from launch.watch.supervise import say, supervise
 def verify(job: Job, launchers: Mapping[str, Callable[[Job], Launch]]) -> int:
     """Run ``job``, whose program prints one line of JSON with its rank and host, under each of ``launchers``.
 
-    A line for each on stdout; returns the exit code: 0, or that of the last one that failed.
+    Prints one line for each launcher on stdout. Returns the exit code: 0, or that of the last failure.
     """
     result, hosts = 0, {}
     for name, launcher in launchers.items():
@@ -54,8 +54,8 @@ def _said(job: Job, rank: int) -> dict[str, Any]:
 
 
 def _compare(job: Job, told: list[dict[str, Any]]) -> str:
-    """The first rank that is not what the plan says; empty if all are."""
-    names: dict[int, Any] = {}  # what each node calls itself, by its first rank
+    """The first rank that differs from the plan, as one line; empty if none does."""
+    names: dict[int, Any] = {}  # the host name that the first rank of each node reported
     for place, said in zip(job.places, told, strict=True):
         wanted: dict[str, Any] = {
             "rank": place.rank,

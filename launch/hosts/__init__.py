@@ -1,1 +1,1 @@
-"""Which hosts there are, how they are reached, what runs where, and where its ranks meet."""
+"""Hosts: the hostfile, reaching them by ssh, the placement of ranks, and the rendezvous."""

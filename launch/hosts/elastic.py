@@ -1,4 +1,4 @@
-"""Which hosts an attempt uses: those that answer, as many as the run may have and its config can use."""
+"""Elastic runs: each attempt uses the hosts that answer, as many as --nodes allows and the config can use."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from launch.hosts.ssh import ssh_argv
 
 
 class Probe:
-    """Asks hosts, all at once and without waiting, whether ssh gets through to them in ``limit_s`` seconds."""
+    """Probes hosts in parallel, without blocking: can ssh reach them within ``limit_s`` seconds?"""
 
     def __init__(self, hosts: Sequence[Host], ssh: Ssh, limit_s: float = 10.0) -> None:
         self._since, self._limit_s = time.monotonic(), limit_s
@@ -26,7 +26,7 @@ class Probe:
 
     @property
     def done(self) -> bool:
-        """Whether every host has answered, or had its time."""
+        """Whether every host has answered or timed out."""
         waiting = [child for child in self._asked.values() if child and child.poll() is None]
         if waiting and time.monotonic() - self._since > self._limit_s:
             for child in waiting:
@@ -36,7 +36,7 @@ class Probe:
         return not waiting
 
     def answered(self) -> list[Host]:
-        """Wait for ``done``; the hosts that can be reached."""
+        """Wait until ``done``; returns the hosts that can be reached."""
         while not self.done:
             time.sleep(0.05)
         return [host for host, child in self._asked.items() if child is None or child.returncode == 0]
@@ -44,8 +44,8 @@ class Probe:
 
 @dataclass(frozen=True)
 class Pool:
-    """Hosts of which ``least`` to ``most`` make a run; ``fits`` says whether the config can use a number of ranks, and
-    every ``interval`` seconds a run that has lost hosts looks whether they are back."""
+    """The hosts that a run may use, between ``least`` and ``most`` of them. ``fits``: whether the config can use a
+    given number of ranks. ``interval``: how often, in seconds, a run that lost hosts checks whether they are back."""
 
     hosts: tuple[Host, ...]
     least: int
@@ -54,7 +54,7 @@ class Pool:
     interval: float = 30.0
 
     def choose(self, reachable: Sequence[Host]) -> tuple[Host, ...]:
-        """The most of the hosts that answered which the config can use, in the pool's order; none if too few."""
+        """The largest usable number of reachable hosts, in the pool's order; empty if there are too few."""
         up = [host for host in self.hosts if host in reachable]
         for count in range(min(self.most, len(up)), self.least - 1, -1):
             if self.fits(sum(host.slots for host in up[:count])):

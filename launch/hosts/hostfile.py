@@ -10,17 +10,17 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 MAX_SLOTS = 1024
-# What ssh and schedulers take for a name: never an option, never anything that a shell reads.
+# Names that ssh and schedulers accept; never an option, never a character that a shell interprets.
 _NAME = re.compile(r"([A-Za-z0-9_][A-Za-z0-9_.-]*@)?[A-Za-z0-9]([A-Za-z0-9._:-]*[A-Za-z0-9])?")
 
 
 class UsageError(Exception):
-    """What was typed, or is written in a hostfile, cannot be meant; one line for each mistake."""
+    """A mistake on the command line or in a hostfile; the message has one line for each mistake."""
 
 
 @dataclass(frozen=True)
 class Host:
-    """One machine and the number of ranks it runs. ``devices``: which of its GPUs, where a filter chose some."""
+    """One machine and the number of ranks it runs. ``devices``: its GPUs to use, if a filter chose some."""
 
     name: str
     slots: int
@@ -28,13 +28,13 @@ class Host:
 
     @property
     def local(self) -> bool:
-        """Whether it is this machine, by its name alone."""
+        """Whether it is this machine, judged by the name alone."""
         here = socket.gethostname()
         return self.name in ("localhost", "127.0.0.1", "::1", here, here.partition(".")[0])
 
     @property
     def address(self) -> str:
-        """The name without the user that ssh logs in as."""
+        """The name without ``user@``."""
         return self.name.rpartition("@")[2]
 
 
@@ -49,7 +49,7 @@ def count(number: int, what: str) -> str:
 
 
 def read_hostfile(path: Path) -> tuple[Host, ...]:
-    """The hosts that ``path`` lists, in its order. Raises UsageError with the line of every mistake."""
+    """The hosts listed in ``path``, in order. Raises UsageError with the line number of every mistake."""
     try:
         if path.stat().st_size > 1_000_000:
             raise UsageError(f"{path} is over 1 MB: not a hostfile")
@@ -81,15 +81,15 @@ def read_hostfile(path: Path) -> tuple[Host, ...]:
 
 
 def check_name(name: str) -> bool:
-    """Whether ``name`` can be a host's: letters, digits, ``.``, ``-``, ``_`` and ``:``, perhaps after ``user@``."""
+    """Whether ``name`` is a valid host name: letters, digits, ``.``, ``-``, ``_`` and ``:``, optionally ``user@``
+    first."""
     return len(name) <= 255 and _NAME.fullmatch(name) is not None
 
 
 def select(hosts: tuple[Host, ...], include: str = "", exclude: str = "") -> tuple[Host, ...]:
-    """The hosts and slots that the filters leave, in the hostfile's order. Raises UsageError.
+    """The hosts and slots that remain after filtering, in the hostfile's order. Raises UsageError.
 
-    A filter is ``HOST`` or ``HOST:SLOT,SLOT``, several joined by ``@``; slots that are left out leave gaps in
-    ``devices``.
+    A filter is ``HOST`` or ``HOST:SLOT,SLOT``; several are joined by ``@``. ``devices`` holds the remaining slots.
     """
     if include and exclude:
         raise UsageError("--include and --exclude are two ways to say the same: give one of them")
@@ -113,7 +113,7 @@ def select(hosts: tuple[Host, ...], include: str = "", exclude: str = "") -> tup
 
 
 def _read_filter(slots: Mapping[str, set[int]], text: str, flag: str) -> dict[str, set[int]]:
-    """The slots that a filter names, by host."""
+    """The slots named by a filter, for each host."""
     found = {}
     for part in text.split("@"):
         name, _, listed = part.partition(":")

@@ -1,4 +1,4 @@
-"""What is to be run, and where: a ``Job``, described without saying which launcher starts it."""
+"""A ``Job``: what to run and where, independent of the launcher that starts it."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from urllib.parse import quote
 from launch.hosts.hostfile import Host
 from launch.hosts.network import HOSTS
 
-# Variables that ranks on other hosts need as much as those here; a name, or a prefix and a star.
+# Variables that are forwarded to ranks on other hosts: names, or prefixes with a star.
 FORWARDED = (
     *("PATH", "LD_LIBRARY_PATH", "VIRTUAL_ENV", "PYTHON*", "TMPDIR", "LANG", "LC_*"),
     *("CUDA_*", "NCCL_*", "GLOO_*", "UCX_*", "FI_*", "OMP_*", "MKL_*", "TORCH*", "PYTORCH_*", "TRITON_*", "DS_*"),
@@ -22,7 +22,7 @@ FORWARDED = (
 
 @dataclass(frozen=True)
 class Ssh:
-    """How other hosts are reached, beyond what the user's ssh config says."""
+    """ssh settings beyond the user's ssh config."""
 
     port: int | None = None
     options: tuple[str, ...] = ()
@@ -30,8 +30,8 @@ class Ssh:
 
 @dataclass(frozen=True)
 class Slurm:
-    """How the nodes of an allocation are reached: ``srun`` starts a task for each rank (``tasks``) or a ``torchrun`` on
-    each node, perhaps in a container. ``port``: where ranks meet if no free one can be looked for."""
+    """How ranks are started in an allocation. ``srun``: one task for each rank (``tasks``) or one torchrun for each
+    node (``torchrun``), optionally in a container. ``port``: the rendezvous port if no free one can be looked for."""
 
     srun: str = "tasks"
     cpus_per_task: int | None = None
@@ -43,7 +43,7 @@ class Slurm:
 
 @dataclass(frozen=True)
 class Place:
-    """Where a rank runs: ``node`` counts hosts, ``local_rank`` the ranks of one host."""
+    """Where a rank runs. ``node``: index of its host; ``local_rank``: index among the ranks of that host."""
 
     rank: int
     host: Host
@@ -55,14 +55,15 @@ class Place:
 class Job:
     """Copies of ``program`` (an argv), one for each slot of ``hosts``: one distributed run, its files in ``run_dir``.
 
-    Ranks count through the slots of the first host, then of the second, and so on, under every launcher.
-    ``node``: start the ranks of this host alone, because somebody else starts the others'. ``rendezvous``: the address
-    and port at which ranks meet, where that is decided beforehand; its name may take ``rendezvous_wait`` seconds to
-    resolve. ``attempt`` counts automatic restarts from 0; from the first restart on, ``resume`` is appended to the
-    program, but as long as nothing has been saved ``begin``, if any: where the config has it begin. ``name`` with
-    ``nonce`` tells this job from every other one; hosts that start their own ranks share no nonce, and each counts its
-    own restarts: there the name is all. ``runner``: what DeepSpeed's launcher reaches hosts with. ``mpirun``: the one
-    to use, where it is not the one that ``launch/launchers/mpirun.py`` finds.
+    Under every launcher, ranks count through the slots of the first host, then of the second, and so on.
+
+    ``node``: start the ranks of this host only, because each host starts its own. ``rendezvous``: address and port at
+    which ranks meet, if decided beforehand; the name may take ``rendezvous_wait`` seconds to resolve. ``attempt``: the
+    number of automatic restarts so far. ``resume``: arguments appended to the program after a restart. ``begin``:
+    arguments used instead of them until something has been saved (the ``checkpoint.resume`` of the config). ``name``
+    and ``nonce`` together identify the job; hosts that start their own ranks share no nonce, so there the name must do.
+    ``runner``: how DeepSpeed's launcher reaches hosts. ``mpirun``: the executable, if not the one that
+    ``launch/launchers/mpirun.py`` finds.
     """
 
     program: tuple[str, ...]
@@ -84,23 +85,23 @@ class Job:
 
     @property
     def size(self) -> int:
-        """Ranks of the whole run."""
+        """The number of ranks of the whole run."""
         return sum(host.slots for host in self.hosts)
 
     @property
     def places(self) -> list[Place]:
-        """Where every rank of the run is, in order."""
+        """The place of every rank of the run, in rank order."""
         slots = [(node, host, slot) for node, host in enumerate(self.hosts) for slot in range(host.slots)]
         return [Place(rank, host, node, slot) for rank, (node, host, slot) in enumerate(slots)]
 
     @property
     def watched(self) -> list[Place]:
-        """The ranks that this launcher starts and answers for."""
+        """The ranks that this launcher starts and watches."""
         return [place for place in self.places if self.node in (None, place.node)]
 
     @property
     def distributed(self) -> bool:
-        """Whether some of the ranks it starts are on other machines, or Slurm's children, out of reach of a signal."""
+        """Whether some of its ranks cannot be signalled from here: on other machines, or started by Slurm's daemons."""
         if self.slurm is not None:
             return True
         return any(not place.host.local for place in self.watched) if self.node is None else False
@@ -111,12 +112,12 @@ class Job:
 
     @property
     def own(self) -> str:
-        """What tells the files of this launch from those of the other hosts', where each has one."""
+        """Suffix of this launcher's own files, where each host has a launcher."""
         return "" if self.node is None else f"_{self.node}"
 
     @property
     def lock(self) -> Path:
-        """Held while it runs, and written when it begins."""
+        """The lock file, held while the launcher runs and written when it starts."""
         return self.log_dir / f"launcher{self.own}.lock"
 
     @property
@@ -125,14 +126,14 @@ class Job:
         return self.log_dir / "control"
 
     def next_attempt(self) -> Job:
-        """The same again, after this start, which goes on from what this one has saved."""
+        """The job of the next attempt, which resumes from what this one has saved."""
         latest, started = self.run_dir / "checkpoints" / "latest", self.lock
         saved = latest.is_file() and latest.stat().st_mtime_ns > started.stat().st_mtime_ns
         return replace(self, attempt=self.attempt + 1, begin=() if saved or self.begin == self.resume else self.begin)
 
     @property
     def rank_env(self) -> dict[str, str]:
-        """Variables to add to the environment of every rank."""
+        """Variables that are added to the environment of every rank."""
         name = self.name if self.node is not None else f"{self.name}{self.nonce}.{self.attempt}"
         env = {**self.env, "MLITE_ATTEMPT": str(self.attempt), "MLITE_JOB": name, "MLITE_RANKS": str(self.size)}
         if len(self.hosts) > 1:
@@ -141,17 +142,17 @@ class Job:
         return env
 
     def rank_argv(self, *options: str) -> list[str]:
-        """The argv, after the Python executable, of one rank: the program in its shim (``launch/watch/rank.py``)."""
+        """The argv of one rank, after the Python executable: the shim (``launch/watch/rank.py``) around the program."""
         program = self.program + (self.begin or (self.resume if self.attempt else ()))
         control = [f"--control={self.control}"] if self.distributed else []
         return ["-m", "launch.watch.rank", f"--log-dir={self.log_dir}", *control, *options, "--", *program]
 
 
 def ordered(job: Job, env: Mapping[str, str], *options: str, lease: bool = False) -> tuple[list[str], dict[Path, str]]:
-    """For launchers that carry arguments and variables badly: a short argv of the shim, and the file that it reads the
-    rest from. The file is the user's alone: variables may be secret.
+    """A short argv of the shim, and the file from which the shim reads its arguments and variables.
 
-    ``lease``: ranks end themselves when the launcher gives no sign of life, because nothing else would end them.
+    For launchers that do not pass arguments and variables on faithfully. Only the user can read the file, because
+    variables may be secret. ``lease``: ranks end themselves when the launcher falls silent, since nothing else would.
     """
     path = job.log_dir / "order.json"
     argv = job.rank_argv(*options, *(["--lease"] if lease and job.distributed else []))
@@ -161,7 +162,7 @@ def ordered(job: Job, env: Mapping[str, str], *options: str, lease: bool = False
 
 
 def rank_defaults(slots: int, given: Mapping[str, str]) -> dict[str, str]:
-    """Variables that ranks should have; what the user has set in ``given`` is left alone."""
+    """Default variables of ranks; those that the user has set in ``given`` are left alone."""
     defaults = {
         "OMP_NUM_THREADS": str(max(1, len(os.sched_getaffinity(0)) // slots)),
         "PYTHONUNBUFFERED": "1",  # a killed rank's last lines are in its log
@@ -170,14 +171,14 @@ def rank_defaults(slots: int, given: Mapping[str, str]) -> dict[str, str]:
 
 
 def forwarded(given: Mapping[str, str], more: Sequence[str] = ()) -> dict[str, str]:
-    """The part of ``given`` that ranks on other hosts get, too: ``FORWARDED`` and ``more``."""
+    """The variables in ``given`` that are forwarded to other hosts: those of ``FORWARDED`` and ``more``."""
     wanted = (*FORWARDED, *more)
     exact, prefixes = set(wanted), tuple(name[:-1] for name in wanted if name.endswith("*"))
     return {name: value for name, value in given.items() if name in exact or name.startswith(prefixes)}
 
 
 def device_env(host: Host) -> dict[str, str]:
-    """What lets the ranks of ``host`` see the devices that a filter chose, and no other."""
+    """Makes only the devices that a filter chose visible to the ranks of ``host``."""
     return {} if host.devices is None else {"CUDA_VISIBLE_DEVICES": ",".join(map(str, host.devices))}
 
 
@@ -185,8 +186,8 @@ def device_env(host: Host) -> dict[str, str]:
 class Command:
     """One process that a launcher starts on this machine, which starts ranks on ``host`` (or, without one, on all).
 
-    ``env`` is added to the environment, and what starts with ``without`` taken out of it. ``stdin``, if there is any,
-    is written to it, and the pipe then held open: a host that hears no more from this machine ends what runs there
+    ``env`` is added to the environment; variables that start with one of ``without`` are removed. ``stdin`` is written
+    to it, if given, and the pipe stays open as a lifeline: when it falls silent, the other host ends what runs there
     (``launch/watch/host.py``).
     """
 
@@ -201,7 +202,7 @@ class Command:
 
 @dataclass(frozen=True)
 class Launch:
-    """What a launcher is started with: commands to run side by side, and files to write first."""
+    """How a launcher is started: commands to run side by side, and files to write before."""
 
     name: str
     commands: list[Command]

@@ -1,4 +1,4 @@
-"""Ranks on hosts and on the mesh: the same map under every launcher, as a check and as a picture."""
+"""The placement of ranks on hosts and on the mesh, the same under every launcher: a check and a table."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ AXES = ("pp", "dp_replicate", "dp_shard", "cp", "tp")  # outermost first: tensor
 
 
 def check_layout(hosts: tuple[Host, ...], tp: int, across: bool) -> None:
-    """Refuse tensor-parallel groups that span hosts, unless told otherwise. Raises UsageError."""
+    """Refuse tensor-parallel groups that span hosts, unless ``across`` allows them. Raises UsageError."""
     first = 0
     for host in hosts:
         if (first % tp or host.slots % tp) and len(hosts) > 1 and not across:
@@ -24,7 +24,7 @@ def check_layout(hosts: tuple[Host, ...], tp: int, across: bool) -> None:
 
 
 def coordinates(rank: int, mesh: Mapping[str, int]) -> dict[str, int]:
-    """Where ``rank`` is along every axis of the mesh that has more than one place."""
+    """The coordinate of ``rank`` along every mesh axis of size above 1."""
     found = {}
     for axis in reversed(AXES):
         rank, found[axis] = divmod(rank, mesh.get(axis, 1))
@@ -32,7 +32,7 @@ def coordinates(rank: int, mesh: Mapping[str, int]) -> dict[str, int]:
 
 
 def picture(job: Job, mesh: Mapping[str, int]) -> str:
-    """A table: rank, host, local rank, and the place on the mesh."""
+    """A table: rank, node, host, local rank, device and mesh coordinates."""
     rows = [("rank", "node", "host", "local rank", "device", "mesh")]
     for place in job.places:
         chosen = place.host.devices

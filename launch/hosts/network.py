@@ -1,8 +1,8 @@
-"""Which network interface leads to other hosts, and when ranks have to be told.
+"""Which network interface leads to other hosts, and when ranks must be told to use it.
 
-gloo listens at the first address of this machine that its own host name resolves to. Where /etc/hosts says
-``127.0.1.1 NAME``, as Debian's installer writes it, or knows no such name, that is a loopback address, which no other
-host can reach.
+gloo listens on the first address of this machine that its host name resolves to. If /etc/hosts says ``127.0.1.1 NAME``
+(Debian's installer writes that), or the name does not resolve, this is a loopback address, which other hosts cannot
+reach.
 """
 
 from __future__ import annotations
@@ -16,24 +16,24 @@ import struct
 from collections.abc import Mapping
 from pathlib import Path
 
-HOSTS = "MLITE_HOSTS"  # names of hosts of the job, with commas between them, the one where ranks meet first
+HOSTS = "MLITE_HOSTS"  # names of hosts of the job, separated by commas; the rendezvous host comes first
 VARIABLES = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")
 _SIOCGIFCONF, _IFREQ = 0x8912, 40  # <linux/sockios.h>, and the size of an ifreq on 64-bit machines
 
 
 def interface_env(given: Mapping[str, str]) -> dict[str, str]:
-    """The variables of ``VARIABLES`` that a rank of a job over several hosts needs here and the user has not set."""
+    """The ``VARIABLES`` that a rank of a multi-host job needs on this host and the user has not set."""
     missing = [name for name in VARIABLES if name not in given]
     names = [name for name in given.get(HOSTS, "").split(",") if name]
     if not names or not missing or not is_loopback(own_address()):
         return {}
-    # The first host's own name, seen from there, may lead nowhere but to itself: then the second one's shows the way.
+    # On the first host its own name may lead to loopback; the second host's name then shows the interface.
     interface = next(filter(None, map(interface_toward, names)), "")
     return dict.fromkeys(missing, interface) if interface else {}
 
 
 def own_address() -> str:
-    """The address that gloo binds to when it is told nothing; loopback where the host's name is of no use."""
+    """The address that gloo binds to by default; loopback if the host's name does not resolve to a better one."""
     mine = {address for listed in addresses().values() for address in listed}
     for address in resolve(socket.gethostname()):
         if address in mine or is_loopback(address):
@@ -42,11 +42,11 @@ def own_address() -> str:
 
 
 def interface_toward(name: str) -> str:
-    """The interface through which packets to ``name`` leave; empty when they do not leave, or where there is no way."""
+    """The interface through which packets to ``name`` leave this host; empty if they do not, or there is no route."""
     for address in resolve(name):
         family = socket.AF_INET6 if ":" in address else socket.AF_INET
         with contextlib.suppress(OSError), socket.socket(family, socket.SOCK_DGRAM) as probe:
-            probe.connect((address, 9))  # of a datagram socket: nothing is sent
+            probe.connect((address, 9))  # connecting a datagram socket sends nothing
             source = probe.getsockname()[0]
             for interface, listed in addresses().items():
                 if source in listed and not is_loopback(source):
@@ -55,7 +55,7 @@ def interface_toward(name: str) -> str:
 
 
 def resolve(name: str) -> list[str]:
-    """The addresses of ``name``, those to try first in front; none if it has none."""
+    """The addresses of ``name``, the preferred ones first; empty if it does not resolve."""
     try:
         found = socket.getaddrinfo(name, None, type=socket.SOCK_STREAM)
     except (OSError, UnicodeError):
@@ -85,7 +85,7 @@ def addresses() -> dict[str, list[str]]:
 
 
 def speed(interface: str) -> int:
-    """The link's speed in Mbit/s; 0 where the driver does not tell (virtual machines, loopback)."""
+    """The link speed in Mbit/s; 0 if the driver does not report one (virtual machines, loopback)."""
     try:
         return max(0, int(Path(f"/sys/class/net/{interface}/speed").read_text()))
     except (OSError, ValueError):

@@ -1,7 +1,7 @@
-"""Where the ranks of several hosts meet: an address that all of them can reach, and a port that is free there.
+"""The rendezvous of ranks on several hosts: an address that all can reach, and a free port there.
 
-``python -m launch.hosts.rendezvous PORT ADDRESS`` answers for the host it runs on (0: any port): the port, or one line
-that says who has it, or that the address leads nowhere.
+``python -m launch.hosts.rendezvous PORT ADDRESS`` checks both on the host it runs on (PORT 0: any free one). It prints
+the port, or one line that says who uses the port or that the address does not resolve.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ _ANSWER_S = 20.0
 
 
 def meet(job: Job) -> Job:
-    """``job`` with a rendezvous on its first host, where one is needed and not decided. Raises UsageError."""
+    """``job`` with a rendezvous on its first host, if it needs one and none is given. Raises UsageError."""
     first = job.hosts[0]
     if job.rendezvous and (first.local or job.node is not None):
         check_resolves(job.rendezvous[0])
@@ -58,19 +58,19 @@ def meet(job: Job) -> Job:
 
 
 def check_resolves(address: str) -> None:
-    """Raises UsageError where ``address`` leads nowhere on this host."""
+    """Raises UsageError if ``address`` does not resolve on this host."""
     if not resolve(address):
         raise UsageError(f"--rdzv={address}: {socket.gethostname()} cannot resolve it; give a host's name or address")
 
 
 def free_port(wanted: int = 0) -> int:
-    """``wanted`` if it is free on this machine, for 0 some free port. Raises UsageError that names the port's owner."""
+    """``wanted`` if that port is free on this machine (0: any free port). Raises UsageError naming the port's owner."""
     with listen(wanted) as listener:
         return int(listener.getsockname()[1])
 
 
 def listen(wanted: int = 0) -> socket.socket:
-    """A socket that listens at ``wanted``, for 0 at a free port, on all addresses. Raises UsageError."""
+    """A socket that listens on port ``wanted`` (0: any free port) of all addresses. Raises UsageError."""
     listener = socket.socket(socket.AF_INET6 if socket.has_dualstack_ipv6() else socket.AF_INET)
     try:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -88,7 +88,7 @@ def listen(wanted: int = 0) -> socket.socket:
 
 
 def _owner(port: int) -> tuple[int, str] | None:
-    """The process that listens on ``port``, as far as this user may know."""
+    """The pid and name of the process that listens on ``port``, if this user may see it."""
     inodes = set()
     for table in ("tcp", "tcp6"):
         with contextlib.suppress(OSError):
@@ -99,7 +99,7 @@ def _owner(port: int) -> tuple[int, str] | None:
     for entry in Path("/proc").iterdir():
         if not entry.name.isdigit():
             continue
-        with contextlib.suppress(OSError):  # another user's, or gone
+        with contextlib.suppress(OSError):  # another user's process, or one that has ended
             if any(str(fd.readlink()) in inodes for fd in (entry / "fd").iterdir()):
                 return int(entry.name), (entry / "comm").read_text().strip()
     return None

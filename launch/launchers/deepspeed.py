@@ -1,4 +1,4 @@
-"""Ranks through DeepSpeed's launcher, over several hosts with its pdsh or its openmpi runner."""
+"""Starts ranks through DeepSpeed's launcher; over several hosts with its pdsh or openmpi runner."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from launch.hosts.hostfile import UsageError
 from launch.hosts.job import Command, Job, Launch, ordered
 from launch.hosts.rendezvous import free_port
 
-_PLAIN = re.compile(r"[A-Za-z0-9_./:@,=+-]*")  # what a shell leaves as it is
+_PLAIN = re.compile(r"[A-Za-z0-9_./:@,=+-]*")  # characters that a shell does not interpret
 _EXPORTED = (
     "MLFLOW",
     "PYTHON",
@@ -25,11 +25,11 @@ _EXPORTED = (
 
 
 def command(job: Job) -> Launch:
-    """``deepspeed`` over a hostfile of its own.
+    """One ``deepspeed`` command with a hostfile written for it. Raises UsageError.
 
-    It hands a line to a shell on every host, unquoted, and forwards few variables. So nothing of ours is in that line
-    but one word that names a file; the program, its arguments and all variables are in the file. What DeepSpeed would
-    export by itself is taken out of its environment.
+    DeepSpeed passes an unquoted line to a shell on every host and forwards few variables. So our part of that line is
+    one word, the name of a file that holds the program, its arguments and all variables. Variables that DeepSpeed would
+    export itself are removed from its environment.
     """
     here = str(Path.cwd())
     for path in (here, sys.executable):
@@ -40,7 +40,7 @@ def command(job: Job) -> Launch:
     hostfile = job.log_dir / "hostfile"
     address, port = job.rendezvous or ("127.0.0.1", free_port())
     openmpi = len(job.hosts) > 1 and job.runner == "openmpi"
-    meeting = {"MASTER_ADDR": address, "MASTER_PORT": str(port)} if openmpi else {}  # the other runner sets them
+    meeting = {"MASTER_ADDR": address, "MASTER_PORT": str(port)} if openmpi else {}  # the pdsh runner sets them itself
     rank = ["--rank=OMPI_COMM_WORLD_RANK"] if openmpi else []
     shim, files = ordered(job, meeting, "--stderr-fd=1", *rank, lease=True)
     files[hostfile] = "".join(f"{host.name} slots={_slots(host.devices, host.slots)}\n" for host in job.hosts)
@@ -61,7 +61,7 @@ def command(job: Job) -> Launch:
 
 
 def _slots(devices: tuple[int, ...] | None, slots: int) -> int:
-    """DeepSpeed counts slots from 0, so the highest chosen one has to exist."""
+    """The number of slots in the hostfile. DeepSpeed counts from 0, so the highest chosen slot must exist."""
     return slots if devices is None else max(devices) + 1
 
 

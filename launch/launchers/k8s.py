@@ -1,8 +1,7 @@
-"""A Kubernetes manifest for a run: every pod starts its own ranks with ``launch run --node_rank``; nothing is sent.
+"""Kubernetes manifests for a run. They are printed, not applied; each pod runs ``launch run --node_rank``.
 
-Of three kinds: an indexed Job of Kubernetes itself, whose pods find each other through a headless Service; a
-PyTorchJob of Kubeflow's training operator; or a TrainJob of Kubeflow Trainer on a runtime for torch. The config
-travels, resolved, in a ConfigMap.
+Three kinds: an indexed Job, whose pods find each other through a headless Service; a PyTorchJob of Kubeflow's training
+operator; a TrainJob of Kubeflow Trainer on a torch runtime. The resolved config is in a ConfigMap.
 """
 
 from __future__ import annotations
@@ -16,22 +15,22 @@ from launch.hosts.hostfile import UsageError
 from launch.watch.report import PREEMPTED
 
 PORT = 29500
-# The variable that tells a pod its number, and where pod 0 is, NAME standing for the run's; in arguments Kubernetes
-# replaces $(VARIABLE).
+# The variable with a pod's index, and the address of pod 0 (NAME: the run's name). Kubernetes replaces $(VARIABLE) in
+# arguments.
 _MEETING = {
     "Job": ("JOB_COMPLETION_INDEX", f"NAME-0.NAME:{PORT}"),
     "PyTorchJob": ("RANK", f"NAME-master-0:{PORT}"),
     "TrainJob": ("PET_NODE_RANK", "$(PET_MASTER_ADDR):$(PET_MASTER_PORT)"),
 }
-_NAME_WAIT_S = 1800  # a pod's name resolves once it has been scheduled
+_NAME_WAIT_S = 1800  # a pod's name resolves only after the pod was scheduled
 _CONFIG = "/etc/megatron_lite"
 _CONTAINERS = {"Job": "ranks", "PyTorchJob": "pytorch", "TrainJob": "node"}  # operators look for these names
-_DERIVED = ("mesh", "checkpoint_bytes")  # what `megatron_lite config --ranks` prints beside the config
-_FATAL = (2, 3, 4, 6)  # exit codes that would only come again: usage, data, checkpoint, a loss that is not finite
+_DERIVED = ("mesh", "checkpoint_bytes")  # printed by `megatron_lite config --ranks`, but not part of the config
+_FATAL = (2, 3, 4, 6)  # exit codes that a restart would repeat: usage, data, checkpoint, non-finite loss
 
 
 def manifest(settings: Mapping[str, Any], nodes: int, nproc: int, max_restarts: int) -> list[dict[str, Any]]:
-    """The objects for a run with ``settings`` (a config, resolved) on ``nodes`` pods of ``nproc`` ranks each.
+    """The Kubernetes objects for a run of ``settings`` (a resolved config) on ``nodes`` pods of ``nproc`` ranks each.
 
     Raises UsageError.
     """
@@ -76,7 +75,7 @@ def manifest(settings: Mapping[str, Any], nodes: int, nproc: int, max_restarts: 
 
 
 def _mistakes(options: Mapping[str, Any]) -> Iterator[str]:
-    """What the cluster would refuse, or only its scheduler, later; a line for each."""
+    """Options that the cluster or its scheduler would refuse, one line each."""
     if re.search(r"\s", options["image"]):
         yield f"launch.k8s.image={options['image']!r}: expected the name of an image, without spaces"
     if options["namespace"] and not _LABEL.fullmatch(options["namespace"]):
@@ -107,7 +106,7 @@ _QUANTITY = re.compile(r"(\d+(\.\d*)?|\.\d+)(m|[kMGTPE]|[KMGTPE]i|[eE][+-]?\d+)?
 
 
 def object_name(run: str) -> str:
-    """The run's name as Kubernetes takes one: lower case, digits and dashes, beginning with a letter, not too long."""
+    """The run's name as a Kubernetes name: up to 40 lower-case letters, digits and dashes, a letter first."""
     name = re.sub(r"[^a-z0-9]+", "-", run.lower())
     name = (name if name[:1].isalpha() else f"run-{name}")[:40].strip("-")
     return name or "run"
@@ -151,7 +150,7 @@ def _job(meta: dict[str, Any], template: dict[str, Any], name: str, nodes: int, 
             "completionMode": "Indexed",
             "completions": nodes,
             "parallelism": nodes,
-            "backoffLimit": nodes * max_restarts,  # when a rank is lost, all pods fail once
+            "backoffLimit": nodes * max_restarts,  # each lost rank makes every pod fail once
             "podFailurePolicy": {
                 "rules": [
                     {
@@ -186,7 +185,7 @@ def _pytorch_job(meta: dict[str, Any], template: dict[str, Any], nodes: int, max
 def _train_job(
     meta: dict[str, Any], pod: dict[str, Any], runtime: str | None, nodes: int, nproc: int, max_restarts: int
 ) -> dict[str, Any]:
-    """What belongs to the pod is a patch of the runtime's; restarts are the launcher's, in each pod."""
+    """Pod settings are a patch of the runtime's pod template; the launcher in each pod does the restarts."""
     (container,) = pod["containers"]
     trainer = {
         "image": container["image"],
@@ -226,12 +225,12 @@ def documents(objects: Sequence[Mapping[str, Any]]) -> str:
 
 
 def to_yaml(tree: Mapping[str, Any]) -> str:
-    """``tree`` of dictionaries, lists, text, numbers, booleans and None as YAML, which reads back as the same."""
+    """``tree`` (dictionaries, lists, strings, numbers, booleans, None) as YAML that reads back as the same tree."""
     return "\n".join(_lines(tree)) + "\n"
 
 
 def _lines(value: Any) -> Iterator[str]:
-    """The lines of a mapping or of a list, without indentation."""
+    """The lines of a mapping or list, without outer indentation."""
     for key, item in value.items() if isinstance(value, Mapping) else ((None, item) for item in value):
         lead = "-" if key is None else f"{_scalar(key)}:"
         if isinstance(item, Mapping | list | tuple) and item:
@@ -249,9 +248,11 @@ def _lines(value: Any) -> Iterator[str]:
             yield f"{lead} {_scalar(item)}"
 
 
-# Text that is safe without quotes: no YAML reads it as a number, a truth value, a date or the like.
+# Strings that need no quotes: no YAML parser reads them as a number, boolean, date or the like.
 _BARE = re.compile(r"(?!(?:y|n|yes|no|on|off|true|false|null|nan|inf)$)[A-Za-z_/][\w./@-]*(?::[\w./@-]+)*", re.I | re.A)
-_BLOCK = re.compile(r"(?=[^ \n])(?:[\x20-\x7e]*\n)*[\x20-\x7e]+\n")  # lines whose first one shows the indentation
+_BLOCK = re.compile(
+    r"(?=[^ \n])(?:[\x20-\x7e]*\n)*[\x20-\x7e]+\n"
+)  # multi-line text whose first line shows the indentation
 _UNPRINTABLE = re.compile(r"[^\x20-\x7e\xa0-\ud7ff\ue000-\ufefe\uff00-\ufffd\U00010000-\U0010ffff]")
 
 
@@ -261,7 +262,7 @@ def _scalar(value: Any) -> str:
     if isinstance(value, list | tuple):
         return "[]"
     if isinstance(value, float):
-        return re.sub(r"^(-?\d+)e", r"\1.0e", repr(value))  # YAML 1.1 knows no float without a point
+        return re.sub(r"^(-?\d+)e", r"\1.0e", repr(value))  # YAML 1.1 requires a decimal point in floats
     if not isinstance(value, str):
         return json.dumps(value)
     if _BARE.fullmatch(value):

@@ -1,7 +1,7 @@
-"""Ranks through ``mpirun``: Open MPI, MPICH or what descends from it (Intel MPI), one application context a host.
+"""Starts ranks through ``mpirun`` (Open MPI, MPICH and its descendants such as Intel MPI), one context for each host.
 
-Contexts (``… : …``) are the one way to place ranks that every MPI spells alike, and the only one under which rank 0 is
-surely on the host that the hostfile names first.
+Application contexts (``… : …``) are the only way to place ranks that all MPIs share, and the only one that surely puts
+rank 0 on the first host of the hostfile.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ _RANK = {"Open MPI": "OMPI_COMM_WORLD_RANK", "MPICH": "PMI_RANK"}
 
 
 def command(job: Job) -> Launch:
-    """One ``mpirun``, the one that belongs to this Python or else the first on PATH; ranks read what they run and their
-    variables from a file. Where they meet, they agree on over MPI (``megatron_lite/distributed/mesh.py``)."""
+    """One ``mpirun`` command: the mpirun installed beside this Python, else the first on PATH. Ranks read their program
+    and variables from a file, and agree on a rendezvous over MPI (``megatron_lite/distributed/rendezvous.py``)."""
     mpirun = job.mpirun or find()
     flavour, major = version(mpirun)
     if flavour == "MPICH" and len(job.hosts) > 1:
@@ -33,8 +33,8 @@ def command(job: Job) -> Launch:
 
 
 def _check_ipv4(job: Job) -> None:
-    """MPICH's processes find each other by gethostbyname(), which knows no IPv6. Hosts of one network are alike, so the
-    first two tell. Raises UsageError."""
+    """Refuse hosts with IPv6 addresses only: MPICH resolves names with gethostbyname(), which knows no IPv6. Hosts of
+    one network are alike, so two are checked. Raises UsageError."""
     for host in job.hosts[:2]:
         found = network.resolve(host.address)
         if found and all(":" in address for address in found):
@@ -45,7 +45,7 @@ def _check_ipv4(job: Job) -> None:
 
 
 def find() -> Path:
-    """The mpirun to use: pip's, beside this Python, if it is there. Raises UsageError."""
+    """The mpirun to use: the one beside this Python (from pip), else the first on PATH. Raises UsageError."""
     own = Path(sys.executable).parent / "mpirun"
     found = str(own) if own.exists() else shutil.which("mpirun") or shutil.which("mpiexec")
     if found is None:
@@ -54,7 +54,7 @@ def find() -> Path:
 
 
 def version(mpirun: Path) -> tuple[str, int]:
-    """Whose mpirun it is, and its major version."""
+    """Which MPI it is (Open MPI or MPICH), and its major version. Raises UsageError."""
     asked = subprocess.run([str(mpirun), "--version"], capture_output=True, text=True, check=False, timeout=20)
     if match := re.search(r"Open MPI\) (\d+)", asked.stdout):
         return "Open MPI", int(match[1])
@@ -64,7 +64,7 @@ def version(mpirun: Path) -> tuple[str, int]:
 
 
 def build(job: Job, mpirun: Path, flavour: str, major: int) -> Launch:
-    """The launch for a known mpirun. Raises UsageError."""
+    """The launch for an mpirun of known flavour and version. Raises UsageError."""
     if odd := next((host for host in job.hosts if ":" in host.address), None):
         raise UsageError(
             f"--via=mpirun: mpirun takes {odd.address} apart at its colons; write the host's name in the hostfile"
@@ -88,7 +88,7 @@ def build(job: Job, mpirun: Path, flavour: str, major: int) -> Launch:
 
 
 def _mpich(job: Job) -> list[str]:
-    """Its contexts share one list of hosts, which they fill up in order."""
+    """MPICH's contexts share one list of hosts and fill it in order."""
     hosts = ",".join(f"{host.name}:{host.slots}" for host in job.hosts)
     return ["-launcher", "ssh", "-bind-to", "none", "-hosts", hosts]
 
@@ -96,7 +96,7 @@ def _mpich(job: Job) -> list[str]:
 def _open_mpi(job: Job, major: int) -> list[str]:
     words = ["--bind-to", "none"]
     if os.geteuid() == 0:
-        words.append("--allow-run-as-root")  # as in most containers; its own default is to refuse
+        words.append("--allow-run-as-root")  # Open MPI refuses root by default; most containers run as root
     ssh = [*(["-p", str(job.ssh.port)] if job.ssh.port else []), *(f"-o{option}" for option in job.ssh.options)]
     if ssh:
         if any(shlex.quote(word) != word for word in ssh):
@@ -110,12 +110,12 @@ def _open_mpi(job: Job, major: int) -> list[str]:
 
 
 def _passed() -> list[str]:
-    """What Python itself needs to start on another host; everything else is in the file."""
+    """Variables that Python needs to start on another host; all others are in the file."""
     return [name for name in ("PATH", "LD_LIBRARY_PATH", "PYTHONPATH") if os.environ.get(name)]
 
 
 def _library(mpirun: Path, flavour: str) -> dict[str, str]:
-    """mpi4py finds pip's MPI by itself; another mpirun's library it has to be told."""
+    """Tells mpi4py which MPI library to load; it finds that of pip's MPI by itself."""
     if mpirun.parent == Path(sys.executable).parent or "MPI4PY_LIBMPI" in os.environ:
         return {}
     root = mpirun.resolve().parent.parent

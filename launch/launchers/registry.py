@@ -1,4 +1,4 @@
-"""--via=NAME; each entry is a pure function from a Job to the commands that start its ranks."""
+"""The launchers of --via=NAME: pure functions from a Job to the commands that start its ranks."""
 
 from launch.launchers import deepspeed, mpirun, slurm, torchrun
 

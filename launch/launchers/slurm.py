@@ -1,7 +1,7 @@
-"""Ranks through Slurm: a batch script that asks for nodes, and the srun that starts ranks on them.
+"""Starts ranks through Slurm: a batch script that asks for nodes, and the srun that starts ranks on them.
 
-Outside of an allocation ``launch run --via=slurm`` submits the script. The script runs the same command again, inside,
-where it is a launch like every other one: supervised, restarted, its first cause named.
+Outside of an allocation, ``launch run --via=slurm`` submits the script. The script runs the same command again inside
+the allocation, where it is a launch like any other: it is supervised and restarted, and names the first cause.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ from launch.launchers import torchrun
 
 _MAX_NODES = 65536
 _MAX_TASKS = 10000
-_SPECIAL_STEPS = 0xFFFFFFF0  # from here on, SLURM_STEP_ID is that of a batch script or of an interactive shell
+_SPECIAL_STEPS = 0xFFFFFFF0  # SLURM_STEP_IDs from here on are batch scripts and interactive shells
 _PLAIN = re.compile(r"[\w.,:/=@%+*&|()\[\]-]*", re.ASCII)
 _TASK = "SLURM_ARRAY_TASK_ID"
 RESUME = "--checkpoint.resume=auto"
-# Options of sbatch, and of srun, which would part the script and the ranks from what is run and read after them.
+# Options of sbatch and srun that the launcher sets itself; a second value would contradict what it relies on.
 _BOTH = {
     "N nodes": "use --nodes=N of launch run",
     "n ntasks ntasks-per-node": "use --nproc=N of launch run",
@@ -52,10 +52,10 @@ _OWN = {
         "i input export multi-prog pty": "ranks get what the launcher has",
     },
 }
-_BARE = "EHIOQXZhklsuvV"  # short options without a value, behind which others may stand: -vn4
-# For all of an array, SLURM_JOB_ID of its last task means every task.
+_BARE = "EHIOQXZhklsuvV"  # short options without a value, which others may follow in one word: -vn4
+# SLURM_JOB_ID of an array's last task stands for the whole array, so tasks are named as ARRAY_TASK.
 _JOB_ID = f'"${{SLURM_ARRAY_JOB_ID:-$SLURM_JOB_ID}}${{{_TASK}:+_${_TASK}}}"'
-# A line of setup that fails, and not one within a file that it reads, ends the job.
+# A failing line of setup ends the job, but not a failing line inside a file that it sources.
 _FAILED = (
     """trap 'code=$?; [ ${#BASH_SOURCE[@]} -gt 1 ] || """
     """{ echo "error: launch.slurm.setup: exit code $code: $(sed -n ${LINENO}p "$0")" >&2; exit 2; }' ERR"""
@@ -63,7 +63,7 @@ _FAILED = (
 
 
 def allocated(env: Mapping[str, str]) -> bool:
-    """Whether this is the script or the shell of an allocation. Raises UsageError where srun started this process."""
+    """Whether this process is inside an allocation. Raises UsageError if srun started it as a task."""
     if "SLURM_JOB_ID" not in env:
         return False
     if "SLURM_STEP_ID" in env and _number(env, "SLURM_STEP_ID") < _SPECIAL_STEPS:
@@ -74,7 +74,7 @@ def allocated(env: Mapping[str, str]) -> bool:
 
 
 def _number(env: Mapping[str, str], name: str) -> int:
-    """A variable of Slurm's; 0 where it is not set. Raises UsageError."""
+    """A number in a Slurm variable; 0 if it is not set. Raises UsageError."""
     value = env.get(name) or "0"
     if not (value.isascii() and value.isdecimal()):
         raise UsageError(f"{name}={value}: expected a number, as Slurm sets it")
@@ -82,7 +82,7 @@ def _number(env: Mapping[str, str], name: str) -> int:
 
 
 def choose_hosts(where: Mapping[str, Any], env: Mapping[str, str]) -> tuple[Host, ...]:
-    """The nodes of the allocation, in Slurm's order; outside of one, nodes without names. Raises UsageError."""
+    """The nodes of the allocation, in Slurm's order; outside of one, placeholders. Raises UsageError."""
     if given := [
         f"--{name}" for name in ("hostfile", "include", "exclude", "node_rank") if where[name] not in (None, "")
     ]:
@@ -110,9 +110,9 @@ def choose_hosts(where: Mapping[str, Any], env: Mapping[str, str]) -> tuple[Host
 
 
 def tasks(env: Mapping[str, str], nodes: int) -> list[int]:
-    """How many tasks srun would start on each node of an allocation: those that were asked for, or one. Raises
+    """How many tasks srun would start on each node of an allocation: the number requested, or one. Raises
     UsageError."""
-    if "SLURM_NTASKS" not in env:  # without it, SLURM_TASKS_PER_NODE counts what would fit there
+    if "SLURM_NTASKS" not in env:  # then SLURM_TASKS_PER_NODE only says how many would fit
         return [_number(env, "SLURM_NTASKS_PER_NODE") or 1] * nodes
     left, places = _number(env, "SLURM_NTASKS"), env.get("SLURM_TASKS_PER_NODE", "")
     counts = []
@@ -129,7 +129,7 @@ def tasks(env: Mapping[str, str], nodes: int) -> list[int]:
 
 
 def expand(hostlist: str) -> list[str]:
-    """The names that Slurm's short form of a list stands for: ``a[1-2,07],b`` is a1, a2, a07, b. Raises UsageError."""
+    """Expand Slurm's hostlist notation: ``a[1-2,07],b`` is a1, a2, a07, b. Raises UsageError."""
     words = re.findall(r"(?:[^,\[\]]|\[[^\[\]]*\])+", hostlist)
     if not words or ",".join(words) != hostlist:
         raise UsageError(f"{hostlist!r} is not a list of hosts")
@@ -142,7 +142,7 @@ def expand(hostlist: str) -> list[str]:
 
 
 def _expand(word: str) -> Iterator[str]:
-    """The names of one word; of several brackets the last one counts fastest."""
+    """The names of one word; with several brackets, the last one varies fastest."""
     head, bracket, rest = word.partition("[")
     if not bracket:
         yield head
@@ -156,9 +156,9 @@ def _expand(word: str) -> Iterator[str]:
 
 
 def describe(options: Mapping[str, Any], env: Mapping[str, str]) -> Slurm:
-    """What a job has to know of ``launch.slurm`` and of its allocation."""
+    """The part of ``launch.slurm`` and of the allocation that a job needs."""
     job = env.get("SLURM_JOB_ID", "0")
-    port = 20000 + int(job) % 12000 if job.isdecimal() else 20000  # jobs that share a node seldom share it
+    port = 20000 + int(job) % 12000 if job.isdecimal() else 20000  # jobs on one node rarely get the same port
     names = ("srun", "container", "container_mounts")
     _refuse_own("srun_extra", options["srun_extra"])
     cpus = options["cpus_per_task"] or _number(env, "SLURM_CPUS_PER_TASK") or None
@@ -170,8 +170,8 @@ def describe(options: Mapping[str, Any], env: Mapping[str, str]) -> Slurm:
 def command(job: Job) -> Launch:
     """One ``srun`` that starts every rank, or a torchrun on every node.
 
-    Tasks fill the nodes in the order of Slurm's list, which is that of ``job.hosts``. srun does not end tasks because
-    of others: that is the supervisor's to do, when it knows who was first.
+    Tasks fill the nodes in the order of Slurm's list, which is that of ``job.hosts``. srun does not end tasks when one
+    of them fails: the supervisor does, once it knows which failed first. Raises UsageError.
     """
     slurm = job.slurm or Slurm()
     slots, files = job.hosts[0].slots, {}
@@ -182,7 +182,7 @@ def command(job: Job) -> Launch:
         raise UsageError("launch.slurm.srun=torchrun starts as many ranks on every node as on the first; use tasks")
     python = sys.executable
     if slurm.container is not None:
-        python = "python3"  # the image's own
+        python = "python3"  # that of the image
         job = replace(job, program=(python, *job.program[1:]))
     env = job.rank_env
     if job.rendezvous is not None:
@@ -209,7 +209,7 @@ def command(job: Job) -> Launch:
         f"--nodes={len(job.hosts)}",
         f"--ntasks={ntasks}",
         *places,
-        *([f"--cpus-per-task={cpus}"] if cpus else []),  # since 22.05 srun does not take it from the job
+        *([f"--cpus-per-task={cpus}"] if cpus else []),  # since Slurm 22.05, srun does not inherit it from the job
         "--kill-on-bad-exit=0",
         "--wait=0",
         "--mpi=none",
@@ -224,7 +224,7 @@ def command(job: Job) -> Launch:
 
 
 def _container(job: Job, slurm: Slurm) -> list[str]:
-    """Options of pyxis: the image, with this directory and the run folder where they are here."""
+    """Options of pyxis: the image, with this directory and the run folder mounted at the same paths."""
     if slurm.container is None:
         return []
     folders = {str(Path.cwd()), str(job.run_dir.absolute())}
@@ -250,7 +250,7 @@ def script(job: Job, words: Sequence[str], overrides: Mapping[str, str], options
         if "run.seed" not in kept:
             own.append(f'set -- "$@" --run.seed="${_TASK}"')
         kept.pop("run.name", None)
-    elif array is not None:  # one task after the other: each goes on where the last has stopped
+    elif array is not None:  # tasks run one after the other; each resumes where the last one stopped
         first_start += f' -a "${_TASK}" = "$SLURM_ARRAY_TASK_MIN"'
     _check_shell(options["setup"])
     folder = shlex.quote(str(job.run_dir)) + (f'-"${_TASK}"' if own else "")
@@ -306,21 +306,21 @@ def script(job: Job, words: Sequence[str], overrides: Mapping[str, str], options
 
 
 def _check_shell(setup: Sequence[str]) -> None:
-    """Raises UsageError where lines of setup leave open what the rest of the script would be read into."""
+    """Raises UsageError if setup leaves a quote or block open, which would swallow the rest of the script."""
     if setup and (bash := shutil.which("bash")):
         argv, lines = [bash, "-O", "extglob", "-n", "/dev/stdin"], os.fsencode("\n".join(setup))
         read = subprocess.run(argv, input=lines, env={"LC_ALL": "C"}, capture_output=True, check=False)
-        if said := os.fsdecode(read.stderr).splitlines():  # of a here-document's end it only warns
+        if said := os.fsdecode(read.stderr).splitlines():  # bash only warns about an unterminated here-document
             raise UsageError(f"launch.slurm.setup: {said[0].removeprefix('/dev/stdin: ')}")
 
 
 def runs_of_their_own(array: str | None) -> bool:
-    """Whether the tasks of such an array are runs, not the parts of one."""
+    """Whether each task of such an array is a run of its own, not a part of one run."""
     return array is not None and not array.endswith("%1")
 
 
 def task_numbers(array: str) -> list[int]:
-    """The tasks of ``1-3,8`` or ``0-6:2%4``. Raises UsageError for more than anybody would start."""
+    """The task numbers of ``1-3,8`` or ``0-6:2%4``. Raises UsageError if there are too many."""
     spans = []
     for part in array.partition("%")[0].split(","):
         first, _, rest = part.partition("-")
@@ -332,7 +332,7 @@ def task_numbers(array: str) -> list[int]:
 
 
 def _directives(job: Job, options: Mapping[str, Any]) -> list[str]:
-    """What stands after ``#SBATCH``."""
+    """The options after ``#SBATCH``. Raises UsageError."""
     for path in (job.log_dir.absolute(), Path.cwd()):
         if set("\\\n\r") & set(str(path)):
             raise UsageError(f"{str(path)!r}: Slurm does not take a backslash or a line break in a path")
@@ -357,8 +357,8 @@ def _directives(job: Job, options: Mapping[str, Any]) -> list[str]:
 
 
 def _refuse_own(key: str, options: Sequence[str]) -> None:
-    """Raises UsageError where ``launch.slurm.KEY`` holds an option that this program gives itself. A line of sbatch's
-    may hold several."""
+    """Raises UsageError if ``launch.slurm.KEY`` holds an option that the launcher sets itself. A line of ``extra`` may
+    hold several options."""
     try:
         words = [word for line in options for word in (shlex.split(line) if key == "extra" else [line])]
     except ValueError as error:
@@ -370,12 +370,12 @@ def _refuse_own(key: str, options: Sequence[str]) -> None:
 
 
 def _means(word: str, option: str) -> bool:
-    """Whether ``word`` is an option as getopt reads it: its letter, perhaps behind others, or the start of its name."""
+    """Whether getopt would read ``word`` as ``option``: its letter, perhaps after others, or a prefix of its name."""
     if len(option) == 1:
         return re.match(f"-[{_BARE}]*{option}", word) is not None
     return word.startswith("--") and word != "--" and f"--{option}".startswith(word.partition("=")[0])
 
 
 def _quote(value: str) -> str:
-    """``value`` as sbatch reads it in a script: not as a shell would, a backslash counts inside of all quotes."""
+    """``value`` quoted for ``#SBATCH`` lines: unlike in a shell, a backslash escapes inside all quotes."""
     return value if _PLAIN.fullmatch(value) else '"' + re.sub(r'(["\\])', r"\\\1", value) + '"'

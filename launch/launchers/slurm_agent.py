@@ -1,6 +1,6 @@
-"""One torchrun on each node of Slurm's: ``srun python -m launch.launchers.slurm_agent -m torch.distributed.run …``.
+"""One torchrun for each Slurm node: ``srun python -m launch.launchers.slurm_agent -m torch.distributed.run …``.
 
-srun gives every task the same arguments, so the node's number, which they cannot hold, is handed on as a variable.
+srun gives every task the same arguments, so the node's rank is passed on as a variable.
 """
 
 import os

@@ -1,4 +1,4 @@
-"""Runs that are handed to Slurm: submitting them, how they stand, what they have said, and their end."""
+"""Jobs in Slurm: submit, status, logs and cancel."""
 
 from __future__ import annotations
 
@@ -22,27 +22,27 @@ from launch.watch.report import STORAGE
 from launch.watch.supervise import held, say
 
 _POLL_S = 1.0
-_JOBS = "slurm.jobs"  # in the log folder: the ids of the jobs that were submitted last
-# PREEMPTED and NODE_FAIL may be followed by another start; these are not.
+_JOBS = "slurm.jobs"  # file in the log folder: ids of the jobs submitted last
+# States of jobs that have ended. PREEMPTED is not among them: such a job may be queued again.
 _ENDED = {"COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "OUT_OF_MEMORY", "DEADLINE", "BOOT_FAIL", "NODE_FAIL"}
-_NO_TASK = "4294967294"  # what Slurm calls the rest of an array that was cancelled before it began
+_NO_TASK = "4294967294"  # ArrayTaskId of array tasks that were cancelled before they began
 _BEGUN = {"RUNNING", "SUSPENDED"}
 
 
 def submit(
     job: Job, words: Sequence[str], overrides: Mapping[str, str], options: Mapping[str, Any], *, dry_run: bool
 ) -> int:
-    """Write the batch script into the run folder and hand it to sbatch; or print it. Raises UsageError.
+    """Write the batch script into the run folder and submit it, or print it (``dry_run``). Raises UsageError.
 
-    In a chain each job waits for all before it to have ended without success, to go on where they have stopped; as soon
-    as one has succeeded, Slurm cancels those that are left.
+    In a chain, each job starts after all jobs before it have ended without success, and resumes where they stopped.
+    Once a job succeeds, Slurm cancels the rest.
     """
     text = script(job, words, overrides, options)
     if dry_run:
         print(text, end="")
         return 0
     path = job.log_dir / "slurm.sh"
-    tasks: dict[int, Path] = {}  # of an array, and where each writes: Slurm makes no folder
+    tasks: dict[int, Path] = {}  # log folder of each array task: Slurm does not create it
     if runs_of_their_own(options["array"]):
         tasks = {number: Path(f"{job.run_dir}-{number}/logs") for number in task_numbers(options["array"])}
     try:
@@ -66,7 +66,7 @@ def submit(
         number = asked.stdout.strip().partition(";")[0]
         if asked.returncode or not number.isdecimal():
             for folder in tasks.values():
-                with contextlib.suppress(OSError):  # there are other things in it
+                with contextlib.suppress(OSError):  # it is not empty
                     folder.rmdir()
                     folder.parent.rmdir()
             raise UsageError(f"sbatch: {_complaint(asked)}; the script: {path}")
@@ -88,7 +88,7 @@ def submit(
 
 
 def _write(path: Path, content: bytes) -> None:
-    """``write_bytes``, whose OSError names the file also where it was open already: on a full disk."""
+    """``write_bytes``, with an OSError that always names the file, also when the disk is full."""
     try:
         path.write_bytes(content)
     except OSError as error:
@@ -124,7 +124,7 @@ def logs(job: str, *, rank: int | None, follow: bool) -> int:
         raise UsageError(f"{job} is an array of {len(log_dirs)} runs; give one of them, as in {task} or {run_dir}")
 
     def written() -> list[Path]:
-        """The files, that which was last written to at the end: a run in several parts has several."""
+        """The log files, the most recently written last: a run in several parts has several."""
         if rank is not None:
             found = [log_dirs[0] / f"rank_{rank}.log"]
         elif Path(job).is_dir():
@@ -135,7 +135,7 @@ def logs(job: str, *, rank: int | None, follow: bool) -> int:
 
     shown = dict.fromkeys(written()[:-1], -1)
     while True:
-        # Asked first: what comes after it is still shown.
+        # Asked before reading, so that lines written in between are still shown.
         over = not follow or not (
             any(map(_running, ids)) if ids else any(map(held, log_dirs[0].glob("launcher*.lock")))
         )
@@ -151,7 +151,7 @@ def logs(job: str, *, rank: int | None, follow: bool) -> int:
 
 
 def _show(path: Path, shown: dict[Path, int]) -> None:
-    """Copy to stdout what is new in a file, of which ``shown`` holds the bytes."""
+    """Copy what is new in a file to stdout; ``shown`` counts the bytes already shown of each file."""
     shown.setdefault(path, 0)
     with contextlib.suppress(FileNotFoundError), path.open("rb") as file:
         file.seek(shown[path])
@@ -179,7 +179,7 @@ def cancel(job: str, *, wait: int) -> int:
             _call("scancel", *which)
             say(f"cancelled {_name(record)}")
     if running := [_name(record) for record in _left(ids) if wait and record["JobState"] in _BEGUN]:
-        for name in running:  # its end is no reason to put it back into the queue
+        for name in running:  # the script must not requeue it when it ends
             _call("scontrol", "update", f"JobId={name}", "Requeue=0")
         asking = [_ask_to_end(name) for name in running]
         say(f"asked {', '.join(running)} to save and to end; killed if that takes more than {wait} s")
@@ -196,15 +196,15 @@ def cancel(job: str, *, wait: int) -> int:
 
 
 def _ask_to_end(job: str) -> subprocess.Popen[bytes]:
-    """Signal a job's script. While other tasks of an array wait, scancel takes it for failed and does so for a minute
-    again and again, which the script knows to expect."""
+    """Send SIGTERM to a job's script. While other tasks of its array are pending, scancel believes that it failed and
+    repeats the signal for a minute; the script expects that."""
     argv, quiet = ["scancel", "--batch", "--signal=TERM", job], subprocess.DEVNULL
     return subprocess.Popen(argv, stdin=quiet, stdout=quiet, stderr=quiet)
 
 
 def find(job: str) -> tuple[list[str], list[Path]]:
-    """The ids, and the log folders as far as they are known, of a job or of the last jobs of a run folder: one folder,
-    or one for each run of an array."""
+    """Ids and known log folders of a job, or of the jobs submitted last from a run folder: one log folder, or one for
+    each run of an array. Raises UsageError."""
     if re.fullmatch(r"\d+(_\d+)?", job, re.ASCII):
         found = dict.fromkeys(_log_dir(record) for record in records(job))
         return [job], [log_dir for log_dir in found if log_dir.is_dir()]
@@ -226,29 +226,29 @@ def _submitted(log_dir: Path) -> list[str]:
 
 
 def records(job: str) -> list[dict[str, str]]:
-    """What ``scontrol show job`` tells, one record for each task of an array, and one for all that have not begun; none
-    of a job that it has forgotten."""
+    """Records from ``scontrol show job``: one for each array task, and one for all tasks that have not begun; none if
+    Slurm has forgotten the job."""
     shown = _call("scontrol", "show", "job", job, accept=_forgotten)
     found = []
     for text in re.split(r"\n\s*\n", shown.strip()):
         record = dict(re.findall(r"(?:^|\s)([A-Za-z:/]+)=(\S*)", text))
-        record |= dict(re.findall(r"^\s+(StdOut|Command|WorkDir)=(.*)$", text, re.MULTILINE))  # may hold spaces
+        record |= dict(re.findall(r"^\s+(StdOut|Command|WorkDir)=(.*)$", text, re.MULTILINE))  # values with spaces
         if "StdOut" in record:
-            record["StdOut"] = record["StdOut"].replace("%%", "%")  # shown as it was given
-            if "_" in job:  # one that has not begun is shown as one of many
+            record["StdOut"] = record["StdOut"].replace("%%", "%")  # shown with its escapes
+            if "_" in job:  # a pending task is listed in one record with others
                 record["ArrayTaskId"] = job.partition("_")[2]
             found.append(record)
     return found
 
 
 def _left(jobs: Sequence[str]) -> list[dict[str, str]]:
-    """The records of what has not ended."""
+    """The records of jobs that have not ended."""
     return [record for job in jobs for record in records(job) if record["JobState"] not in _ENDED]
 
 
 def _name(record: Mapping[str, str]) -> str:
-    """What Slurm's commands know it by: ``4``, a task of an array ``4_2``, all that have not begun ``4_[3-9]``. The
-    JobId of a task may be that of the whole array."""
+    """The name for Slurm's commands: a job ``4``, an array task ``4_2``, all pending tasks ``4_[3-9]``. (The JobId of a
+    task may be that of the whole array.)"""
     tasks = record.get("ArrayTaskId", "")
     if tasks in ("", _NO_TASK):
         return record["JobId"]
@@ -260,7 +260,7 @@ def _running(job: str) -> bool:
 
 
 def _dependents(jobs: set[str]) -> list[str]:
-    """This user's jobs that wait for one of ``jobs``."""
+    """This user's jobs that depend on one of ``jobs``."""
     listed = [line.partition(" ") for line in _call("squeue", "-h", "--me", "-o", "%A %E").splitlines()]
     return [number for number, _, on in listed if number not in jobs and jobs & set(re.findall(r"\d+", on))]
 
@@ -276,12 +276,12 @@ def _call(*argv: str, accept: Callable[[str], bool] = lambda said: False) -> str
 
 
 def _forgotten(said: str) -> bool:
-    """Whether scontrol knows no such job, or no such task of an array."""
+    """Whether scontrol says that it knows no such job or array task."""
     return "Invalid job id" in said or re.fullmatch(r"Job \S+ not found\s*", said) is not None
 
 
 def _complaint(asked: subprocess.CompletedProcess[str]) -> str:
-    """What a command of Slurm's said last, without its own name, and without what it says of its help."""
+    """The last message of a Slurm command, without the command's name and hints at its help."""
     lines = (asked.stderr or asked.stdout).strip().splitlines()
     said = [line for line in lines if not line.startswith("Try ")] or [f"exit code {asked.returncode}"]
     return re.sub(r"^\w+: (error: )?", "", said[-1])
@@ -306,7 +306,7 @@ def _line(record: Mapping[str, str]) -> str:
 
 
 def _progress(log_dir: Path) -> str:
-    """The run itself: its last step, and how it ended."""
+    """One line about the run itself: its last step and last outcome."""
     run_dir, step = log_dir.parent, last_step(log_dir.parent)
     told = "no step yet" if step is None else f"step {step}"
     with contextlib.suppress(OSError, ValueError):

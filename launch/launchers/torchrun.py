@@ -1,4 +1,4 @@
-"""Ranks through ``torchrun``, the launcher that comes with torch: one agent a host, over the system's ssh."""
+"""Starts ranks through ``torchrun``, one elastic agent for each host, over the system's ssh."""
 
 from __future__ import annotations
 
@@ -7,19 +7,19 @@ import sys
 from launch.hosts.job import Command, Job, Launch, device_env
 from launch.hosts.ssh import over_ssh
 
-# torchrun kills its workers this long after a signal to itself; a save may take longer than its own 30 seconds.
+# torchrun kills its workers this long after it got a signal; its default of 30 seconds may cut a save short.
 _SAVE_SECONDS = 86400
-_MEET_SECONDS = 600  # that its agents wait for each other
+_MEET_SECONDS = 600  # how long agents wait for each other by default
 
 
 def command(job: Job) -> Launch:
-    """One ``torchrun`` for each host, told its node rank and where to meet; on a free port for a single host.
+    """One ``torchrun`` for each host, with its node rank and the rendezvous; on a single host, with any free port.
 
-    Restarts are ours (``launch/watch/supervise.py``), so it gets none, and its static rendezvous is used: ranks follow
-    the order of the hosts, not that of arrival.
+    torchrun does no restarts, because the supervisor does (``launch/watch/supervise.py``). Its rendezvous is static, so
+    that ranks follow the order of the hosts and not the order of arrival.
 
-    torchrun closes every descriptor except 0-2 on the way to its workers. So that its own reports can go to a file
-    while rank 0 still reaches both streams of the console, the console's stderr travels as descriptor 0.
+    torchrun closes all descriptors except 0 to 2 in its workers. Its own stderr goes to a file; to let rank 0 still
+    write to both streams of the console, the console's stderr is passed as descriptor 0.
     """
     commands = []
     for node, host in enumerate(job.hosts):
@@ -33,7 +33,7 @@ def command(job: Job) -> Launch:
 
 
 def agent(job: Job, slots: int, meeting: list[str], *options: str) -> list[str]:
-    """The argv, after the Python executable, of the torchrun of one host; ``options`` are the shim's."""
+    """The argv of the torchrun of one host, after the Python executable; ``options`` are for the shim."""
     return [
         *("-m", "torch.distributed.run"),
         *meeting,
@@ -41,14 +41,14 @@ def agent(job: Job, slots: int, meeting: list[str], *options: str) -> list[str]:
         "--max-restarts=0",
         *([f"--rdzv-conf=timeout={job.rendezvous_wait}"] if job.rendezvous_wait > _MEET_SECONDS else []),
         f"--shutdown-timeout={_SAVE_SECONDS}",
-        "--signals-to-handle=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1",  # by default USR1 kills it, orphans the ranks
+        "--signals-to-handle=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1",  # by default USR1 kills it and orphans ranks
         *job.rank_argv(*options),
     ]
 
 
 def _meeting(job: Job, node: int) -> list[str]:
     if len(job.hosts) == 1 and job.rendezvous is None:
-        # Whatever PET_NNODES says, and however this machine's name resolves.
+        # Independent of PET_NNODES and of how this machine's name resolves.
         return ["--standalone", "--nnodes=1", "--local-addr=127.0.0.1"]
     assert job.rendezvous is not None, "several hosts have to be told where to meet"
     address, port = job.rendezvous

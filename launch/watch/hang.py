@@ -1,9 +1,9 @@
-"""Who hangs: from what the ranks left in the log folder when a step made no progress, to one line.
+"""Diagnoses a hang: names the rank that hangs, from the flight records in the log folder, in one line.
 
-``rank_N.flight.json`` (written by ``megatron_lite/training/watchdog.py``) holds for one rank its Python stack, the
-process groups it is in, and the collectives it has entered, which every rank of a group counts alike. A rank waits for
-those members of the group that have not entered the collective it stands in; a rank that is waited for and waits for
-nobody hangs.
+``rank_N.flight.json`` (written by ``megatron_lite/training/watchdog.py`` when a step makes no progress) holds a rank's
+Python stack, its process groups, and the collectives it has entered, numbered the same way on every rank of a group. A
+rank inside a collective waits for the members of the group that have not entered it. A rank that others wait for, and
+that waits for none, is the one that hangs.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from typing import Any
 
 from launch.watch.report import Report, Reports, last_words
 
-_ANY_SIZES = ("all_to_all", "gather", "scatter", "send", "recv")  # ops whose sizes may differ from rank to rank
+_ANY_SIZES = ("all_to_all", "gather", "scatter", "send", "recv")  # ops whose sizes may differ between ranks
 _NOT_THE_PLACE = (
     "megatron_lite/distributed/",
     "megatron_lite/training/watchdog.py",
@@ -28,7 +28,7 @@ _NOT_THE_PLACE = (
 
 @dataclass(frozen=True)
 class Collective:
-    """One collective as one rank entered it; ``number`` counts those of its group from 1."""
+    """One collective, as one rank entered it. ``number``: its position among the collectives of the group, from 1."""
 
     group: str
     number: int
@@ -46,7 +46,7 @@ class Collective:
         return ", ".join(f"{'×'.join(map(str, size)) or 'a number'} {dtype.lower()}" for size, dtype in parts)
 
     def fits(self, other: Collective) -> bool:
-        """Whether two ranks that entered these under one number will ever leave them."""
+        """Whether two ranks that entered these as the same number can complete them together."""
         if self.op != other.op:
             return False
         return any(self.op.startswith(op) for op in _ANY_SIZES) or (self.sizes, self.dtypes) == (
@@ -57,7 +57,8 @@ class Collective:
 
 @dataclass(frozen=True)
 class Flight:
-    """One rank's record. ``entered``: how many collectives of each group; ``stack``: places, the innermost first."""
+    """One rank's flight record. ``entered``: number of collectives for each group. ``stack``: frames, innermost
+    first."""
 
     rank: int
     host: str
@@ -73,7 +74,7 @@ class Flight:
 
     @cached_property
     def pending(self) -> list[Collective]:
-        """The first collective of each group that this rank has entered and not left."""
+        """For each group, the first collective that this rank has entered and not left."""
         first: dict[str, Collective] = {}
         for collective in self.collectives:
             if not collective.done:
@@ -85,19 +86,19 @@ class Flight:
 
     @property
     def ours(self) -> str:
-        """The innermost line of the program's own code, below what carries out collectives."""
+        """The innermost frame of this project's code, outside of the code that runs collectives."""
         return _own(self.stack)
 
     @property
     def place(self) -> str:
-        """The innermost line, and where that is somebody else's code, the one of ours that calls it."""
+        """The innermost frame; if it is in a library, also the frame of ours that calls it."""
         inner = self.stack[0] if self.stack else "unknown code"
         return self.ours if inner.startswith("megatron_lite/") else f"{inner}, called by {self.ours or 'unknown code'}"
 
 
 @dataclass(frozen=True)
 class Finding:
-    """What the records show; ``line`` is complete, ``rank`` the one to blame where there is one."""
+    """The diagnosis. ``line``: the complete message. ``rank``: the rank to blame, if there is one."""
 
     line: str
     rank: int | None = None
@@ -105,7 +106,7 @@ class Finding:
 
 
 def read_flights(log_dir: Path, attempt: int) -> dict[int, Flight]:
-    """The records of one attempt by rank; what cannot be read is left out."""
+    """The flight records of one attempt, by rank; unreadable files are skipped."""
     found = {}
     for path in log_dir.glob("rank_*.flight.json"):
         try:
@@ -120,7 +121,7 @@ def read_flights(log_dir: Path, attempt: int) -> dict[int, Flight]:
 
 
 def explain(log_dir: Path, reports: Reports) -> Finding | None:
-    """Which rank hangs, in what, and who waits for it; ``None`` where no rank left a record of a collective."""
+    """Which rank hangs, where, and which ranks wait for it; None if no record shows a pending collective."""
     flights = read_flights(log_dir, reports.attempt)
     waits = [(flight, pending) for _, flight in sorted(flights.items()) for pending in flight.pending]
     if not waits:
@@ -130,7 +131,7 @@ def explain(log_dir: Path, reports: Reports) -> Finding | None:
             other = flights[member].at(pending.group, pending.number) if member in flights else None
             if other is not None and not pending.fits(other):
                 return _mismatch(log_dir, flight, pending, flights[member], other)
-    blocked: dict[int, list[tuple[Flight, Collective]]] = {}  # by the rank that is waited for
+    blocked: dict[int, list[tuple[Flight, Collective]]] = {}  # rank that is waited for: who waits, in which collective
     for flight, pending in waits:
         for member in _members(flight, pending):
             entered = flights[member].entered.get(pending.group, 0) if member in flights else 0
@@ -143,7 +144,7 @@ def explain(log_dir: Path, reports: Reports) -> Finding | None:
         known = flights.get(root) or reports.started.get(root)
         line = _hang(log_dir, root, flights, reports, blocked[root])
         return Finding(line, root, known.host if known else None)
-    if blocked:  # everybody waits for somebody: they came to their groups in different orders
+    if blocked:  # a cycle: ranks entered the collectives of different groups in different orders
         told = "; ".join(f"rank {flight.rank} waits in {_name(c)} {_where(flight, c)}" for flight, c in waits)
         return Finding(f"ranks wait for each other, in different collectives: {told}; {_stacks(log_dir)}")
     flight, pending = waits[0]
@@ -205,7 +206,7 @@ def _name(collective: Collective) -> str:
 
 
 def _where(flight: Flight, collective: Collective, *, group: bool = True) -> str:
-    """``(group dp, blocks.3.attention.out backward, layers/linear.py:58)``, as much of it as is known."""
+    """``(group dp, blocks.3.attention.out backward, layers/linear.py:58, step 7)``; unknown parts are left out."""
     innermost = flight.waiting and collective == max(flight.pending, key=lambda c: c.created, default=None)
     layer = f"{collective.layer}{' backward' * collective.backward}" if collective.layer else ""
     axis = flight.groups.get(collective.group, {}).get("axis") or collective.group
@@ -221,7 +222,7 @@ def _words(log_dir: Path, rank: int) -> str:
 
 
 def _stacked_place(path: Path) -> str:
-    """The innermost line of ours in faulthandler's stack of the main thread, which it prints last."""
+    """The innermost frame of ours in a faulthandler dump; the main thread is printed last."""
     try:
         text = path.read_text(errors="replace")
     except OSError:

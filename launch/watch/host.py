@@ -1,8 +1,8 @@
-"""What runs on every other host: ``python -m launch.watch.host``, started through ssh by ``launch/hosts/ssh.py``.
+"""The program on every other host: ``python -m launch.watch.host``, started through ssh by ``launch/hosts/ssh.py``.
 
-It reads what to start from stdin (one line of JSON), starts it, and ends with it. The rest of stdin is a lifeline: the
-launcher sends a byte every second. When the pipe closes, or nothing has come for a while (the launcher was killed, its
-machine is gone, the link is cut), everything that was started here is killed.
+It reads what to start from stdin (one line of JSON), starts it, and ends with it. The rest of stdin is a lifeline on
+which the launcher sends a byte every second. If the pipe closes or falls silent (the launcher was killed, its machine
+is gone, the link is cut), everything that was started here is killed.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from typing import Any, NoReturn
 from launch import process
 from launch.watch.report import PEER_LOST, STORAGE
 
-BEAT_S = 1.0  # how often the launcher gives a sign of life
-_SILENCE_S = 30.0  # and how long this host waits for one
+BEAT_S = 1.0  # seconds between two bytes from the launcher
+_SILENCE_S = 30.0  # seconds without a byte after which this host gives up
 _POLL_S = 0.1
 _DEATH_LIMIT_S = 10.0
 
@@ -66,10 +66,10 @@ def _watch(child: subprocess.Popen[bytes]) -> int:
 
 
 def main() -> NoReturn:
-    """Read the order; ssh's hang-up is noticed on the lifeline, so signals that announce it are ignored."""
+    """Read the order and run it. SIGHUP is ignored: when ssh hangs up, the lifeline shows it."""
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
     line = b""
-    while not line.endswith(b"\n"):  # byte by byte: what follows belongs to the lifeline
+    while not line.endswith(b"\n"):  # byte by byte: bytes after the line belong to the lifeline
         byte = os.read(0, 1)
         if not byte:
             raise SystemExit(PEER_LOST)

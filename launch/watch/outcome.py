@@ -1,4 +1,4 @@
-"""Why a run ended: from the ranks' reports to one line and one exit code."""
+"""Why a run ended: turns the ranks' reports into one line and one exit code."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from launch.watch.report import MEANING, PEER_LOST, PREEMPTED, USAGE, Report, Re
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a run ended; ``cause`` is the line for the user, empty where there is nothing to explain."""
+    """How a run ended. ``cause``: the line for the user, empty if there is nothing to explain."""
 
     exit_code: int
     cause: str = ""
@@ -28,7 +28,7 @@ class Outcome:
 
     @property
     def line(self) -> str:
-        """What to print: being stopped on request is not an error."""
+        """The line to print. A run that was stopped on request is not an error."""
         return f"error: {self.cause}" if self.cause and self.exit_code < PREEMPTED else self.cause
 
     def as_dict(self) -> dict[str, Any]:
@@ -42,12 +42,13 @@ def judge(
     stop_asked: bool,
     unreachable: Collection[Host] = (),
 ) -> Outcome:
-    """Name the first cause over all ranks that this launcher of ``job`` watched.
+    """Name the first cause, from the reports of all ranks that this launcher watched.
 
-    ``endings``: how each of the launcher's commands ended by itself, and the host it was for (None: all); the code is
-    ``None`` if it had to be killed because ranks did not end. ``unreachable``: hosts that give no answer. A rank that
-    was killed or stopped comes before one that gave up with an error of its own, and both before those that merely lost
-    a peer, although these often end first (and are blamed by torchrun).
+    ``endings``: for each of the launcher's commands, its host (None: all hosts) and exit code (None if it had to be
+    killed because ranks did not end). ``unreachable``: hosts that do not answer.
+
+    A rank that was killed or stopped takes precedence over one that failed with an error of its own, and both over
+    ranks that merely lost a peer, although those often end first (and torchrun blames them).
     """
     ranks = {place.rank for place in job.watched}
     reports = Reports(job.log_dir, job.attempt, ranks)
@@ -56,8 +57,8 @@ def judge(
     unborn = sorted(ranks - set(reports.started))
     step = last_step(job.run_dir)
 
-    # Where ranks were lost without an error of their own, a host that does not answer is the reason; else the records
-    # they left tell whom the others waited for.
+    # If every failed rank merely lost a peer, the reason is a host that does not answer, or else a hang that the flight
+    # records explain.
     only_lost = failures and not stop_asked and all(report.secondary or report.stopped for report in failures)
     gone = next((host for host, code in endings if host and (host in unreachable or code == SSH_FAILED)), None)
     if only_lost and gone is not None:
@@ -96,12 +97,12 @@ def judge(
 
 
 def launcher_log(job: Job, launcher: str, host: Host | None) -> Path:
-    """Where the launcher's own messages go, for another host those from there."""
+    """The log file of the launcher's own messages; for another host, of those from there."""
     return job.log_dir / (f"{launcher}.log" if host is None else f"{launcher}.{host.name}.log")
 
 
 def _of_host(job: Job, host: Host, launcher: str, step: int | None, *, reachable: bool) -> Outcome:
-    """A host that cannot be reached, or ended without its ranks: what ssh, or else the launcher there, said last."""
+    """A host was lost: quotes the last message of ssh, or else of the launcher on that host."""
     ranks = [place.rank for place in job.watched if place.host == host]
     said = ""
     logs = [job.log_dir / f"ssh.{host.name}.log", *([launcher_log(job, launcher, host)] if reachable else [])]
@@ -114,12 +115,12 @@ def _of_host(job: Job, host: Host, launcher: str, step: int | None, *, reachable
 
 
 def _refusal(log: Path) -> str:
-    """The first word of an ssh that did not get through: pdsh goes on with the other hosts, which then fail, too."""
+    """The first ssh error in a log: pdsh continues with the other hosts, whose failures follow from it."""
     return next((line[:500] for line in _read(log).splitlines() if line.startswith("ssh: ")), "")
 
 
 def _read(log: Path) -> str:
-    """How it begins; nothing where it cannot be read."""
+    """The beginning of a log; empty if it cannot be read."""
     try:
         return log.read_bytes()[:65536].decode(errors="replace")
     except OSError:
@@ -134,7 +135,7 @@ def _end_of(log: Path) -> str:
 
 
 def _of_rank(job: Job, first: Report, reports: Reports, step: int | None) -> Outcome:
-    on_console = reports.ended[0].message if 0 in reports.ended else ""  # what the user has read already
+    on_console = reports.ended[0].message if 0 in reports.ended else ""  # what the user has already seen
     said = f": {first.message}" if first.exit_code and first.message not in ("", on_console) else ""
     cause = f"{first}{said}; log: {_log(job, first)}"
     return Outcome(PEER_LOST if first.signal else first.exit_code or 1, cause, first.rank, first.host, step)
@@ -145,7 +146,7 @@ def _log(job: Job, report: Report) -> Path:
 
 
 def last_step(run_dir: Path) -> int | None:
-    """The last step that ``metrics.jsonl`` tells of."""
+    """The last step recorded in ``metrics.jsonl``."""
     try:
         with (run_dir / "metrics.jsonl").open("rb") as file:
             file.seek(max(0, file.seek(0, 2) - 65536))
@@ -155,6 +156,6 @@ def last_step(run_dir: Path) -> int | None:
     for line in reversed(lines):
         try:
             return int(json.loads(line)["step"])
-        except (ValueError, KeyError, TypeError):  # the last line may be unfinished, the first one cut
+        except (ValueError, KeyError, TypeError):  # the last line may be incomplete, the first one truncated
             continue
     return None

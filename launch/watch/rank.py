@@ -1,9 +1,10 @@
 """The shim around each rank: ``python -m launch.watch.rank --log-dir=DIR [OPTIONS] -- PROGRAM …``.
 
-It keeps the rank's output in ``DIR/rank_N.log``, passes signals on, and reports how the rank ended (``report.py``),
-since launchers hand back neither exit codes nor signals. Options: ``--rank=VARIABLE`` that holds the rank (RANK),
-``--stderr-fd=N`` for rank 0's errors, ``--control=FILE`` in which a launcher on another machine says what it wants, and
-``--lease`` to end with it. ``--file=FILE`` stands for all of this: there the arguments are, and variables to set.
+It copies the rank's output to ``DIR/rank_N.log``, passes signals on, and reports how the rank ended (``report.py``),
+because launchers return neither exit codes nor signals. Options: ``--rank=VARIABLE`` that holds the rank (RANK),
+``--stderr-fd=N`` for rank 0's errors, ``--control=FILE`` in which a launcher on another machine writes its requests,
+and ``--lease`` to end when that launcher falls silent. ``--file=FILE`` replaces all of these: it holds the arguments,
+and variables to set.
 """
 
 from __future__ import annotations
@@ -28,17 +29,17 @@ from launch import process
 from launch.hosts import network
 from launch.watch.report import PREEMPTED, Report, last_words
 
-_STOP = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP, signal.SIGQUIT)  # what torchrun passes on
-_STOPPED_LIMIT_S = 2.0  # how long a rank that should save may stay stopped (SIGSTOP) before it is killed
+_STOP = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP, signal.SIGQUIT)  # torchrun passes these on
+_STOPPED_LIMIT_S = 2.0  # seconds that a rank asked to save may stay stopped (SIGSTOP) before it is killed
 _POLL_S, _CONTROL_S = 0.2, 1.0
 _LEASE_S = 30.0  # a rank with a lease ends when its launcher has been silent for this long
-SAVE, END = "save", "end"  # requests, each followed by the attempt that is meant
+SAVE, END = "save", "end"  # requests in the control file, each followed by the attempt it is for
 _TAIL_BYTES = 8192
-_INHERITED = ("PMI_FD",)  # holds the descriptor through which MPICH's MPI_Init talks to its mpiexec
+_INHERITED = ("PMI_FD",)  # names the descriptor on which MPICH's MPI_Init talks to mpiexec
 
 
 class Copier(threading.Thread):
-    """Copies a pipe to a log, by whole lines, and, for rank 0, to the console as it comes.
+    """Copies a pipe to a log in whole lines and, for rank 0, to the console at once.
 
     A full disk or a closed console never blocks the rank.
     """
@@ -61,7 +62,7 @@ class Copier(threading.Thread):
         if not chunk or len(text) - end > _TAIL_BYTES:
             end = len(text)
         self.line = text[end:]
-        with contextlib.suppress(OSError):  # the disk is full now, perhaps not later
+        with contextlib.suppress(OSError):  # the disk may be full only for now
             self.log.write(text[:end])
 
     def _to_console(self, chunk: bytes) -> None:
@@ -80,16 +81,16 @@ def run(
     console: tuple[int, int] | None,
     control: Control | None = None,
 ) -> int:
-    """Run ``program`` to its end; ``console`` holds the descriptors for its stdout and stderr, if it is shown, and
-    ``control`` tells what a launcher wants that cannot send signals.
+    """Run ``program`` to its end. ``console``: descriptors for its stdout and stderr, if they are shown. ``control``:
+    the requests of a launcher that cannot send signals.
 
-    Returns the exit code for the launcher: the program's own, 128 + N after signal N, but 0 when the program was
-    preempted, so that the launcher does not tear down the peers that are still saving.
+    Returns the exit code for the launcher: the program's own, or 128 + N after signal N. A preempted program returns 0,
+    so that the launcher does not kill its peers, which may still be saving.
     """
     watched = {*_STOP, signal.SIGUSR2, signal.SIGCHLD}
     signal.pthread_sigmask(signal.SIG_BLOCK, watched)
     log = (log_dir / f"rank_{rank}.log").open("ab", buffering=0)
-    # mpirun gives ranks a terminal, which is not the user's: there, both streams come as one.
+    # mpirun gives ranks a terminal of its own, on which both streams are one.
     on_terminal = console is not None and console[0] != console[1] and os.isatty(console[0])
     relayed, relay = os.pipe()
     child = process.start(
@@ -116,7 +117,7 @@ def run(
     asked, stopped = _wait(child, watched, control, relay)
 
     with contextlib.suppress(ProcessLookupError):
-        os.killpg(child.pid, signal.SIGKILL)  # what the program started and left behind
+        os.killpg(child.pid, signal.SIGKILL)  # processes that the program left behind
     for copier in copiers:
         copier.join(timeout=1)
     signum, code = max(0, -child.returncode), max(0, child.returncode)
@@ -136,9 +137,10 @@ def run(
 def _wait(
     child: subprocess.Popen[bytes], watched: set[signal.Signals], control: Control | None, relay: int
 ) -> tuple[bool, bool]:
-    """Pass signals and requests on until ``child`` ends: was it asked to stop, and had it to be killed while stopped?
+    """Pass signals and requests on until ``child`` ends. Returns (asked to stop, killed because it stayed SIGSTOPped).
 
-    A byte in ``relay`` tells the program that it may be asked by others, too, and that it is one and the same request.
+    A byte in ``relay`` tells the program that a signal came through the shim, so that the same request, arriving again
+    from elsewhere, does not count as a second one.
     """
     asked, stopped, stopped_since = False, False, 0.0
     while child.poll() is None:
@@ -149,7 +151,7 @@ def _wait(
         if received and received.si_signo == signal.SIGUSR2:
             process.send(child.pid, signal.SIGUSR2)
         elif (wanted == SAVE or (received and received.si_signo in _STOP)) and not asked:
-            asked = True  # the supervisor and torchrun may both ask; a second signal would cut the save short
+            asked = True  # supervisor and torchrun may both ask; a second signal would end the save
             os.write(relay, b"1")
             process.send(child.pid, signal.SIGTERM)
         if not asked or process.state(child.pid) != "T":
@@ -159,14 +161,16 @@ def _wait(
         elif time.monotonic() - stopped_since > _STOPPED_LIMIT_S:
             stopped = True
             process.send(child.pid, signal.SIGKILL)
-    # A signal to a whole group may end the program between fork and exec, before this process has looked for its own.
+    # A signal to the whole process group may end the program between fork and exec, before this process has read its
+    # own.
     return asked or not signal.sigpending().isdisjoint(_STOP), stopped
 
 
 class Control:
-    """A file in which a launcher on another machine says what it wants, and, by changing it, that it is there.
+    """A file through which a launcher on another machine sends requests, and shows that it is alive by changing it.
 
-    Its text is ``REQUEST ATTEMPT NUMBER``. It is opened at each look: network file systems refresh a file then.
+    Its text is ``REQUEST ATTEMPT NUMBER``. It is opened anew for every read, since network file systems refresh a file
+    when it is opened.
     """
 
     def __init__(self, path: Path, attempt: int, *, lease: bool) -> None:
@@ -174,7 +178,7 @@ class Control:
         self.text, self.since = "", time.monotonic()
 
     def read(self) -> str:
-        """SAVE, END or nothing; END also when a lease has run out."""
+        """The current request: SAVE, END or an empty string. END also if a lease has expired."""
         with contextlib.suppress(OSError):
             text = self.path.read_text()
             if text != self.text:
@@ -186,7 +190,7 @@ class Control:
 
 
 def _arguments() -> list[str]:
-    """The command line, or what the file holds that it names; in the directory and with the variables of that file."""
+    """The command line, or the content of ``--file``, whose variables and working directory are then set."""
     argv = sys.argv[1:]
     if not argv[0].startswith("--file="):
         return argv
@@ -197,7 +201,7 @@ def _arguments() -> list[str]:
 
 
 def main() -> NoReturn:
-    """Read the command line and the launcher's variables; everything unexpected is an error of the launcher."""
+    """Read the command line and the launcher's variables, and run the rank."""
     gc.freeze()
     process.die_with_parent()
     if os.getppid() == 1:

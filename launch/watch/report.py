@@ -1,6 +1,6 @@
-"""How the shim of a rank tells the supervisor that it runs, and how it ended: two small files in the log folder.
+"""Reports of ranks: small files in the log folder, through which each rank's shim informs the supervisor.
 
-``rank_N.start.json`` is there while rank N runs; ``rank_N.exit.json`` takes its place when it has ended.
+``rank_N.start.json`` exists while rank N runs; ``rank_N.exit.json`` replaces it when the rank has ended.
 """
 
 from __future__ import annotations
@@ -33,9 +33,9 @@ _HINTS = {
 
 @dataclass(frozen=True)
 class Report:
-    """One rank. ``pid`` is the program's, ``shim`` that of ``launch.watch.rank``; what follows is known after the end.
+    """One rank. ``pid``: of the program; ``shim``: of ``launch.watch.rank``. Fields with defaults are set at the end.
 
-    ``asked``: it had been told to stop. ``stopped``: it was told, did not move (SIGSTOP), and was killed.
+    ``asked``: it had been asked to stop. ``stopped``: it was asked, stayed SIGSTOPped, and was killed.
     """
 
     rank: int
@@ -57,12 +57,12 @@ class Report:
 
     @property
     def unprepared(self) -> bool:
-        """Ended by the very signal that asked it to save: it was still starting up and had nothing to save."""
+        """Ended by the signal that asked it to save: it was still starting and had nothing to save."""
         return self.asked and self.signal == signal.SIGTERM
 
     @property
     def secondary(self) -> bool:
-        """Whether a rank ends like this because *another* one was lost."""
+        """Whether ranks end like this when *another* rank was lost."""
         return self.exit_code == PEER_LOST or self.signal == signal.SIGABRT or self.unprepared
 
     def __str__(self) -> str:
@@ -78,7 +78,7 @@ class Report:
 
     def write_start(self, log_dir: Path) -> None:
         with (partial := log_dir / f"rank_{self.rank}.start.tmp").open("w") as file:
-            # Padded, so that the report of the end finds its block allocated when the disk has filled up meanwhile.
+            # Padded, so that the block for the final report is already allocated if the disk fills up.
             file.write(json.dumps(asdict(self)).ljust(4096))
         partial.replace(log_dir / f"rank_{self.rank}.start.json")
 
@@ -90,16 +90,16 @@ class Report:
 
 
 class Reports:
-    """The reports of some ranks in one attempt, as they are at this moment."""
+    """A snapshot of the reports of some ranks in one attempt."""
 
     def __init__(self, log_dir: Path, attempt: int, ranks: Collection[int]) -> None:
         self.attempt, self._ranks = attempt, ranks
-        self._files = list(log_dir.glob("rank_*.json"))  # one look at a folder that many ranks share
+        self._files = list(log_dir.glob("rank_*.json"))  # list the folder once
         self.ended = self._read("exit")
 
     @cached_property
     def started(self) -> dict[int, Report]:
-        """Every rank that began, whether it has ended or not."""
+        """Every rank that has started, whether it has ended or not."""
         return {**self._read("start"), **self.ended}
 
     @property
@@ -112,7 +112,7 @@ class Reports:
 
     @property
     def hung(self) -> bool:
-        """Whether a rank has said that it makes no progress (``launch/watch/hang.py``)."""
+        """Whether a rank has reported that it makes no progress (``launch/watch/hang.py``)."""
         return any(int(path.name[5:].partition(".")[0]) in self._ranks for path in self._of("flight"))
 
     def _of(self, name: str) -> list[Path]:
@@ -123,7 +123,7 @@ class Reports:
         for path in self._of(name):
             try:
                 report = Report(**json.loads(path.read_text()))
-            except (FileNotFoundError, ValueError):  # being renamed or rewritten at this moment
+            except (FileNotFoundError, ValueError):  # it is being renamed or rewritten
                 continue
             if report.attempt == self.attempt and report.rank in self._ranks:
                 found[report.rank] = report

@@ -1,4 +1,4 @@
-"""Starts what a launcher's command describes, ends it when it has to end, and says why it ended."""
+"""The supervisor: starts a launcher's commands, watches all ranks to the end, and says why the run ended."""
 
 from __future__ import annotations
 
@@ -30,23 +30,23 @@ from launch.watch.rank import END, SAVE
 from launch.watch.report import PEER_LOST, PREEMPTED, STORAGE, USAGE, Reports
 
 _POLL_S = 0.1
-_ASK_AFTER_S = 1.0  # after the first failure, ranks that have not noticed are asked to stop …
-_KILL_AFTER_S = 8.0  # … and at last killed
-_ANSWER_S = 4.0  # for a host to answer, when it may be the reason of a failure
-_AGENT_LIMIT_S = 3.0  # for a launcher's own end, once every rank has ended
-_DEATH_LIMIT_S = 10.0  # for the kernel to end what was killed
-_QUICK_S, _LONGEST_WAIT_S = 60.0, 60.0  # attempts that end sooner than this are followed by ever longer waits
-_HOSTS_WAIT_S, _HOSTS_RETRY_S = 600.0, 5.0  # for enough hosts to be reachable, or to come by themselves
-_SAY_AFTER_S, _SAY_AGAIN_S = 10.0, 60.0  # for whom it waits
+_ASK_AFTER_S = 1.0  # seconds after the first failure: remaining ranks are asked to stop …
+_KILL_AFTER_S = 8.0  # … and killed
+_ANSWER_S = 4.0  # for a host to answer, if it may be the cause of a failure
+_AGENT_LIMIT_S = 3.0  # for the launcher's processes to end, once every rank has ended
+_DEATH_LIMIT_S = 10.0  # for killed processes to disappear
+_QUICK_S, _LONGEST_WAIT_S = 60.0, 60.0  # attempts shorter than this double the wait before the next one
+_HOSTS_WAIT_S, _HOSTS_RETRY_S = 600.0, 5.0  # for enough hosts to be reachable, or to join by themselves
+_SAY_AFTER_S, _SAY_AGAIN_S = 10.0, 60.0  # how often it says which hosts it waits for
 _SECOND_SIGNAL_S = 0.5  # `timeout` and some schedulers deliver one signal twice: only a later one is a second request
 
 
 def supervise(job: Job, launcher: Callable[[Job], Launch], max_restarts: int = 0, pool: Pool | None = None) -> Outcome:
-    """Run ``job`` to its end, again after a lost peer up to ``max_restarts`` times; write ``RUN/outcome.json``.
+    """Run ``job`` to its end, with up to ``max_restarts`` restarts after a lost peer; write ``RUN/outcome.json``.
 
-    With a ``pool`` of hosts each start takes those that can be reached, and a run that lost some takes them back. The
-    first SIGINT, SIGTERM, SIGHUP or SIGUSR1 asks every rank to finish its step and save; a second one kills them.
-    However it ends, no process that was started here is left.
+    With a ``pool``, each attempt uses the hosts that can be reached, and a run that lost hosts takes them back. The
+    first SIGINT, SIGTERM, SIGHUP or SIGUSR1 asks every rank to finish its step and save; a second one kills them. In
+    any case, no process that was started here is left behind.
     """
     if job.distributed or pool is not None:
         check_program("ssh" if job.slurm is None else "srun")
@@ -70,7 +70,7 @@ def supervise(job: Job, launcher: Callable[[Job], Launch], max_restarts: int = 0
 
 @dataclass(frozen=True)
 class _Supervisor:
-    """Attempt after attempt, until one ends that is not to be followed by another."""
+    """Runs attempts until one ends that needs no restart."""
 
     launcher: Callable[[Job], Launch]
     max_restarts: int
@@ -78,7 +78,7 @@ class _Supervisor:
     signals: set[signal.Signals]
 
     def run(self, job: Job) -> Outcome:
-        """Every attempt but the last ended with a lost peer, or was asked to make room for more hosts."""
+        """Restart after a lost peer, or after saving to continue on more hosts; return the last outcome."""
         restarts = quick = 0
         while True:
             if self.pool is not None:
@@ -112,7 +112,7 @@ class _Supervisor:
             job = job.next_attempt()
 
     def _choose(self, job: Job, pool: Pool) -> tuple[Host, ...] | Outcome:
-        """The hosts for the next start, waiting for enough of them to answer."""
+        """The hosts for the next attempt; waits until enough of them answer."""
         deadline, told = time.monotonic() + _HOSTS_WAIT_S, False
         while True:
             reachable = Probe(pool.hosts, job.ssh).answered()
@@ -128,7 +128,7 @@ class _Supervisor:
                 return stopped
 
     def _wait_for_name(self, job: Job) -> Outcome | None:
-        """Where ranks meet may get its name only with the host that has it, as pods do."""
+        """Wait for the rendezvous name to resolve: a pod's name exists only once the pod does."""
         deadline, told = time.monotonic() + job.rendezvous_wait, False
         while job.rendezvous_wait and job.rendezvous and not resolve(job.rendezvous[0]):
             if time.monotonic() > deadline:
@@ -141,7 +141,7 @@ class _Supervisor:
         return None
 
     def _sleep(self, seconds: float, when: str = "between two attempts, after the last checkpoint") -> Outcome | None:
-        """Wait; a signal that ends the wait ends the run."""
+        """Wait; a signal during the wait ends the run."""
         deadline = time.monotonic() + seconds
         while (left := deadline - time.monotonic()) > 0:
             received = signal.sigtimedwait(self.signals, left)
@@ -152,22 +152,22 @@ class _Supervisor:
 
 
 class _Attempt:
-    """One start of all ranks, from nothing to no process left."""
+    """One start of all ranks, until no process of it is left."""
 
     def __init__(self, job: Job, launch: Launch, signals: set[signal.Signals], pool: Pool | None) -> None:
         self.job, self.launch, self.signals, self.pool = job, launch, signals, pool
         self.ranks = frozenset(place.rank for place in job.watched)
         self.stop_asked = 0.0  # when a signal first asked the run to stop
-        self.growing = False  # hosts came back: the ranks are asked to save, to start again with more of them
+        self.growing = False  # hosts came back: ranks are asked to save, to restart on more hosts
         self.told: set[int] = set()  # shims that were passed the request
         self.agents: list[subprocess.Popen[bytes]] = []  # one for each of the launch's commands
         self.began = self.beaten = self.probed = time.monotonic()
         self.remind_at = self.began + _SAY_AFTER_S
         self.hosts_wait = max(_HOSTS_WAIT_S, job.rendezvous_wait)
         self.asked_for, self.beats = "", 0
-        self.probe: Probe | None = None  # of hosts that are missing
+        self.probe: Probe | None = None  # of missing hosts
         self.unreachable: set[Host] = set()
-        self.search: Probe | None = None  # of hosts that may be the reason why ranks lost each other
+        self.search: Probe | None = None  # of hosts that may be the reason for lost ranks
 
     def run(self) -> Outcome:
         for stale in self.job.log_dir.glob("rank_*.*.json"):
@@ -196,7 +196,7 @@ class _Attempt:
         remote = command.stdin is not None
         name = launcher_log(self.job, self.launch.name, command.host if remote else None)
         kept = {name: value for name, value in os.environ.items() if not name.startswith(command.without)}
-        first = command.host is None or command.host == self.job.hosts[0]  # where rank 0 is
+        first = command.host is None or command.host == self.job.hosts[0]  # the host of rank 0
         with name.open("ab" if self.job.attempt else "wb") as log:
             agent = process.start(
                 command.argv,
@@ -205,18 +205,19 @@ class _Attempt:
                 stdout=None if first else log,
                 stderr=None if first and remote else log,
                 env={**kept, **command.env},
-                start_new_session=True,  # Ctrl-C reaches this process only
+                start_new_session=True,  # so that Ctrl-C reaches this process only
             )
         if agent.stdin is not None:
             assert command.stdin is not None
-            with contextlib.suppress(BrokenPipeError):  # it will be seen to have ended
+            with contextlib.suppress(BrokenPipeError):  # _watch notices that it has ended
                 agent.stdin.write(command.stdin.encode())
                 agent.stdin.flush()
             os.set_blocking(agent.stdin.fileno(), False)
         return agent
 
     def _watch(self) -> Outcome | None:
-        """Until the launcher's commands have ended, or have to be ended; the outcome, if a signal decided it."""
+        """Watch until the launcher's commands have ended or must be ended; returns the outcome if a signal decided
+        it."""
         failed_at = ended_at = 0.0
         while any(agent.poll() is None for agent in self.agents):
             received = signal.sigtimedwait(self.signals, _POLL_S)
@@ -246,7 +247,7 @@ class _Attempt:
         return None
 
     def _waited_too_long(self, reports: Reports, now: float) -> bool:
-        """Whether other hosts, which start their own ranks, have not come to where they meet; says so now and then."""
+        """Whether hosts that start their own ranks have failed to join in time; reports now and then who is missing."""
         if self.job.node is None or len(self.job.hosts) == 1 or now < self.remind_at or reports.started:
             return False
         if now - self.began > self.hosts_wait:
@@ -256,7 +257,7 @@ class _Attempt:
         return False
 
     def _missing(self) -> str:
-        """The hosts that this one waits for, in words: those that hold no lock, where there is a common run folder."""
+        """Which hosts this one waits for, in words: those without a held lock, if the run folder is shared."""
         assert self.job.rendezvous is not None
         address, port = self.job.rendezvous
         others = [node for node in range(len(self.job.hosts)) if node != self.job.node]
@@ -273,12 +274,12 @@ class _Attempt:
         return line
 
     def _all_unreachable(self, reports: Reports, *, failed: bool) -> bool:
-        """Whether no rank is left to wait for but on hosts that ssh does not get through to any more.
+        """Whether all remaining ranks are on hosts that ssh can no longer reach.
 
-        They are asked as soon as a rank reports a hang, just before its collective fails.
+        Hosts are probed as soon as a rank reports a hang, shortly before its collective fails.
         """
         if not self.job.distributed or not (failed or reports.hung):
-            self.search = None  # of a hang that went on after all
+            self.search = None  # the hang resolved itself
             return False
         if self.search is None:
             self.search = Probe(self.job.hosts, self.job.ssh, _ANSWER_S)
@@ -290,7 +291,7 @@ class _Attempt:
         )
 
     def _look_for_the_lost(self) -> None:
-        """Which hosts do not answer, where that was asked; waits for those that still have time to."""
+        """If hosts were probed, wait for the result and note those that do not answer."""
         if self.search is not None:
             self.unreachable = set(self.job.hosts) - set(self.search.answered())
 
@@ -298,7 +299,7 @@ class _Attempt:
         return Reports(self.job.log_dir, self.job.attempt, self.ranks)
 
     def _beat(self, now: float) -> None:
-        """A sign of life for other hosts, each second; without one they end what runs there."""
+        """Send a sign of life to other hosts each second; without it they end what runs there."""
         if now - self.beaten < BEAT_S:
             return
         self.beaten, self.beats = now, self.beats + 1
@@ -307,16 +308,16 @@ class _Attempt:
                 self._ask(self.asked_for)
         for agent in self.agents:
             if agent.stdin is not None:
-                with contextlib.suppress(OSError):  # it has ended, or the link does not take any more
+                with contextlib.suppress(OSError):  # it has ended, or the pipe is full
                     os.write(agent.stdin.fileno(), b"\n")
 
     def _host_lost(self, reports: Reports) -> bool:
-        """Whether a host's command ended although ranks of that host have not."""
+        """Whether a host's command has ended before all of that host's ranks have."""
         gone = {c.host for c, agent in zip(self.launch.commands, self.agents, strict=True) if agent.poll() is not None}
         return any(place.host in gone and place.rank not in reports.ended for place in self.job.watched)
 
     def _look_for_hosts(self, reports: Reports, now: float) -> None:
-        """While hosts of the pool are missing: ask for them now and then, and have the run make room for them."""
+        """While hosts of the pool are missing, probe them now and then; if they are back, ask the run to save."""
         if self.pool is None or self.growing or len(self.job.hosts) == self.pool.most:
             return
         if self.probe is None:
@@ -335,22 +336,22 @@ class _Attempt:
         if new := shims - self.told:
             if self.job.distributed:
                 self._ask(SAVE)
-            for pid in new.intersection(process.descendants()):  # a pid from a dead shim's report may be a stranger's
+            for pid in new.intersection(process.descendants()):  # the pid of a dead shim may have been reused
                 process.send(pid, signal.SIGTERM)
             self.told |= new
 
     def _ask(self, request: str) -> None:
-        # In place and always of one size: it works on a full disk, and other hosts see it as soon as they open it.
+        # Written in place with a fixed size: works on a full disk, and other hosts see it when they open the file.
         self.asked_for = request
         with self.job.control.open("r+" if self.job.control.exists() else "w") as file:
             file.write(f"{request} {self.job.attempt} {self.beats}".ljust(63) + "\n")
 
     def _kill_all(self) -> None:
-        """Kill everything below this process; other hosts do the same when their lifeline ends."""
+        """Kill every descendant of this process; other hosts do the same when their lifeline ends."""
         if self.job.distributed:
             with contextlib.suppress(OSError):
                 self._ask(END)
-        elsewhere = []  # what ends by itself, once it has ended what it started on hosts that can be reached
+        elsewhere = []  # processes that first end their ranks on reachable hosts, and then themselves
         for command, agent in zip(self.launch.commands, self.agents, strict=False):
             if command.host is None or (agent.stdin is not None and command.host not in self.unreachable):
                 elsewhere.append(agent)
@@ -367,13 +368,13 @@ class _Attempt:
 
 
 def say(line: str) -> None:
-    """One plain line from the launcher, on stderr."""
-    with contextlib.suppress(OSError):  # nobody listens any more: not a reason to end differently
+    """Print one line from the launcher on stderr."""
+    with contextlib.suppress(OSError):  # stderr is closed: no reason to change how the run ends
         print(line, file=sys.stderr, flush=True)
 
 
 def describe(launch: Launch) -> str:
-    """The launch as shell text, for reading: variables, command, files. Nothing is ever run through a shell."""
+    """The launch as shell-like text for reading: variables, command, files. It is never run through a shell."""
     lines = []
     for command in launch.commands:
         if len(launch.commands) > 1 and command.host is not None:
@@ -389,24 +390,24 @@ def describe(launch: Launch) -> str:
 
 @contextlib.contextmanager
 def _signals() -> Iterator[set[signal.Signals]]:
-    """Hold back the signals this module waits for, so that none is lost between two looks; nohup's stay ignored."""
-    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # where it is ignored, the kernel keeps no exit codes
+    """Block the signals that this module waits for, so that none is lost; signals ignored by nohup stay ignored."""
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # if ignored, the kernel keeps no exit codes
     wanted = {signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1}
     watched = {s for s in wanted if signal.getsignal(s) != signal.SIG_IGN} | {signal.SIGCHLD}
     before = signal.pthread_sigmask(signal.SIG_BLOCK, watched)
     try:
         yield watched
     finally:
-        while signal.sigtimedwait(watched, 0):  # what came too late has nothing to stop any more
+        while signal.sigtimedwait(watched, 0):  # discard signals that came too late
             pass
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 @contextlib.contextmanager
 def _exclusive(path: Path) -> Iterator[str]:
-    """Hold ``path`` for this launcher; yields who else holds it. The kernel lets go of a dead launcher's."""
+    """Lock ``path`` for this launcher; yields who else holds it, or an empty string. A dead launcher holds no lock."""
     with path.open("a+") as file:
-        for wait in (0.1, 0.3, 0.6, 0.0):  # somebody may just be looking (``held``)
+        for wait in (0.1, 0.3, 0.6, 0.0):  # ``held`` takes the lock for a moment
             with contextlib.suppress(BlockingIOError):
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 break
@@ -421,7 +422,7 @@ def _exclusive(path: Path) -> Iterator[str]:
 
 
 def held(path: Path) -> bool:
-    """Whether a launcher holds ``path``."""
+    """Whether a launcher holds the lock ``path``."""
     try:
         with path.open() as file:
             fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
@@ -434,7 +435,7 @@ def held(path: Path) -> bool:
 
 @contextlib.contextmanager
 def _cursor_shown() -> Iterator[None]:
-    """A rank that is killed in the middle of a progress line leaves the terminal's cursor hidden: show it again."""
+    """Show the terminal's cursor again: a rank killed during a progress line leaves it hidden."""
     try:
         yield
     finally:
