@@ -1,8 +1,8 @@
-"""``data_tools chat``: conversations through a chat template and a tokenizer into an indexed dataset.
+"""``data_tools chat``: turns conversations into an indexed dataset, through a chat template and a tokenizer.
 
 A conversation is a document whose sequences alternate: the first is context, the second is trained on, the third is
-context again, and so on. So the loss mask is part of the index, one dataset of two files
-holds everything, and Megatron reads the tokens as those of any other.
+context again, and so on. So the loss mask is part of the index, a dataset remains two files, and Megatron can read its
+tokens like those of any other dataset.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ _LOSSES = ("completions", "last", "all")
 
 @dataclass(frozen=True)
 class ChatOptions:
-    """What decides the output; recorded in the dataset card."""
+    """Options that determine the output; recorded in the dataset card."""
 
     chat_template: str
     add_bos: bool | None = None
@@ -49,7 +49,7 @@ class ChatOptions:
     date: str = ""
 
     def encode(self, spans: list[Span], prefix: str, tokenizer: str) -> Part:
-        """Write the conversations of ``spans`` as a dataset at ``prefix``, refused lines in PREFIX.rejects."""
+        """Write the conversations of ``spans`` as a dataset at ``prefix``, and refused lines to PREFIX.rejects."""
         return encode(spans, prefix, tokenizer, self)
 
 
@@ -148,8 +148,8 @@ def _read_template(path: str) -> str:
 
 
 def check_template(source: str, tokenizer: Tokenizer, name: str) -> None:
-    """Compile a template and try it on two turns, before any worker starts. Raises ConfigError for one that is refused;
-    that it refuses this conversation says nothing of others."""
+    """Compile a template and try it on two turns, before any worker starts. Raises ConfigError for a template that is
+    not allowed; a template that merely rejects this conversation is accepted."""
     turn = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
     compiled = ChatTemplate(source, tokenizer, name)
     with suppress(ValueError):
@@ -166,7 +166,7 @@ def _day(date: str) -> Date | None:
 
 
 def encode(spans: list[Span], prefix: str, tokenizer: str, options: ChatOptions) -> Part:
-    """As ``ChatOptions.encode``. With ``on_error`` "stop", stops at a refused line."""
+    """See ``ChatOptions.encode``. With ``on_error="stop"`` it stops at the first refused line."""
     model, part = (
         cached_tokenizer(tokenizer),
         Part(prefix, spans, tally=Counter(trained_tokens=0, lost_tokens=0, without_target=0, first_untrained=0)),
@@ -191,7 +191,7 @@ def encode(spans: list[Span], prefix: str, tokenizer: str, options: ChatOptions)
                 part.empty += 1
                 continue
             first = bool(mask[0]) and options.loss != "all"
-            mask[0] = False  # the first token of a document is nobody's target
+            mask[0] = False  # the first token of a document is never a target
             if not mask.any():
                 part.tally["without_target"] += 1
                 continue
@@ -203,7 +203,7 @@ def encode(spans: list[Span], prefix: str, tokenizer: str, options: ChatOptions)
 
 
 def _ends(tokens: np.ndarray, mask: np.ndarray, known: Collection[int], model: Tokenizer) -> Iterator[int]:
-    """Which of the ``known`` tokens end what is trained on, white space after them or not."""
+    """Which of the ``known`` end tokens end a trained stretch, ignoring white space after them."""
     for last in np.flatnonzero(mask & ~np.append(mask[1:], False)).tolist():
         while last >= 0 and mask[last]:
             token = int(tokens[last])
@@ -215,14 +215,15 @@ def _ends(tokens: np.ndarray, mask: np.ndarray, known: Collection[int], model: T
 
 
 def alternating(mask: np.ndarray) -> list[int]:
-    """The lengths of the stretches of a mask, whose first element is False."""
+    """Lengths of the runs of equal values in a mask; the first run is False."""
     return np.diff([0, *(np.flatnonzero(np.diff(mask)) + 1), len(mask)]).tolist()
 
 
 def _encoded(
     part: Part, model: Tokenizer, template: ChatTemplate, options: ChatOptions, rejects: TextIO
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """[n] tokens and [n] bool, which to train on, of each conversation; counts lines, writes down the refused."""
+    """For each conversation, [n] tokens and a bool [n] loss mask. Counts lines and writes refused ones to
+    ``rejects``."""
     for number, span in enumerate(part.spans):
         part.lines.append(0)
         for line, found, error, excerpt in read_objects(span, options.max_line_bytes):
@@ -246,9 +247,10 @@ def _encoded(
 def tokenized(
     found: Conversation, model: Tokenizer, template: ChatTemplate, loss: Loss, add_bos: bool | None = None
 ) -> tuple[np.ndarray, np.ndarray]:
-    """[n] tokens of a conversation, and [n] bool, which of them to train on. Raises ValueError to refuse it.
+    """[n] tokens of a conversation and its bool [n] loss mask. Raises ValueError to refuse the conversation.
 
-    A prompt and its completion are encoded as one text: by themselves, the space between them may be lost, or be two.
+    A prompt and its completion are encoded as one text; encoded separately, the space between them could be lost or
+    doubled.
     """
     if found.plain:
         prompt, completion = (message["content"] for message in found.messages)
@@ -262,14 +264,14 @@ def tokenized(
     written = add_bos is None and not (found.plain or template.plain)
     begin = [] if written else model.around(add_bos)[0]
     before = len(led(begin, tokens)) - len(tokens)
-    # What ends the text is not doubled either.
+    # An end token that the text already has is not added again.
     after = int(found.plain and model.eos_id >= 0 and tokens[-1:] != [model.eos_id])
     mask = np.concatenate((np.zeros(before, bool), encoded.within(rendered.spans), np.ones(after, bool)))
     return np.array([*begin[:before], *tokens, *[model.eos_id] * after], np.int64), mask
 
 
 def unread(found: Conversation, template: ChatTemplate) -> Iterator[str]:
-    """What a conversation has for a template, and this one does not read."""
+    """The keys of a conversation that this template does not read."""
     if found.plain:
         yield from found.given
         return

@@ -1,7 +1,7 @@
-"""Conversations: the forms in which instruction data comes, each turned into messages with roles.
+"""Conversations: reads the formats of instruction data and turns each into messages with roles.
 
-A field that is null is absent: exports write null where another line has the field. Every field that has a value is
-heeded, refused by name, or, where it says nothing about what is trained on, returned as unused.
+A null field counts as absent, because exports write null where another line has the field. Every other field is used,
+refused by name or, if it does not affect what is trained on, returned as unused.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ from megatron_lite.data.messages import (
 
 
 class Conversation(NamedTuple):
-    """Messages, and what else the chat template is given.
+    """Messages, and the other inputs of the chat template (``given``).
 
-    ``plain``: no template, a prompt and what completes it. ``untrained``: the messages that the data says not to train
-    on. ``prompt``: how many messages lead up to the completion that is trained on. ``unused``: keys that mean nothing
-    here.
+    ``plain``: a prompt and its completion, without a template. ``untrained``: indices of messages that the data
+    excludes from training. ``prompt``: the number of messages before the completion that is trained on. ``unused``:
+    keys that have no meaning here.
     """
 
     messages: list[dict[str, Any]]
@@ -41,16 +41,16 @@ class Conversation(NamedTuple):
 
 
 _PREFERENCES = ("chosen", "rejected", "preferred_output", "non_preferred_output", "kto_tag")
-_BESIDE = ("system", "tools", "functions", "chat_template_kwargs")  # the messages of a line, in any form
-_UNREAD = ("system_prompt", "system_message", "documents", "context", "query")  # content, lost if it were passed over
-_TEMPLATE_ARGUMENTS = (  # what a line cannot say to a template in chat_template_kwargs
+_BESIDE = ("system", "tools", "functions", "chat_template_kwargs")  # allowed beside the messages in every format
+_UNREAD = ("system_prompt", "system_message", "documents", "context", "query")  # content that must not be lost
+_TEMPLATE_ARGUMENTS = (  # not allowed in chat_template_kwargs
     *("messages", "conversation", "tools", "documents", "add_generation_prompt", "continue_final_message"),
     *("chat_template", "tokenize", "return_dict", "return_tensors", "return_assistant_tokens_mask"),
 )
 
 
 def _list(found: Mapping[str, Any], key: str) -> list[dict[str, Any]]:
-    """A list of objects, not empty. Raises ValueError for anything else."""
+    """Read a non-empty list of objects. Raises ValueError for anything else."""
     value = found[key]
     if not isinstance(value, list):
         raise ValueError(f"{json.dumps(key)} is {kind(value)}, expected a list")
@@ -63,7 +63,7 @@ def _list(found: Mapping[str, Any], key: str) -> list[dict[str, Any]]:
 
 
 def _tools(found: dict[str, Any], wrap: bool) -> list[dict[str, Any]]:
-    """The tools of a line, a list or its JSON text. ``wrap``: those that are bare functions as OpenAI has them."""
+    """The tools of a line, a list or its JSON text. ``wrap``: put bare functions into OpenAI's tool objects."""
     if found.get("tools") and found.get("functions"):
         raise ValueError('"tools" and "functions" are both given')
     key = "functions" if found.get("functions") else "tools"
@@ -78,7 +78,7 @@ def _tools(found: dict[str, Any], wrap: bool) -> list[dict[str, Any]]:
 
 
 def _given(found: dict[str, Any], wrap: bool = False) -> dict[str, Any]:
-    """What a line gives the template beside its messages."""
+    """The inputs of the template besides the messages."""
     more = decoded(found.get("chat_template_kwargs", {}), '"chat_template_kwargs"', {})
     if not isinstance(more, dict):
         raise ValueError(f'"chat_template_kwargs" is {kind(more)}, expected an object')
@@ -90,7 +90,7 @@ def _given(found: dict[str, Any], wrap: bool = False) -> dict[str, Any]:
 
 
 def _turns(key: str, wrap: bool) -> Callable[[dict[str, Any], Calls], Conversation]:
-    """A form that lists its messages under ``key``."""
+    """A reader for formats that list their messages under ``key``."""
 
     def read(found: dict[str, Any], calls: Calls) -> Conversation:
         read = [read_message(message, f"message {i}: ", calls) for i, message in enumerate(_list(found, key), 1)]
@@ -132,7 +132,7 @@ def _completion(found: dict[str, Any], calls: Calls) -> Conversation:
 
 
 class Format(NamedTuple):
-    """A form by the keys that tell it; ``more`` are others that it has."""
+    """A format. ``keys``: those that identify it; ``more``: others that it may have."""
 
     keys: tuple[str, ...]
     read: Callable[[dict[str, Any], Calls], Conversation]
@@ -148,10 +148,10 @@ FORMATS = {
 
 
 def conversation(found: dict[str, Any], form: str = "auto", calls: Calls = "objects") -> Conversation:
-    """The conversation in one object, in the form named, or told by its keys. Raises ValueError with what is wrong.
+    """Read the conversation in one object; format "auto" is recognised by its keys. Raises ValueError with the reason.
 
-    ``calls``: how the chat template takes tool calls (``ChatTemplate.calls``); where not at all, what the assistant
-    says to a function in ShareGPT's form stays text.
+    ``calls``: how the chat template takes tool calls (``ChatTemplate.calls``). If it takes none, function calls in
+    ShareGPT's format stay text.
     """
     found = present(found)
     preferences = [key for key in _PREFERENCES if key in found]

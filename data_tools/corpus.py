@@ -1,4 +1,4 @@
-"""``data_tools corpus``: real text as normalised jsonl shards, one document a line."""
+"""``data_tools corpus``: writes real text as normalised jsonl shards, one document for each line."""
 
 from __future__ import annotations
 
@@ -22,29 +22,29 @@ from megatron_lite.data.files import storage_errors, sync
 from megatron_lite.errors import ConfigError, DataError
 
 _SPAN = 64 << 20
-_FUNCTION_LINES = 30  # longer ones are left out of the instructions
+_FUNCTION_LINES = 30  # longer functions are left out of the instruction data
 
 
 class Text(NamedTuple):
-    """One document, and where it comes from: a path, with the line where the file holds many."""
+    """One document and its origin: a path, plus the line if the file holds several."""
 
     text: str
     path: str
 
     def fields(self) -> dict[str, Any]:
-        """What of a line of jsonl it is."""
+        """Its fields in the jsonl line."""
         return {"text": self.text, "path": self.path}
 
 
 class Exchange(NamedTuple):
-    """A question and its answer, and where they come from."""
+    """A question, its answer, and their origin."""
 
     text: str
     answer: str
     path: str
 
     def fields(self) -> dict[str, Any]:
-        """What of a line of jsonl it is: a conversation of two messages."""
+        """Its fields in the jsonl line: a conversation of two messages."""
         messages = [{"role": "user", "content": self.text}, {"role": "assistant", "content": self.answer}]
         return {"messages": messages, "path": self.path}
 
@@ -99,7 +99,7 @@ def corpus(source: str, out: str, shards: int = 1, license: str = "", text_key: 
 def standard_library() -> Iterator[Text]:
     """Every .py file of the running interpreter's standard library, sorted by path; site-packages is not part of it.
 
-    A file is decoded as its own coding line says; the few that test what happens with a wrong one are left out.
+    Each file is decoded as its coding line says; the few test files with a wrong coding line are left out.
     """
     root = Path(sysconfig.get_path("stdlib"))
     for path in sorted(root.rglob("*.py")):
@@ -117,15 +117,15 @@ def standard_library() -> Iterator[Text]:
 
 
 def docstrings() -> Iterator[Exchange]:
-    """Every function of the standard library that is short and documented: its code asks, its docstring answers.
+    """Every short, documented function of the standard library: its code is the question, its docstring the answer.
 
-    Its tests, half of its text with hardly a docstring, are left out.
+    The tests of the library are left out: they are half of its text and have few docstrings.
     """
     for file in standard_library():
         if "test" in file.path:
             continue
         try:
-            with warnings.catch_warnings(action="ignore"):  # of invalid escapes, in what tests them
+            with warnings.catch_warnings(action="ignore"):  # test files contain invalid escapes on purpose
                 tree = ast.parse(file.text)
         except (SyntaxError, ValueError, RecursionError):
             continue
@@ -142,7 +142,7 @@ def docstrings() -> Iterator[Exchange]:
 
 
 def texts(pattern: str, text_key: str = "text") -> Iterator[Text]:
-    """The documents of all files that ``pattern`` means, in order. Raises DataError at the first bad line."""
+    """The documents of all files that match ``pattern``, in order. Raises DataError at the first bad line."""
     for source in find_sources(pattern):
         line = 0
         for span in spans(source, _SPAN):

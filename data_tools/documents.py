@@ -1,9 +1,9 @@
-"""Reading documents: jsonl, jsonl.gz, parquet and plain text, every line checked before anything is made of it.
+"""Reads documents from jsonl, jsonl.gz, parquet and plain text, checking every line.
 
-What a line of jsonl must be: UTF-8, one JSON object, its text a string. Refused, with file, line and reason, are also
-what ``json.loads`` lets pass: NaN and Infinity, a key given twice (which one is meant?) and lone surrogates (which no
-UTF-8 can carry). Accepted: a byte order mark at the start of a file, CRLF line ends, blank lines (counted as empty) and
-``\\u0000`` in a text (it round-trips). A line ends at ``\\n`` and nowhere else. Lines, rows and bytes count from 1.
+A line of jsonl must be UTF-8 and one JSON object whose text is a string. Some things that ``json.loads`` accepts are
+refused, too, with file, line and reason: NaN and Infinity, duplicate keys, and lone surrogates (which UTF-8 cannot
+encode). Accepted are a byte order mark at the start of a file, CRLF line ends, blank lines (counted as empty) and
+``\\u0000`` in a text (it round-trips). Only ``\\n`` ends a line. Lines, rows and bytes count from 1.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ MAX_LINE_BYTES = 128 << 20
 
 
 class Record(NamedTuple, Generic[T]):
-    """One line (row, text file) of a span, numbered within the span: what it holds, or why it is refused."""
+    """One line (row, text file) of a span, numbered within the span: its content, or the error that refuses it."""
 
     line: int
     content: T
@@ -37,9 +37,9 @@ class Record(NamedTuple, Generic[T]):
 
 
 def read(span: Span, text_key: str = "text", max_line_bytes: int = MAX_LINE_BYTES) -> Iterator[Record[str]]:
-    """Every line of the span as one text, good or bad. An empty text stands for a blank line or an empty document.
+    """Every line of the span as a text, good or refused. A blank line or an empty document is an empty text.
 
-    Raises DataError where a file cannot be read on: gone, cut-off gzip, not parquet, no such column.
+    Raises DataError if a file cannot be read any further: missing, truncated gzip, not parquet, no such column.
     """
     if span.source.kind == "parquet":
         yield from _read_parquet(span, text_key)
@@ -51,7 +51,7 @@ def read(span: Span, text_key: str = "text", max_line_bytes: int = MAX_LINE_BYTE
 
 
 def read_objects(span: Span, max_line_bytes: int = MAX_LINE_BYTES) -> Iterator[Record[dict[str, Any] | None]]:
-    """Every line of the span as one object, good or bad; None stands for a blank line. Raises as ``read``."""
+    """Every line of the span as an object, good or refused; a blank line is None. Raises as ``read`` does."""
     if span.source.kind == "parquet":
         for line, row in enumerate(parquet.objects(span.source.path, span.start), 1):
             yield Record(line, row, "invalid UTF-8 in a string" if row is None else "")
@@ -67,7 +67,7 @@ def _read_lines(span: Span, parse: Callable[[bytes], T], nothing: T, limit: int)
     with _file_errors(span):
         if span.source.kind == "gzip":
             with gzip.open(span.source.path) as file:
-                # GzipFile is a BufferedIOBase; its own readline goes through Python for each line.
+                # Faster than GzipFile.readline, which runs Python code for each line.
                 yield from _read_jsonl(io.BufferedReader(file, 1 << 20), 0, 1 << 63, parse, nothing, limit)  # type: ignore[arg-type]
         else:
             with Path(span.source.path).open("rb", buffering=1 << 20) as file:
@@ -88,7 +88,7 @@ def _read_jsonl(
     file: BinaryIO, start: int, stop: int, parse: Callable[[bytes], T], nothing: T, limit: int
 ) -> Iterator[Record[T]]:
     position = start
-    if start:  # the line that runs across `start` belongs to the span before
+    if start:  # a line that crosses `start` belongs to the span before
         file.seek(start - 1)
         position = start - 1 + _skip_line(file)
     line = 0
@@ -107,7 +107,7 @@ def _read_jsonl(
 
 
 def _skip_line(file: BinaryIO) -> int:
-    """Read to the end of the line in bounded memory; how many bytes that was."""
+    """Read to the end of the line in bounded memory; returns the number of bytes."""
     skipped = 0
     while chunk := file.readline(1 << 20):
         skipped += len(chunk)
@@ -121,7 +121,7 @@ def _refused(line: int, nothing: T, error: str, raw: bytes) -> Record[T]:
 
 
 def parse_object(raw: bytes) -> dict[str, Any] | None:
-    """The object in one line of jsonl, None for a blank one. Raises ValueError with the reason to refuse it."""
+    """The object in one line of jsonl, None for a blank line. Raises ValueError with the reason to refuse it."""
     try:
         line = raw.decode()
     except UnicodeDecodeError as error:
@@ -137,7 +137,7 @@ def parse_object(raw: bytes) -> dict[str, Any] | None:
 
 
 def parse(raw: bytes, text_key: str = "text") -> str:
-    """The text of one line of jsonl; ``""`` for a blank one. Raises ValueError with the reason to refuse it."""
+    """The text of one line of jsonl, ``""`` for a blank line. Raises ValueError with the reason to refuse it."""
     found = parse_object(raw)
     if found is None:
         return ""
@@ -152,7 +152,7 @@ def parse(raw: bytes, text_key: str = "text") -> str:
 
 
 def check_text(text: str) -> None:
-    """Raise ValueError for a text that no UTF-8 can carry."""
+    """Raise ValueError for a text that UTF-8 cannot encode."""
     if not text.isascii():
         try:
             text.encode()

@@ -1,4 +1,4 @@
-"""What one worker does: the documents of some spans, through the tokenizer, into a small dataset of their own."""
+"""The work of one worker: tokenizes the documents of some spans into a small dataset of their own."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ from megatron_lite.data.indexed import IndexedWriter, token_dtype
 from megatron_lite.data.tokenizer import JSON, MAIN, MODEL, Tokenizer, load_tokenizer
 from megatron_lite.errors import ConfigError
 
-_BATCH_BYTES = 256 << 10  # texts handed to sentencepiece at once
-PIECE_BYTES = 1 << 20  # a longer document is encoded in pieces: sentencepiece's memory and time grow with its input
+_BATCH_BYTES = 256 << 10  # size of a batch of texts for sentencepiece
+PIECE_BYTES = 1 << 20  # longer documents are encoded in pieces, to bound sentencepiece's memory and time
 
 
 @dataclass(frozen=True)
 class Options:
-    """What decides the output; recorded in the dataset card."""
+    """Options that determine the output; recorded in the dataset card."""
 
     append_eos: bool = True
     add_bos: bool | None = None
@@ -37,27 +37,27 @@ class Options:
     max_line_bytes: int = MAX_LINE_BYTES
 
     def encode(self, spans: list[Span], prefix: str, tokenizer: str) -> Part:
-        """Write the documents of ``spans`` as a dataset at ``prefix``, refused lines in PREFIX.rejects."""
+        """Write the documents of ``spans`` as a dataset at ``prefix``, and refused lines to PREFIX.rejects."""
         return encode(spans, prefix, tokenizer, self)
 
 
 @dataclass
 class Part:
-    """A finished unit: the dataset at ``prefix``, the refused lines in ``prefix``.rejects, and what was counted."""
+    """A finished unit: the dataset at ``prefix``, the refused lines in ``prefix``.rejects, and the counts."""
 
     prefix: str
     spans: list[Span]
-    lines: list[int] = field(default_factory=list)  # read in each span; fewer spans if it stopped at a refused line
+    lines: list[int] = field(default_factory=list)  # lines read in each span; fewer spans if it stopped early
     documents: int = 0
     empty: int = 0
     long: int = 0  # documents that were split or truncated
-    tally: Counter[str] = field(default_factory=Counter)  # what else was counted, for the dataset card
-    ends: Counter[int] = field(default_factory=Counter)  # the tokens that answers end with
-    unused: Counter[str] = field(default_factory=Counter)  # keys that mean nothing here, and how many lines have them
+    tally: Counter[str] = field(default_factory=Counter)  # other counts, for the dataset card
+    ends: Counter[int] = field(default_factory=Counter)  # tokens that end answers
+    unused: Counter[str] = field(default_factory=Counter)  # keys without a meaning here: number of lines that have them
 
 
 def cut(text: bytes, size: int = PIECE_BYTES) -> list[bytes]:
-    """Pieces of up to ``size`` bytes, ended by a newline if there is one, else between two characters."""
+    """Cut a text into pieces of up to ``size`` bytes, after a newline if possible, else between two characters."""
     pieces, start = [], 0
     while len(text) - start > size:
         stop = text.rfind(b"\n", start, start + size) + 1
@@ -71,8 +71,8 @@ def cut(text: bytes, size: int = PIECE_BYTES) -> list[bytes]:
 
 
 def named_tokenizer(path: str) -> Tokenizer:
-    """What --tokenizer names: a .model, a tokenizer.json, or a folder with one of them. Raises ConfigError where there
-    is none, DataError where it does not load."""
+    """The tokenizer that --tokenizer names: a .model, a tokenizer.json, or a folder with one of them. Raises
+    ConfigError if there is none, DataError if it does not load."""
     if not Path(path).exists():
         raise ConfigError(f"--tokenizer={path}: no such file{similar(Path(path)) or of_the_hub(path)}")
     if Path(path).is_dir() and not any((Path(path) / name).is_file() for name in MAIN):
@@ -87,7 +87,7 @@ def cached_tokenizer(path: str) -> Tokenizer:
 
 
 def encode(spans: list[Span], prefix: str, tokenizer: str, options: Options) -> Part:
-    """Write the documents of ``spans`` as a dataset at ``prefix``. With ``on_error`` "stop", stops at a refused line.
+    """Write the documents of ``spans`` as a dataset at ``prefix``. With ``on_error="stop"`` it stops at a refused line.
 
     Each refused line becomes a line of PREFIX.rejects: number of the span, line within the span, reason, excerpt.
     """
@@ -107,7 +107,7 @@ def encode(spans: list[Span], prefix: str, tokenizer: str, options: Options) -> 
 
 
 def _batches(part: Part, options: Options, rejects: TextIO) -> Iterator[list[bytes]]:
-    """The texts of the part in batches of about 256 KiB; counts lines and empty documents, writes down the refused."""
+    """The texts of the part in batches of about 256 KiB. Counts lines and empty documents, records refused lines."""
     batch: list[bytes] = []
     size = 0
     for number, span in enumerate(part.spans):
@@ -142,31 +142,31 @@ def _encode(model: Tokenizer, texts: list[bytes], special: bool) -> list[np.ndar
 
 
 def _continued(model: Tokenizer, piece: bytes, special: bool) -> np.ndarray:
-    """[n] int32 tokens of a text that goes on after a line: without the space that begins a text in some tokenizers."""
+    """[n] int32 tokens of a piece that follows a newline: without the space that some tokenizers put before a text."""
     tokens, starts, stops = model.encode_spans("\n" + piece.decode(), special=special)
-    if ((starts < 1) & (stops > 1)).any():  # no token ends where the line does
+    if ((starts < 1) & (stops > 1)).any():  # no token boundary at the end of the line
         return model.encode_documents([piece], special=special)[0]
     return tokens[starts >= 1].astype(np.int32)
 
 
 def around(model: Tokenizer, options: Options) -> tuple[list[int], list[int]]:
-    """The tokens before and after each document. Raises ConfigError for what the tokenizer has not."""
+    """The tokens to put before and after each document. Raises ConfigError if the tokenizer lacks one."""
     return model.around(options.add_bos)[0], [model.eos_id] if options.append_eos else []
 
 
 def _limited(
     documents: list[np.ndarray], ends: tuple[list[int], list[int]], part: Part, options: Options
 ) -> list[np.ndarray]:
-    """The documents as they are stored: with their ends, without those that have no tokens, and within
+    """The documents as they are stored: with begin and end tokens, without empty ones, and cut to
     ``max_document_tokens``."""
     before, after = (np.array(tokens, np.int32) for tokens in ends)
     room = options.max_document_tokens - len(before) - len(after)
     limited = []
     for body in documents:
-        if options.parse_special:  # what the text spells is not doubled
+        if options.parse_special:  # begin and end tokens that the text spells out are not added twice
             body = body[len(before) * np.array_equal(body[: len(before)], before) :]
             body = body[: len(body) - len(after) * np.array_equal(body[-len(after) :], after)]
-        if len(body) == 0:  # a normaliser may leave nothing of a text
+        if len(body) == 0:  # a normaliser may remove the whole text
             part.empty += 1
             continue
         part.documents += 1

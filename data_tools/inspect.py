@@ -1,4 +1,4 @@
-"""``data_tools inspect``: what a tokenized dataset holds."""
+"""``data_tools inspect``: shows the contents of a tokenized dataset."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def inspect(prefix: str, samples: int = 3, tokenizer: str = "") -> None:
 
 
 def _conversation(dataset: IndexedDataset, document: int, model: Any, colour: bool) -> Text:
-    """The beginning of a conversation, what is trained on told from its context."""
+    """The beginning of a conversation, with trained parts marked."""
     text, room = Text(), _SHOWN_OF_CONVERSATION
     first, last = dataset.documents[document : document + 2]
     for i, sequence in enumerate(range(first, last)):
@@ -92,7 +92,7 @@ def _facts(dataset: IndexedDataset, card: dict[str, Any] | None) -> str:
 
 
 def _unigram_entropy(dataset: IndexedDataset) -> float:
-    """The entropy of the token frequencies, in nats: the loss to beat. Reads every token, in bounded memory."""
+    """The entropy of the token frequencies in nats, which a model should beat. Reads all tokens in bounded memory."""
     counts = np.zeros(0, np.int64)
     for start in range(0, dataset.num_tokens, _CHUNK):
         dataset.check_unchanged()
@@ -124,7 +124,7 @@ def _histogram(lengths: np.ndarray) -> Table:
 
 
 def _find_tokenizer(prefix: str, card: dict[str, Any] | None, given: str) -> tuple[Any, str]:
-    """The tokenizer to decode with, or None and why."""
+    """The tokenizer to decode with, or None and the reason."""
     if given:
         return named_tokenizer(given), ""
     if not card or not card.get("tokenizer"):
@@ -150,5 +150,5 @@ def _decode(model: Any, tokens: list[int]) -> str:
 
 
 def _printable(text: str) -> str:
-    """Without control characters, which a terminal would obey."""
+    """The text with control characters escaped, because a terminal would execute them."""
     return "".join(c if c.isprintable() or c in "\n\t" else f"\\x{ord(c):02x}" for c in text)

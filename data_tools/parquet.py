@@ -1,4 +1,4 @@
-"""Reading one column of a parquet file; pyarrow is imported only here, and only when there is such a file."""
+"""Reads parquet files. pyarrow is imported only here, and only if there is such a file."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ def num_row_groups(path: str) -> int:
 
 
 def rows(path: str, group: int, column: str) -> Iterator[bytes | None]:
-    """The strings of ``column`` in one row group, as the bytes they are stored as; None for null."""
+    """The strings of ``column`` in one row group, as stored bytes; None for null."""
     file = _open(path)
-    import pyarrow as pa  # present: the line above has used it
+    import pyarrow as pa  # installed: _open has used it
 
     names = file.schema_arrow.names
     if column not in names:
@@ -26,14 +26,14 @@ def rows(path: str, group: int, column: str) -> Iterator[bytes | None]:
             values = batch.column(0)
             if not (pa.types.is_string(values.type) or pa.types.is_large_string(values.type)):
                 raise DataError(f"{path}: column {column!r} holds {values.type}, expected strings")
-            # Not as str: parquet's strings are unchecked, and one that is not UTF-8 would end the whole batch.
+            # As bytes: parquet does not check its strings, and one that is not UTF-8 would fail the whole batch.
             yield from values.cast(pa.large_binary()).to_pylist()
     except (pa.ArrowException, OSError) as error:
         raise DataError(f"{path}: damaged parquet file: {' '.join(str(error).split())}") from None
 
 
 def objects(path: str, group: int) -> Iterator[dict[str, Any] | None]:
-    """The rows of one row group as objects; None for one with a string that is not UTF-8."""
+    """The rows of one row group as objects; None for a row with a string that is not UTF-8."""
     file = _open(path)
     import pyarrow as pa
 

@@ -1,4 +1,4 @@
-"""Progress: a bar on a terminal, a plain line now and then otherwise."""
+"""Progress: a bar on a terminal, else a plain line every few seconds."""
 
 from __future__ import annotations
 

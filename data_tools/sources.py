@@ -1,4 +1,4 @@
-"""The input files a command line means, and how they are cut into spans for the workers."""
+"""Finds the input files and cuts them into spans for the workers."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ _KINDS = {
     ".parquet": "parquet",
 }
 _COMPRESSED = (".gz", ".zst", ".bz2", ".xz", ".lz4", ".zip")
-_NOT_TEXT = (".rejects.jsonl", ".card.json", ".bin", ".idx", ".tmp", ".model")  # what the data tools write
+_NOT_TEXT = (".rejects.jsonl", ".card.json", ".bin", ".idx", ".tmp", ".model")  # written by the data tools
 
 
 @dataclass(frozen=True)
 class Source:
-    """One input file. ``groups``: how many row groups a parquet file has."""
+    """One input file. ``groups``: the number of row groups of a parquet file."""
 
     path: str
     kind: str  # jsonl, gzip, parquet or text
@@ -37,27 +37,27 @@ class Source:
     groups: int = 0
 
     def check_unchanged(self) -> None:
-        """Raise DataError if the file is no longer the one that was found at the start."""
+        """Raise DataError if the file has changed since it was found."""
         status = os.stat(self.path) if os.path.exists(self.path) else None  # noqa: PTH110, PTH116
         if status is None or (status.st_size, status.st_mtime_ns) != (self.size, self.mtime_ns):
             raise DataError(f"{self.path}: changed while it was being read")
 
 
 class Span(NamedTuple):
-    """What one worker reads of a source without looking left or right: the lines that start in the bytes
-    [start, stop) of a jsonl file, the row group ``start`` of a parquet file, or the whole of another file."""
+    """A part of a source that can be read independently: the lines that start within bytes [start, stop) of a jsonl
+    file, the row group ``start`` of a parquet file, or the whole of any other file."""
 
     source: Source
     start: int
     stop: int
-    size: int  # bytes, about, for balance and progress
+    size: int  # approximate bytes, for load balance and progress
 
 
 def find_sources(pattern: str) -> list[Source]:
-    """The files that a file name, a folder or a glob means, sorted; commas separate several of these.
+    """The files named by a file name, a folder or a glob, sorted; several are separated by commas.
 
-    The suffix tells jsonl (``.jsonl``, ``.json``, ``.ndjson``, each also ``.gz``) and parquet; any other file is plain
-    text, one document. In folders and globs, hidden files and what the data tools themselves write are left out. Raises
+    Suffixes identify jsonl (``.jsonl``, ``.json``, ``.ndjson``, each also with ``.gz``) and parquet; any other file is
+    plain text and one document. Folders and globs skip hidden files and files that the data tools write. Raises
     DataError if nothing matches.
     """
     paths: dict[Path, None] = {}
@@ -81,7 +81,7 @@ def find_sources(pattern: str) -> list[Source]:
 
 
 def similar(path: Path) -> str:
-    """`` (did you mean 'x'?)`` for the file beside ``path`` with the closest name, or an empty string."""
+    """`` (did you mean 'x'?)`` for the file in the same folder with the closest name, or an empty string."""
     names = [p.name for p in path.parent.iterdir() if p.name != path.name] if path.parent.is_dir() else []
     return nearest(path.name, names)
 
@@ -102,7 +102,7 @@ def _source(path: Path) -> Source:
 
 
 def spans(source: Source, size: int) -> Iterator[Span]:
-    """Cut a source into spans of about ``size`` bytes, in order; the same cuts whoever reads them."""
+    """Cut a source into spans of about ``size`` bytes, in order, always at the same places."""
     if source.kind == "jsonl":
         for start in range(0, max(source.size, 1), size):
             stop = min(start + size, source.size)
@@ -115,7 +115,7 @@ def spans(source: Source, size: int) -> Iterator[Span]:
 
 
 def units(sources: list[Source], size: int) -> Iterator[list[Span]]:
-    """Spans in order, gathered into units of work of about ``size`` bytes (many small files make one)."""
+    """Group spans, in order, into units of work of about ``size`` bytes (many small files make one unit)."""
     unit: list[Span] = []
     weight = 0
     for source in sources:

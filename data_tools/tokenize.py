@@ -1,7 +1,7 @@
-"""``data_tools tokenize``: documents through a tokenizer into an indexed dataset, by many processes at once.
+"""``data_tools tokenize``: turns documents into an indexed dataset, with many processes in parallel.
 
-The input is cut into units by its bytes alone; each becomes a small dataset of its own, and one process appends these
-in order. So the result is the same bit for bit, however many workers or MPI ranks took part.
+The input is cut into units by its bytes alone. Each unit becomes a small dataset, and one process appends these in
+order. So the result is bit-identical for any number of workers or MPI ranks.
 """
 
 from __future__ import annotations
@@ -83,16 +83,16 @@ def tokenize(
 
 
 class Encoding(Protocol):
-    """What is done with the input, and by which options: a dataclass that travels to the workers."""
+    """An encoding of the input with its options: a dataclass that is sent to the workers."""
 
     __dataclass_fields__: ClassVar[dict[str, Any]]
 
     @property
     def on_error(self) -> str:
-        """Whether to ``stop`` at a refused line or ``skip`` it."""
+        """``stop`` at a refused line, or ``skip`` it."""
 
     def encode(self, spans: list[Span], prefix: str, tokenizer: str) -> Part:
-        """Write what ``spans`` hold as a dataset at ``prefix``."""
+        """Write the content of ``spans`` as a dataset at ``prefix``."""
 
 
 def build(
@@ -103,10 +103,10 @@ def build(
     max_bad: str,
     prepare: Callable[[], tuple[Encoding, dict[str, Any]]],
 ) -> Merger | None:
-    """Find the input, encode it by ``workers`` processes or the ranks of an MPI job, write the dataset, report.
+    """Find the input, encode it with ``workers`` processes or the ranks of an MPI job, write the dataset, report.
 
-    ``prepare``: checks the flags, on one rank; returns the options and what the card is to say beside them.
-    Returns what was counted; None on other ranks than 0."""
+    ``prepare``: checks the flags, on one rank; returns the options and further entries of the dataset card. Returns the
+    merger with its counts; None on ranks other than 0."""
 
     def begin_with() -> tuple[Encoding, dict[str, Any], list[Source]]:
         return *prepare(), find_sources(input)
@@ -121,7 +121,7 @@ def build(
         def begin() -> None:
             stack.enter_context(writer)
 
-        processes.on_root(comm, begin)  # its folder exists from here on
+        processes.on_root(comm, begin)  # from here on, its folder exists
         if comm and comm.rank > 0:
             processes.run_ranks(comm, todo, work, lambda part: None)
             return None
@@ -153,7 +153,7 @@ def _work(unit: tuple[int, list[Span]], folder: Path, tokenizer: str, options: E
 def mistaken_flags(
     on_error: str, workers: int, max_bad: str, max_document_tokens: int, max_line_bytes: int, out: str
 ) -> list[str]:
-    """What is wrong with the flags that every encoding has."""
+    """Mistakes in the flags that all encodings share."""
     mistakes = []
     if workers < 0:
         mistakes.append(f"--workers={workers}: expected 0 (one for each CPU) or more")
@@ -173,7 +173,7 @@ def mistaken_flags(
 
 
 def _allowed(max_bad: str, lines: int) -> float:
-    """How many of ``lines`` may be refused."""
+    """How many of ``lines`` may be refused under --max_bad."""
     number = float(max_bad.removesuffix("%")) * lines / 100 if max_bad.endswith("%") else int(max_bad)
     if not 0 <= number < float("inf"):
         raise ValueError(max_bad)
@@ -181,7 +181,7 @@ def _allowed(max_bad: str, lines: int) -> float:
 
 
 def describe_tokenizer(path: str, model: Tokenizer, append_eos: bool) -> dict[str, Any]:
-    """What the dataset card says about the tokenizer. Raises ConfigError for one without eos."""
+    """The entries of the dataset card about the tokenizer. Raises ConfigError if it has no eos."""
     if append_eos and model.eos_id < 0:
         raise ConfigError(f"{path}: has no end-of-sequence token; give --append_eos=false")
     return {
@@ -193,7 +193,7 @@ def describe_tokenizer(path: str, model: Tokenizer, append_eos: bool) -> dict[st
 
 
 class Merger:
-    """Appends the parts in order; numbers the refused lines by their files and hashes the sources on the way."""
+    """Appends the parts in order, numbers refused lines within their files, and hashes the sources."""
 
     def __init__(self, writer: IndexedWriter, options: Encoding, progress: Progress) -> None:
         self.writer, self.options, self.progress = writer, options, progress
@@ -206,7 +206,7 @@ class Merger:
         self._digests: dict[str, Any] = {}
 
     def add(self, part: Part) -> None:
-        """Append one part and delete its files. Raises DataError for a refused line under ``on_error`` "stop"."""
+        """Append one part and delete its files. Raises DataError for a refused line if ``on_error="stop"``."""
         starts = []
         for span, lines in zip(part.spans, part.lines, strict=False):
             starts.append(self._lines_of[span.source.path])
@@ -228,7 +228,7 @@ class Merger:
         self.progress.update(sum(span.size for span in part.spans), self.writer.num_tokens - before)
 
     def _hash(self, span: Span) -> None:
-        """Hash a jsonl file span by span, just after it was read; other files are hashed whole at the end."""
+        """Hash a jsonl file span by span, just after each was read; other files are hashed as a whole at the end."""
         path = span.source.path
         if span.source.kind == "jsonl":
             with storage_errors(Path(path)), Path(path).open("rb") as file:
@@ -249,7 +249,7 @@ class Merger:
                 rejects.write(json.dumps({"file": path, "line": line, "error": error, "excerpt": excerpt}) + "\n")
 
     def finish(self, sources: list[Source], max_bad: str) -> dict[str, Any]:
-        """Check the outcome, put OUT.rejects.jsonl in its place, and return what the dataset card says of the input.
+        """Check the outcome, move OUT.rejects.jsonl to its place, and return the card's entries about the input.
 
         Raises DataError if too many lines were refused, nothing is left, or a source has changed.
         """

@@ -1,4 +1,4 @@
-"""``data_tools tokenizer``: train a sentencepiece model on a sample of a corpus."""
+"""``data_tools tokenizer``: trains a sentencepiece model on a sample of a corpus."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from megatron_lite.data.files import storage_errors, sync
 from megatron_lite.errors import ConfigError, DataError
 
 SPECIAL = {"<pad>": 0, "<unk>": 1, "<s>": 2, "</s>": 3, "<mask>": 4}
-_MODEL_TYPES = {"bpe": 2000, "unigram": 500}  # bytes of sample for each entry of the vocabulary: seconds of training
+_MODEL_TYPES = {"bpe": 2000, "unigram": 500}  # bytes of sample for each vocabulary entry; keeps training to seconds
 _CHUNK = 4096
 
-# sentencepiece writes a space as U+2581, so that a real U+2581 would come back as a space. U+FDD0, which Unicode
-# reserves for a program's own use, escapes it, and itself: any text at all comes back as it was.
+# sentencepiece writes a space as U+2581, so a real U+2581 would be decoded as a space. It is escaped with U+FDD0, a
+# noncharacter reserved for internal use, which also escapes itself: any text round-trips.
 _ESCAPE = "2581\tFDD0 30\nFDD0\tFDD0 31\n"
 _UNESCAPE = "FDD0 30\t2581\nFDD0 31\tFDD0\n"
-_NOT_IN_SYMBOLS = " \u2581\ufdd0\0"  # a symbol is matched in the text as it stands, before the escapes
+_NOT_IN_SYMBOLS = " \u2581\ufdd0\0"  # symbols are matched in the text before it is escaped
 
 
 def tokenizer(
@@ -80,7 +80,7 @@ def tokenizer(
         if not path.parent.exists():
             path.parent.mkdir(parents=True)
         try:
-            temporary.touch()  # where it cannot be written, say so before the training
+            temporary.touch()  # fail before the training if it cannot be written
             model = train(chunks, vocab_size, model_type, symbols, character_coverage, split_digits)
             temporary.write_bytes(model)
             sync(temporary)
@@ -93,10 +93,10 @@ def tokenizer(
 
 
 def sample(documents: Iterable[str], size: int, seed: int) -> list[str]:
-    """Chunks of whole lines, drawn uniformly and without replacement until they add up to ``size`` bytes, in their
-    original order. Keeps the chunks with the lowest random keys: one pass, memory for the sample only."""
+    """Chunks of whole lines in their original order, sampled uniformly without replacement up to ``size`` bytes in
+    total. Keeps the chunks with the lowest random keys: one pass, and memory for the sample only."""
     draw = random.Random(seed)
-    kept: list[tuple[float, int, int, str]] = []  # a heap: highest key first
+    kept: list[tuple[float, int, int, str]] = []  # a heap, highest key first
     total = 0
     for number, chunk in enumerate(_chunks(documents)):
         key = draw.random()
@@ -111,7 +111,7 @@ def sample(documents: Iterable[str], size: int, seed: int) -> list[str]:
 
 
 def _chunks(documents: Iterable[str]) -> Iterator[str]:
-    """Cut documents at line ends into chunks of up to 4,096 characters; a longer line is cut where it must be."""
+    """Cut documents at line ends into chunks of up to 4,096 characters; longer lines are cut, too."""
     for text in documents:
         start = 0
         while start < len(text):
@@ -132,7 +132,7 @@ def train(
 ) -> bytes:
     """The serialised sentencepiece model for this text; its vocabulary has exactly ``vocab_size`` entries.
 
-    Raises ConfigError, with sentencepiece's reason, where the text does not support such a vocabulary.
+    Raises ConfigError, with sentencepiece's reason, if the text is too small for such a vocabulary.
     """
     from sentencepiece import SentencePieceTrainer, sentencepiece_model_pb2
 
@@ -161,7 +161,7 @@ def train(
                 bos_id=SPECIAL["<s>"],
                 eos_id=SPECIAL["</s>"],
                 max_sentence_length=8 * _CHUNK,
-                num_threads=16,  # a constant: unigram sums by thread, so the number of threads is part of the result
+                num_threads=16,  # constant: unigram sums per thread, so the result depends on the number of threads
                 minloglevel=2,
             )
         except RuntimeError as error:
@@ -172,5 +172,5 @@ def train(
 
 
 def _reason(message: str) -> str:
-    """What is wrong, out of sentencepiece's ``Internal: file.cc(123) [condition] Vocabulary size too high (…)…``."""
+    """The reason within sentencepiece's ``Internal: file.cc(123) [condition] Vocabulary size too high (…)…``."""
     return " ".join(re.sub(r"^.*?\] ?", "", message, flags=re.DOTALL).split()) or message

@@ -1,4 +1,4 @@
-"""Units of work, done by several processes and merged in order: on one machine, or by the ranks of an MPI job."""
+"""Runs units of work in parallel and merges the results in order, on one machine or over the ranks of an MPI job."""
 
 from __future__ import annotations
 
@@ -27,20 +27,20 @@ _PR_SET_PDEATHSIG = 1
 def run(units: Iterator[Unit], work: Callable[[Unit], Result], merge: Callable[[Result], None], workers: int) -> None:
     """``merge(work(unit))`` for each unit, in order; ``work`` in ``workers`` processes, ``merge`` in this one.
 
-    At most two units for each worker are under way or waiting to be merged. Raises the first error in the order of the
-    units, and PeerError when a worker was killed.
+    At most two units for each worker are in progress or waiting to be merged. Raises the first error in the order of
+    the units, or PeerError if a worker was killed.
     """
     if workers == 1:
         for unit in units:
             merge(work(unit))
         return
-    # spawn: a fork would copy the locks of whatever threads the libraries have started.
+    # spawn: a fork would copy locks held by threads that libraries have started.
     pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), _die_with_parent, (os.getpid(),))
     pending: deque[Future[Result]] = deque()
-    resource_tracker.ensure_running()  # its own start ends what _interrupts_later does
+    resource_tracker.ensure_running()  # started now, because its start would unblock SIGINT
     try:
         for unit in units:
-            with _interrupts_later():  # submitting may start a worker, which inherits this
+            with _interrupts_later():  # submitting may start a worker, which inherits the signal mask
                 pending.append(pool.submit(work, unit))
             if len(pending) > 2 * workers:
                 merge(pending.popleft().result())
@@ -54,7 +54,7 @@ def run(units: Iterator[Unit], work: Callable[[Unit], Result], merge: Callable[[
 
 @contextmanager
 def _interrupts_later() -> Iterator[None]:
-    """Ctrl-C waits for the end of the block in this process, and for ever in those that it starts."""
+    """Block SIGINT: delayed to the end of the block in this process, ignored for good by processes started in it."""
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         yield
@@ -79,7 +79,7 @@ def world() -> Any:
 
 
 def on_root(comm: Any, action: Callable[[], Result]) -> Result:
-    """The result of ``action``, done on rank 0 and broadcast; without MPI (None), simply done.
+    """The result of ``action``, run on rank 0 and broadcast; without MPI (``comm`` is None), just run.
 
     An error is raised on rank 0; the other ranks exit quietly with its code.
     """
@@ -102,7 +102,7 @@ def run_ranks(
 ) -> None:
     """``merge(work(unit))`` for each unit, in order; ``work`` on all ranks in turn, ``merge`` on rank 0.
 
-    One gather and one broadcast for each round of as many units as there are ranks.
+    Each round takes one unit for each rank, and costs one gather and one broadcast.
     """
     with _all_or_none(comm):
         while turn := list(islice(units, comm.size)):
@@ -120,14 +120,14 @@ def run_ranks(
 
 @contextmanager
 def _all_or_none(comm: Any) -> Iterator[None]:
-    """Where a rank fails in a way the others do not know of, they wait in a collective for ever: end them all."""
+    """Abort all ranks if one fails with an error that the others do not know of: they would wait forever."""
     try:
         yield
     except MegatronLiteError:
-        raise  # all ranks have agreed on it
+        raise  # known to all ranks
     except KeyboardInterrupt:
         comm.Abort(130)
-    except Exception:  # a defect of ours
+    except Exception:  # a bug of ours
         traceback.print_exc()
         sys.stderr.flush()
         comm.Abort(1)
