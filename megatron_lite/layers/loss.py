@@ -92,7 +92,8 @@ def linear_cross_entropy(
     one max and one sum all-reduce of [chunk] numbers, and the projection's own. No gradient is made for a frozen
     weight. ``counted``: where targets count, int64, ascending; only these are multiplied. None where nobody has looked.
     """
-    tensors = projection.enter(x, seed)
+    tp = projection.tp.of("loss")
+    tensors = projection.enter(x, seed, tp)
     return comm.apply(
-        _LinearCrossEntropy, projection.product_kind, targets.reshape(-1), vocab_size, projection.tp, counted, *tensors
+        _LinearCrossEntropy, projection.product_kind, targets.reshape(-1), vocab_size, tp, counted, *tensors
     )

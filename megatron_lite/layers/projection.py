@@ -60,10 +60,10 @@ class Projection(nn.Module):
     weight: nn.Parameter
     product_kind: type[VocabProduct] = VocabProduct
 
-    def enter(self, x: Tensor, seed: int | None) -> tuple[Tensor, ...]:
+    def enter(self, x: Tensor, seed: int | None, tp: Axis) -> tuple[Tensor, ...]:
         """What ``product_kind`` takes, for all tokens: an all-gather of x under ``sp``; backward a reduce-scatter
-        (``sp``) or an all-reduce of its gradient."""
-        return (comm.gather_from(x, self.tp) if self.sp else comm.copy_to(x, self.tp)), self.weight
+        (``sp``) or an all-reduce of its gradient. ``tp``: this module's, under the name of who asks."""
+        return (comm.gather_from(x, tp) if self.sp else comm.copy_to(x, tp)), self.weight
 
     def rows(self, x: Tensor) -> Tensor:
         """The logits of this rank's rows, without gradient or communication."""

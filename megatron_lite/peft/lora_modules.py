@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from megatron_lite.distributed import comm, random
+from megatron_lite.distributed.mesh import Axis
 from megatron_lite.distributed.shard import ShardSpec, attach, spec_of
 from megatron_lite.families.family import linears
 from megatron_lite.layers import matmul
@@ -172,8 +173,8 @@ class LoRAColumnLinear(_Adapted, ColumnParallelLinear):
         split = self.tp.rank if self.sp else 0
         return product(self.dropped(x, seed, split), comm.copy_to(a, self.tp) if self.sp else a)
 
-    def enter(self, x: Tensor, seed: int | None) -> tuple[Tensor, ...]:
-        x, low = comm.enter_joined(x, self.low(x, seed), self.tp, sp=self.sp)
+    def enter(self, x: Tensor, seed: int | None, tp: Axis) -> tuple[Tensor, ...]:
+        x, low = comm.enter_joined(x, self.low(x, seed), tp, sp=self.sp)
         return x, self.weight, low, self.b(x.dtype)
 
     def rows(self, x: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
-from launch.doctor.contacts import Ward
+from launch.doctor.contacts import Contacts
 from launch.doctor.facts import Facts
 from launch.hosts.hostfile import Host
 from launch.hosts.job import Job, Ssh
@@ -190,12 +190,12 @@ def test_arguments_and_variables_cross_ssh_unchanged(calls: Path, odd_place: Pat
 def test_the_doctor_asks_from_an_odd_place(calls: Path, odd_place: Path) -> None:
     host, secret = Host("node1", 1), "$(touch canary)'\"\n"
     (odd_place / "marker").write_text(secret)
-    ward = Ward((host,), Ssh(), 30)
+    contacts = Contacts((host,), Ssh(), 30)
     try:
         about = {"folder": str(odd_place), "secret": secret, "own": "; touch canary", "visible": None}
-        answer = ward.ask(lambda _: {"ask": "facts", "names": ["$(touch canary)"], **about}, "itself")["node1"]
+        answer = contacts.ask(lambda _: {"ask": "facts", "names": ["$(touch canary)"], **about}, "itself")["node1"]
     finally:
-        ward.close()
+        contacts.close()
     facts = Facts(**answer)
     assert (facts.folder, facts.peers["$(touch canary)"]["addresses"]) == ("", [])  # type: ignore[index]
     assert (odd_place / "; touch canary").read_text() == secret

@@ -21,7 +21,7 @@ class Given(Projection):
         self.tp, self.sp, self.tensors = Axis("tp"), False, (weight, *factors)
         self.product_kind = UpdatedProduct if factors else VocabProduct
 
-    def enter(self, x, seed):
+    def enter(self, x, seed, tp):
         return x, *self.tensors
 
 

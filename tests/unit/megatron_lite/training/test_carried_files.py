@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import pytest
 
 from megatron_lite.data.tokenizer import tokenizer_files
-from megatron_lite.training.run import Run
+from megatron_lite.training.origin import Origin
 from tests.kit.corpora import write_json_tokenizer
 
 GENERATION, TEMPLATE = "generation_config.json", "chat_template.jinja"
@@ -24,7 +24,7 @@ def carried(folder, *, ends, source=None, template=None):
     data = SimpleNamespace(ends=ends, chat_template=template)
     config = SimpleNamespace(data=SimpleNamespace(tokenizer=None if folder is None else str(folder)))
     weights = None if source is None else SimpleNamespace(extras=lambda: dict(source))
-    return Run._extras(SimpleNamespace(config=config, found=None, source=weights, adapter=None, train_data=data))
+    return Origin._extras(SimpleNamespace(config=config, resumed=None, source=weights, adapter=None, train_data=data))
 
 
 def end_ids(files):
