@@ -1,6 +1,6 @@
-"""Which tokens end a text: those that a model's files name, and those that the data it was tuned on ends answers with.
+"""Which tokens end a text: those named by a model's files, and those that end the answers in its tuning data.
 
-They are kept where every library looks for them, in ``generation_config.json``.
+They are stored in ``generation_config.json``, where every library looks for them.
 """
 
 from __future__ import annotations
@@ -26,20 +26,20 @@ def ends(tokenizer: Tokenizer, files: Mapping[str, bytes]) -> set[int]:
 
 
 def check_ends(ids: Any, where: str) -> list[int]:
-    """A list of token ids that was found in ``where``; -1 stands for none. Raises DataError."""
+    """Validate a list of token ids found in ``where``; -1 means none. Raises DataError."""
     if not isinstance(ids, list) or any(type(token) is not int for token in ids):
         raise DataError(f"{where}: expected token ids, found {ids!a:.100}")
     return [token for token in ids if token >= 0]
 
 
 def tokenizer_ids(tokenizer: Tokenizer) -> dict[str, Any]:
-    """The tokens that begin, end and fill a text, as far as a tokenizer has them, by their names in such a config."""
+    """The bos, eos and pad tokens that a tokenizer has, by their names in such a config."""
     ids = {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id, "pad_token_id": tokenizer.pad_id}
     return {name: token for name, token in ids.items() if token >= 0}
 
 
 def with_ends(files: Mapping[str, bytes], more: Iterable[int]) -> dict[str, bytes]:
-    """A model's small files, in which the tokens ``more`` end a text beside those that do already. Raises DataError."""
+    """A model's small files, with the tokens ``more`` added to its end tokens. Raises DataError."""
     added = list(more)
     if not added:
         return dict(files)

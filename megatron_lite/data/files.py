@@ -1,4 +1,4 @@
-"""Files under a dataset: mapped for reading without a risk of SIGBUS, and made durable when written."""
+"""The files of a dataset: memory-mapped without the risk of SIGBUS, and synced to disk when written."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ import numpy as np
 
 from megatron_lite.errors import DataError, StorageError
 
-_HASHED_WHOLE = 32 << 20  # bytes; of a larger file, sample() yields blocks that add up to as much
+_HASHED_WHOLE = 32 << 20  # bytes; of a larger file, sample() yields blocks of this total size
 _BLOCK = 64 << 10
 
 
 class MappedFile:
-    """One read-only file, mapped whole.
+    """One read-only file, memory-mapped as a whole.
 
-    Touching a mapped page that the file no longer has ends the process with SIGBUS, so ``check`` compares the size of
-    the file with what it was: call it before reading from a mapping that may be cut short while in use.
+    Touching a mapped page beyond the end of the file kills the process with SIGBUS. So ``check`` compares the size with
+    the original one: call it before reading from a file that may be truncated while in use.
 
     Raises:
         DataError: the file is missing or unreadable; from ``check``, it has been truncated.
@@ -54,7 +54,8 @@ class MappedFile:
         return np.frombuffer(self._map, dtype, count, offset) if count else np.empty(0, dtype)
 
     def sample(self) -> Iterator[bytes]:
-        """The whole content of a file up to 32 MiB, else that much of it in evenly spaced blocks, ends included."""
+        """The whole content of a file up to 32 MiB; of a larger one, that much in evenly spaced blocks, ends
+        included."""
         starts = range(0, self.size, _BLOCK)
         if self.size > _HASHED_WHOLE:
             starts = np.linspace(0, self.size - _BLOCK, _HASHED_WHOLE // _BLOCK).astype(np.int64).tolist()
@@ -65,7 +66,7 @@ class MappedFile:
 
 @contextmanager
 def storage_errors(path: Path) -> Iterator[None]:
-    """Turn what the operating system says about ``path`` into one line and exit code 7."""
+    """Turn an OSError about ``path`` into a StorageError: one line and exit code 7."""
     try:
         yield
     except OSError as error:
@@ -77,7 +78,7 @@ def storage_errors(path: Path) -> Iterator[None]:
 
 
 def sync(path: Path) -> None:
-    """Have a file, or the names in a folder, reach the disk."""
+    """Sync a file, or the entries of a folder, to disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

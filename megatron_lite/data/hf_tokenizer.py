@@ -1,7 +1,7 @@
-"""Hugging Face's tokenizers: a tokenizer.json, or a sentencepiece model with the settings that their classes give it.
+"""Hugging Face tokenizers: a tokenizer.json, or a sentencepiece model with the settings of their classes.
 
-What a folder means is what its owner makes of it: transformers builds the tokenizer wherever there are settings, and
-its tokens are taken from there. It sees a copy of the files in which nothing is left but what is known.
+transformers defines what a folder means: if there are settings, it builds the tokenizer, and its tokens are used. It
+gets a copy of the files that contains only known keys.
 """
 
 from __future__ import annotations
@@ -36,16 +36,16 @@ from megatron_lite.errors import ConfigError, DataError
 FLAGS = frozenset(
     (
         *("add_bos_token", "add_eos_token", "add_prefix_space", "legacy", "split_special_tokens"),
-        *("trim_offsets", "do_lower_case", "remove_space", "keep_accents"),  # which some classes read
+        *("trim_offsets", "do_lower_case", "remove_space", "keep_accents"),  # read by some classes
         "clean_up_tokenization_spaces",
         "clean_up_tokenization_spaces_for_bpe_even_though_it_will_corrupt_output",
     )
 )
-HONOURED = FLAGS | {  # and every other key that ends in _token: a text, which is one
+HONOURED = FLAGS | {  # and every other key that ends in _token, a text that is one token
     *("tokenizer_class", "added_tokens_decoder", "additional_special_tokens", "extra_special_tokens"),
     *("model_specific_special_tokens", "errors"),
 }
-HARMLESS = frozenset(  # lengths and sides of batches, names, templates (read elsewhere), what no class reads
+HARMLESS = frozenset(  # batch lengths and sides, names, templates (read elsewhere), keys that no class reads
     (
         *("model_max_length", "max_len", "max_length", "padding_side", "truncation_side", "truncation", "padding"),
         *("truncation_strategy", "stride", "pad_to_multiple_of", "pad_token_type_id", "model_input_names"),
@@ -59,17 +59,17 @@ HARMLESS = frozenset(  # lengths and sides of batches, names, templates (read el
     )
 )
 _GENERIC = ("TokenizersBackend", "PreTrainedTokenizer", "PreTrainedTokenizerBase", "PythonBackend")
-# The class that AutoTokenizer has for a model type.
+# The tokenizer class that AutoTokenizer uses for a model type.
 REGISTERED = {"mistral": _GENERIC[0], "qwen2": "Qwen2Tokenizer", "qwen3": "Qwen2Tokenizer", "gpt2": "GPT2Tokenizer"}
-_OWN_CLASS_WINS = ("qwen2",)  # of these model types, whatever a folder names
-_ENDS = ("<|endoftext|>", "</s>", "<|end_of_text|>", "<eos>")  # where nothing beside a tokenizer.json names its own
+_OWN_CLASS_WINS = ("qwen2",)  # model types whose class is used whatever the folder names
+_ENDS = ("<|endoftext|>", "</s>", "<|end_of_text|>", "<eos>")  # candidates if no file names the end token
 _BESIDE = (SETTINGS, SPECIAL_MAP, ADDED)
 _MAX_ID = (1 << 31) - 1
 
 
 class HuggingFace(Tokenizer):
-    """A tokenizer of the ``tokenizers`` library. ``files``: what lies in its folder. Raises DataError for what is not
-    one, or says what nobody knows; ConfigError without the libraries."""
+    """A tokenizer of the ``tokenizers`` library. ``files``: the content of its folder. Raises DataError if they are
+    not a tokenizer or contain unknown keys, ConfigError if the libraries are missing."""
 
     def __init__(self, files: Mapping[str, bytes], name: str) -> None:
         self._files, self._name, self._known = files, name, _known(files, name)
@@ -110,8 +110,8 @@ class HuggingFace(Tokenizer):
             self.eos_id = self.special[guess[0]]
 
     def _around(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        """What the post-processor puts before and after a text. Takes it out: it adds what is not always asked for, and
-        takes the spaces at the ends of tokens out of their offsets."""
+        """The tokens that the post-processor puts before and after a text. The post-processor is then removed, because
+        these tokens are not always wanted and it trims spaces from token offsets."""
         whole = self._encoded("a", special=True, whole=True)
         self._model.post_processor = None
         bare = self._encoded("a", special=True).ids
@@ -127,7 +127,7 @@ class HuggingFace(Tokenizer):
 
     @cached_property
     def sha256(self) -> str:  # type: ignore[override]
-        """Of tokenizer.json where that alone says it all, else of the settings as well."""
+        """The digest of tokenizer.json, and of the settings if they change the tokens."""
         content = self._files[next(name for name in MAIN if name in self._files)]
         if alone := JSON in self._files:
             alone = not any(self._known.values()) or _essence(_raw(content, JSON)) == _essence(self._model)
@@ -137,7 +137,7 @@ class HuggingFace(Tokenizer):
         return hashlib.sha256(content + settings).hexdigest()
 
     def _encoded(self, text: str, special: bool, whole: bool = False) -> Any:
-        self._model.encode_special_tokens = self._split or not special  # the library's word for taking them as text
+        self._model.encode_special_tokens = self._split or not special  # the library's name for reading them as text
         with _refused(f"{self._name} cannot encode {text[:30]!a}"):
             return self._model.encode(text, add_special_tokens=whole)
 
@@ -160,14 +160,14 @@ class HuggingFace(Tokenizer):
 
 
 def is_hugging_face(files: Mapping[str, bytes], name: str) -> bool:
-    """Whether these files are a tokenizer of theirs, and not a sentencepiece model by itself."""
+    """Whether these files are a Hugging Face tokenizer, not just a sentencepiece model."""
     return (
         JSON in files or MODEL not in files or any(_telling(parse_object(files, file, f"{name}: ")) for file in _BESIDE)
     )
 
 
 def _telling(tree: Mapping[str, Any]) -> dict[str, Any]:
-    """What may change the tokens."""
+    """The settings that may change the tokens."""
     return {
         key: value
         for key, value in tree.items()
@@ -177,8 +177,8 @@ def _telling(tree: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def settled(files: dict[str, bytes], config: Mapping[str, Any], name: str) -> dict[str, bytes]:
-    """The files of a folder with this ``config.json``, which do not need it any more: where it changes the class that
-    transformers takes, tokenizer_config.json is made to name that one. Raises DataError for what is no JSON."""
+    """The tokenizer files of a folder, made independent of its ``config.json``: if that decides which class
+    transformers uses, tokenizer_config.json is changed to name the class. Raises DataError for invalid JSON."""
     if not files.keys() & {*MAIN} or not is_hugging_face(files, name):
         return files
     tree = parse_object(files, SETTINGS, f"{name}: ")
@@ -189,13 +189,13 @@ def settled(files: dict[str, bytes], config: Mapping[str, Any], name: str) -> di
     wanted = registered if registered and wins and registered != _plain(told) else told
     if wanted in (None, tree.get("tokenizer_class")):
         return files
-    wanted = "PreTrainedTokenizerFast" if wanted in _GENERIC else wanted  # as every version calls it
+    wanted = "PreTrainedTokenizerFast" if wanted in _GENERIC else wanted  # its name in every version
     return files | {SETTINGS: json.dumps(tree | {"tokenizer_class": wanted}, indent=2).encode()}
 
 
 def named(files: dict[str, bytes], kind: str) -> dict[str, bytes]:
-    """The files of a tokenizer as they go beside a model of the type ``kind``: where transformers would otherwise
-    build another one for that type, a tokenizer.json is said to be all there is to it."""
+    """The files of a tokenizer, for a folder with a model of type ``kind``. If transformers would build a different
+    tokenizer for that type, tokenizer_config.json is made to name the generic class."""
     tree = parse_object(files, SETTINGS)
     if JSON not in files or kind not in REGISTERED or tree.get("tokenizer_class"):
         return files
@@ -207,8 +207,7 @@ def _plain(name: Any) -> str:
 
 
 def _known(files: Mapping[str, bytes], name: str) -> dict[str, dict[str, Any]]:
-    """What the files beside a tokenizer say that changes its tokens, by file. Raises DataError for keys that nobody
-    knows."""
+    """The settings that change the tokens, for each file beside a tokenizer. Raises DataError for unknown keys."""
     found = {file: _telling(parse_object(files, file, f"{name}: ")) for file in _BESIDE}
     for file in (SETTINGS, SPECIAL_MAP):
         if unknown := sorted(key for key in found[file].keys() - HONOURED if not key.endswith("_token")):
@@ -218,7 +217,7 @@ def _known(files: Mapping[str, bytes], name: str) -> dict[str, dict[str, Any]]:
             if not isinstance(value, bool | None if key in FLAGS else object if key in HONOURED else str | dict | None):
                 wanted = "true or false" if key in FLAGS else "a token"
                 raise DataError(f"{name}: {file}: {key!a}: expected {wanted}, found {json.dumps(value)[:60]}")
-    # Tokens that are objects say so in the one file, and must not in the other.
+    # Token objects carry their type in one of the files, and must not in the other.
     decoder = found[SETTINGS].pop("added_tokens_decoder", None)
     found[SETTINGS] = _typed(found[SETTINGS]) | ({} if decoder is None else {"added_tokens_decoder": decoder})
     more = found[SPECIAL_MAP].get("additional_special_tokens")
@@ -236,11 +235,11 @@ def _typed(value: Any, **given: bool) -> Any:
 
 
 def _declared(files: Mapping[str, bytes], name: str) -> dict[str, int]:
-    """The added tokens that the files number, by text. Raises DataError for what cannot be."""
+    """The added tokens to which the files give ids, by text. Raises DataError if they are inconsistent."""
     pairs: list[tuple[Any, Any]] = []
     if JSON in files:
         listed = parse_object(files, JSON, f"{name}: ").get("added_tokens")
-        listed = listed if isinstance(listed, list) else []  # which the library refuses
+        listed = listed if isinstance(listed, list) else []  # the library refuses it later
         pairs += [(each.get("content"), each.get("id")) for each in listed if isinstance(each, dict)]
     tree = parse_object(files, SETTINGS)
     if "added_tokens_decoder" in tree:
@@ -277,7 +276,7 @@ def _raw(content: bytes, name: str) -> Any:
 
 
 def _build(files: Mapping[str, bytes], known: Mapping[str, Mapping[str, Any]], name: str) -> Any:
-    """Their tokenizer, of the class that AutoTokenizer takes, which itself would load torch."""
+    """Build the tokenizer with the class that AutoTokenizer would choose (AutoTokenizer itself loads torch)."""
     if JSON not in files and MODEL in files:
         SentencePiece(files[MODEL], name)
     try:
@@ -309,12 +308,12 @@ def _class(files: Mapping[str, bytes], named: Any, name: str, transformers: Any)
     if not isinstance(named, str) or not re.fullmatch(r"\w{1,64}Tokenizer(Fast)?", named, re.ASCII):
         raise DataError(f"{name}: tokenizer_class {json.dumps(named)[:80]} is not one of transformers' tokenizers")
     if _plain(named) == "LlamaTokenizer" and b'"ByteLevel"' in files.get(JSON, b""):
-        return backend  # the class is sentencepiece's, the file is not: Llama 3
+        return backend  # a sentencepiece class with a file that is not: Llama 3
     try:
         found = getattr(transformers, _plain(named), None)
-    except Exception as error:  # it needs what is not installed
+    except Exception as error:  # it needs a package that is not installed
         raise ConfigError(f"{name}: tokenizer_class {named}: {_one_line(error)}") from None
-    if found is None:  # they take the common one for a name they do not know
+    if found is None:  # transformers uses the generic class for an unknown name
         if parse_object(files, SETTINGS).get("auto_map"):
             raise DataError(f"{name}: tokenizer_class {named} is code of the folder's own, which is never run")
         return backend
@@ -324,7 +323,7 @@ def _class(files: Mapping[str, bytes], named: Any, name: str, transformers: Any)
 
 
 def _essence(model: Any) -> Any:
-    """What decides the tokens of a text."""
+    """The parts of tokenizer.json that determine the tokens of a text."""
     tree = json.loads(model.to_str(), object_hook=_without_defaults)
     return {key: tree.get(key) for key in ("added_tokens", "normalizer", "pre_tokenizer", "model")}
 
@@ -335,13 +334,13 @@ def _without_defaults(tree: dict[str, Any]) -> dict[str, Any]:
 
 @contextmanager
 def _refused(told: str) -> Iterator[None]:
-    """What the libraries raise, which is anything, as a DataError that begins with ``told``."""
+    """Turn any exception of the libraries into a DataError that begins with ``told``."""
     try:
         yield
     except Exception as error:
         raise DataError(f"{told}: {_one_line(error)}") from None
     except BaseException as error:
-        if type(error).__name__ != "PanicException":  # Rust's own
+        if type(error).__name__ != "PanicException":  # a panic in Rust
             raise
         raise DataError(f"{told}: {_one_line(error)}") from None
 

@@ -1,4 +1,4 @@
-"""Megatron's indexed token format: ``PREFIX.bin`` holds the tokens, ``PREFIX.idx`` says where each sequence lies.
+"""Megatron's indexed dataset format: ``PREFIX.bin`` holds the tokens, ``PREFIX.idx`` the position of each sequence.
 
 The layout of the index is fixed by megatron-core (``megatron/core/datasets/indexed_dataset.py``), little-endian:
 
@@ -48,18 +48,18 @@ _CHECKED_AT_OPEN = 1 << 20  # index entries: some 20 MB of index, a few millisec
 
 
 def token_dtype(vocab_size: int) -> np.dtype:
-    """The dtype Megatron stores tokens of such a vocabulary in: uint16 below 65,500 entries, else int32."""
+    """The dtype in which Megatron stores tokens of such a vocabulary: uint16 below 65,500 entries, else int32."""
     return np.dtype(np.uint16 if vocab_size < 65500 else np.int32)
 
 
 def dataset_file(prefix: str | Path, suffix: str) -> Path:
-    """``PREFIX`` + ``suffix``; a prefix typed with its own ``.bin`` or ``.idx`` means the same dataset."""
+    """``PREFIX`` + ``suffix``; a ``.bin`` or ``.idx`` at the end of the prefix is ignored."""
     text = os.fspath(prefix)
     return Path((text[:-4] if text.endswith((".bin", ".idx")) else text) + suffix)
 
 
 def read_card(prefix: str | Path) -> dict[str, Any] | None:
-    """The dataset card ``PREFIX.card.json`` written beside the dataset, or None where there is none."""
+    """The dataset card ``PREFIX.card.json`` beside the dataset, or None if there is none."""
     path = dataset_file(prefix, ".card.json")
     try:
         card = json.loads(path.read_bytes())
@@ -87,7 +87,7 @@ class IndexedDataset:
         documents: int64 [num_documents + 1], boundaries counted in sequences.
 
     Raises:
-        DataError: for a missing, truncated or inconsistent file; here, or when a bad entry is touched.
+        DataError: for a missing, truncated or inconsistent file; here, or when a bad entry is read.
     """
 
     def __init__(self, prefix: str | Path) -> None:
@@ -107,7 +107,7 @@ class IndexedDataset:
             self._refuse(f"unknown dtype code {code}; known are {min(DTYPES)} to {max(DTYPES)}")
         # Python integers: counts near 2**63 must not wrap around into something plausible.
         size = _HEADER.size + 12 * sequences + 8 * boundaries
-        if self._idx.size not in (size, size + sequences):  # Megatron's multimodal index ends in one more byte each
+        if self._idx.size not in (size, size + sequences):  # a multimodal index: one more byte each
             self._refuse(
                 f"{sequences} sequences and {boundaries} boundaries need {size} bytes, it has {self._idx.size}"
             )
@@ -150,7 +150,7 @@ class IndexedDataset:
         self._bin.check()
 
     def verify(self) -> None:
-        """Check every entry of the index, whatever its size; reads the whole .idx, in bounded memory."""
+        """Check every entry of an index of any size; reads the whole .idx, in bounded memory."""
         self.check_unchanged()
         for start in range(0, self.num_sequences, _CHECKED_AT_OPEN):
             self._check_entries(start, min(start + _CHECKED_AT_OPEN, self.num_sequences))
@@ -160,9 +160,9 @@ class IndexedDataset:
     def fingerprint(self) -> str:
         """64 hex digits that change with the content: SHA-256 over both files and the digest in the dataset card.
 
-        Of a file above 32 MiB only that much is read, in evenly spaced blocks, so it takes milliseconds at any size;
-        there the card, which records the SHA-256 of the whole .bin, tells a regenerated dataset from its predecessor.
-        An appended document always shows, in the sizes.
+        Of a file above 32 MiB only that much is read, in evenly spaced blocks, so it takes milliseconds at any size. A
+        regenerated dataset is then recognised by its card, which records the SHA-256 of the whole .bin. An appended
+        document always changes the fingerprint, through the sizes.
         """
         digest = hashlib.sha256()
         for file in (self._idx, self._bin):
@@ -261,7 +261,8 @@ class IndexedWriter:
         self.add_documents(stored, sizes, np.array([len(sizes)]))
 
     def add_documents(self, tokens: np.ndarray, lengths: np.ndarray, ends: np.ndarray) -> None:
-        """Append many documents: [n] tokens, the lengths of their sequences, and where each document ends in those."""
+        """Append many documents: [n] tokens, the lengths of their sequences, and the sequence at which each document
+        ends."""
         if tokens.dtype != self.dtype or tokens.ndim != 1:
             raise ValueError(f"expected one dimension of {self.dtype}, not {tokens.ndim} of {tokens.dtype}")
         if lengths.sum(dtype=np.int64) != len(tokens) or (lengths < 0).any():
@@ -288,7 +289,7 @@ class IndexedWriter:
                     self._write_index()
                     self._publish()
         finally:
-            with suppress(OSError):  # the disk may be full, which is no reason to keep the rest
+            with suppress(OSError):  # a full disk is no reason to keep the temporary files
                 self._files.close()
             shutil.rmtree(self.folder, ignore_errors=True)
 
@@ -308,8 +309,8 @@ class IndexedWriter:
         shutil.copyfileobj(self._documents, self._idx)
 
     def _publish(self) -> None:
-        """Move the files to their names. The old .idx goes first and the new one comes last: at no moment does an index
-        stand beside tokens that are not its own."""
+        """Move the files to their final names. The old .idx is removed first and the new one put in place last, so
+        that an index never exists beside tokens of another dataset."""
         names = {".bin": "bin", ".idx": "idx"}
         if self.card is not None:
             counts = {"documents": self.num_documents, "sequences": self.num_sequences, "tokens": self.num_tokens}

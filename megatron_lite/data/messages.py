@@ -1,6 +1,6 @@
-"""Messages of a conversation: the forms in which they come, read as chat templates know them.
+"""Messages of a conversation: reads the formats in which they come, and returns them as chat templates expect them.
 
-A field that is null is absent: exports write null where another message has the field.
+A null field counts as absent, because exports write null where another message has the field.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ _DECODER = json.JSONDecoder(object_pairs_hook=_unique, parse_constant=_no_consta
 
 
 def decode(text: str) -> Any:
-    """The value that a JSON text is. Raises ValueError with what is wrong with it."""
+    """Parse a JSON text. Raises ValueError with the reason if it is invalid."""
     try:
         return _DECODER.decode(text)
     except json.JSONDecodeError as error:
@@ -51,19 +51,19 @@ def decode(text: str) -> Any:
 
 
 def kind(value: Any) -> str:
-    """What a JSON value is, in words."""
+    """The type of a JSON value, in words."""
     return _TYPES.get(type(value), "null")
 
 
 def present(value: Any) -> Any:
-    """Without the fields of objects that are null."""
+    """The value without null fields of its objects."""
     if isinstance(value, dict):
         return {key: present(inner) for key, inner in value.items() if inner is not None}
     return [present(inner) for inner in value] if isinstance(value, list) else value
 
 
 def text_field(found: Mapping[str, Any], key: str, default: str | None = None, where: str = "") -> str:
-    """A text. Raises ValueError for anything else."""
+    """Read a string. Raises ValueError for anything else."""
     value = found.get(key, default)
     if not isinstance(value, str):
         problem = f"is {kind(value)}, expected a string" if key in found else "is missing or null"
@@ -72,7 +72,7 @@ def text_field(found: Mapping[str, Any], key: str, default: str | None = None, w
 
 
 def decoded(value: Any, where: str, blank: Any) -> Any:
-    """A value that may come as JSON text. Raises ValueError for text that is not JSON."""
+    """Decode a value that may be given as JSON text. Raises ValueError for text that is not JSON."""
     if not isinstance(value, str):
         return value
     try:
@@ -82,7 +82,7 @@ def decoded(value: Any, where: str, blank: Any) -> Any:
 
 
 def _one_of(found: Mapping[str, Any], key: str, other: str, where: str) -> str:
-    """The key of two for one thing that is there. Raises ValueError where both are and differ."""
+    """Of two names for the same field, the one that is present. Raises ValueError if both are and differ."""
     if key in found and other in found and found[key] != found[other]:
         raise ValueError(f"{where}{json.dumps(key)} and {json.dumps(other)} differ")
     return other if other in found else key
@@ -122,7 +122,7 @@ def _tool_calls(message: dict[str, Any], where: str, calls: Calls) -> list[dict[
 
 
 def _content(message: dict[str, Any], key: str, where: str) -> str:
-    """The text of a message, its parts joined."""
+    """The text of a message, with its parts joined."""
     content = message.get(key)
     if not isinstance(content, list):
         return text_field(message, key, where=where)
@@ -134,7 +134,7 @@ def _content(message: dict[str, Any], key: str, where: str) -> str:
 
 
 def _trained(message: dict[str, Any], role: str, where: str) -> bool:
-    """Whether the data lets a message be trained on: OpenAI's ``weight``, axolotl's ``train`` and ``training``."""
+    """Whether a message is to be trained on: OpenAI's ``weight``, axolotl's ``train`` and ``training``."""
     for key in ("training_detail", "train_detail"):
         if key in message:
             raise ValueError(f'{where}"{key}" is not read: a message is trained on as a whole ("train") or not at all')
@@ -154,7 +154,7 @@ def _trained(message: dict[str, Any], role: str, where: str) -> bool:
 
 
 def read_message(message: dict[str, Any], where: str, calls: Calls) -> tuple[dict[str, Any], bool]:
-    """A message as templates know it, with what else it carries, and whether it may be trained on."""
+    """A message as templates expect it, its unused keys, and whether it may be trained on."""
     if message.get("refusal"):
         raise ValueError(f'{where}"refusal" is not read; what the assistant says is its "content"')
     for key in MEDIA:
@@ -166,7 +166,7 @@ def read_message(message: dict[str, Any], where: str, calls: Calls) -> tuple[dic
         raise ValueError(f"{where}{json.dumps(role_key)} is empty")
     if role_key == "from" and speaker not in _ROLES:
         raise ValueError(f'{where}"from" is {speaker!a}{nearest(speaker, _ROLES)}; known are {", ".join(_ROLES)}')
-    if speaker not in _ROLES and speaker.lower() in _ROLES:  # a template's own roles are its matter, a slip is not
+    if speaker not in _ROLES and speaker.lower() in _ROLES:  # wrong case; other roles are up to the template
         raise ValueError(f"{where}{json.dumps(role_key)} is {speaker!a}{nearest(speaker.lower(), _ROLES)}")
     role = "tool" if speaker == "function" else _ROLES.get(speaker, speaker)
     called = _tool_calls(message, where, calls)

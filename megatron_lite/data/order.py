@@ -1,8 +1,8 @@
-"""The order of samples as arithmetic: which sample comes n-th, without a table of all that come before.
+"""The order of samples, computed: which sample comes at position n, without a table of all samples.
 
-Two functions of the position alone, both vectorised over positions: ``permute`` shuffles an epoch, ``Blend`` deals
-positions out to several datasets. So a run starts at once on any amount of data, resumes at any position in O(1), and
-sees the same samples at every number of ranks.
+Two functions of the position alone, both vectorised over positions: ``permute`` shuffles an epoch, ``Blend``
+distributes positions over several datasets. So a run starts at once on any amount of data, resumes at any position in
+O(1), and sees the same samples on any number of ranks.
 """
 
 from __future__ import annotations
@@ -28,10 +28,10 @@ def _scramble(x: np.ndarray) -> np.ndarray:
 
 
 def permute(indices: np.ndarray, size: int, key: int) -> np.ndarray:
-    """Where a permutation of ``range(size)``, chosen by ``key``, sends each of the int64 ``indices``.
+    """Apply a pseudorandom permutation of ``range(size)``, selected by ``key``, to each of the int64 ``indices``.
 
-    A Feistel network (Luby and Rackoff 1988) permutes the next power of two; what falls outside ``size`` is sent on
-    until it falls inside (cycle walking, Black and Rogaway 2002), fewer than two rounds of it on average.
+    A Feistel network (Luby and Rackoff 1988) permutes the next power of two. A result outside ``size`` is permuted
+    again until it falls inside (cycle walking, Black and Rogaway 2002); this takes fewer than two rounds on average.
     """
     if size <= 1:
         return np.zeros_like(indices)
@@ -54,7 +54,7 @@ def permute(indices: np.ndarray, size: int, key: int) -> np.ndarray:
 
 @dataclass(frozen=True)
 class Blend:
-    """Deals positions 0, 1, 2, … out to datasets in proportion to their ``weights``, at every prefix.
+    """Distributes positions 0, 1, 2, … over datasets in proportion to their ``weights``, accurately at every prefix.
 
     A balanced tree of two-way splits; each sends n p of its first n positions, rounded, to the left. A split adds at
     most half a sample of error, so a dataset's share of any first n positions is exact to ``ceil(log2(datasets)) / 2``
@@ -65,7 +65,7 @@ class Blend:
 
     @classmethod
     def of(cls, weights: Sequence[float]) -> Blend:
-        """From any positive weights: decimal fractions as written (0.3 is 3/10), rounded only beyond 2**31 parts."""
+        """From positive weights, taken as exact decimal fractions (0.3 is 3/10) and rounded only beyond 2**31 parts."""
         exact = [Fraction(str(weight)) for weight in weights]
         scale = lcm(*(weight.denominator for weight in exact))
         whole = [int(weight * scale) for weight in exact]

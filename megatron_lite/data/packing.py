@@ -1,8 +1,8 @@
-"""Windows of whole conversations: which of them share a window, worked out from their lengths alone.
+"""Sequence packing: which whole conversations share a window, computed from their lengths alone.
 
 Best-fit decreasing (Johnson 1974): the longest first, each into the fullest window that still has room. Conversations
-of one length are dealt out together (as in Krell et al. 2021), so that the work grows with the window's length and not
-with the number of conversations. The same lengths always give the same windows; epochs shuffle windows as they are.
+of equal length are placed together (as in Krell et al. 2021), so that the cost grows with the window length and not
+with the number of conversations. Equal lengths always give the same windows; epochs shuffle whole windows.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ CONVERSATIONS = "conversations"  # what the card of a dataset of them calls its 
 def pack(sizes: np.ndarray, capacity: int) -> tuple[np.ndarray, np.ndarray]:
     """Put items of int64 ``sizes`` [n], each from 1 to ``capacity``, into windows of ``capacity``.
 
-    Returns the items in the order of the windows, int64 [n], and where each window begins in that, int64 [windows + 1].
+    Returns the items in window order, int64 [n], and the start of each window in that order, int64 [windows + 1].
     """
     by_size = np.argsort(-sizes, kind="stable")
     counts = np.bincount(sizes, minlength=capacity + 1)
     window_of = np.empty(len(sizes), np.int64)
-    room: dict[int, list[np.ndarray]] = {}  # windows by the room they have left, as stretches of their numbers
+    room: dict[int, list[np.ndarray]] = {}  # free space: windows with that much, as ranges of window numbers
     rooms: list[int] = []  # the keys of `room`, sorted
     num_windows = placed = 0
 
@@ -46,7 +46,7 @@ def pack(sizes: np.ndarray, capacity: int) -> tuple[np.ndarray, np.ndarray]:
             waiting = waiting[len(used) :]
             put_back(used, left - size)
             put_back(windows[len(used) :], left)
-        if len(waiting):  # none has room: new windows, filled one after another
+        if len(waiting):  # no window has room: open new ones, filled one after another
             each = capacity // size
             last = num_windows + (len(waiting) - 1) // each
             window_of[waiting] = num_windows + np.arange(len(waiting)) // each

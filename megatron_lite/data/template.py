@@ -1,9 +1,9 @@
-"""Chat templates: a conversation as the text a model reads, and which characters of it the assistant wrote.
+"""Chat templates: render a conversation as text for the model, and find the characters that the assistant wrote.
 
-A template is Jinja, as Hugging Face models carry it, and comes from strangers. It runs in Jinja's immutable sandbox,
-which keeps it from Python's own attributes, within limits on CPU time, memory, numbers and output, which the sandbox
-lacks. Deviating from Hugging Face, an attempt at a private attribute is an error rather than an empty string, and
-the clock (``strftime_now``) stands still at a date that is given: the same input always gives the same text.
+Templates are Jinja, as shipped with Hugging Face models, and are not trusted. They run in Jinja's immutable sandbox,
+which protects Python's attributes, with additional limits on CPU time, memory, numbers and output. Two things differ
+from Hugging Face: access to a private attribute is an error rather than an empty string, and the clock
+(``strftime_now``) returns a given date, so that the same input always gives the same text.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from megatron_lite.errors import ConfigError, DataError
 Loss = Literal["completions", "last", "all"]
 Message = Mapping[str, Any]
 
-# For a tokenizer that comes without one: roles as plain text, each assistant turn ended by the end-of-sequence token.
+# For a tokenizer without a template: roles as plain text; an end-of-sequence token ends each assistant turn.
 PLAIN = """
 {%- for message in messages -%}
 <|{{ message.role }}|>
@@ -47,11 +47,11 @@ PLAIN = """
 MAX_TEMPLATE = 1 << 20  # characters
 MAX_OUTPUT = 16 << 20  # characters of one conversation
 _MAX_NUMBER = 1 << 64
-_SECONDS = 5.0  # of CPU for one conversation, which takes a ten-thousandth of it
-_MEMORY = 1 << 30  # bytes that one conversation may take on top
-_OPEN, _CLOSE = "\ufdd1", "\ufdd2"  # noncharacters, which no text holds: around what `generation` encloses
-_HERE = "\ufdd3"  # stands for a content that is looked for
-_REASONING = ("reasoning_content", "thinking", "reasoning")  # a message's, as transformers knows it
+_SECONDS = 5.0  # CPU seconds for one conversation; normal is a ten-thousandth of that
+_MEMORY = 1 << 30  # additional bytes that one conversation may use
+_OPEN, _CLOSE = "\ufdd1", "\ufdd2"  # noncharacters that mark the start and end of a `generation` block
+_HERE = "\ufdd3"  # stands for a message's content when its position is searched for
+_REASONING = ("reasoning_content", "thinking", "reasoning")  # names that transformers uses in messages
 
 
 class _RefusedError(ValueError):
@@ -59,7 +59,7 @@ class _RefusedError(ValueError):
 
 
 class _OutOfTimeError(BaseException):
-    """Not an Exception, lest Jinja take it for one of the template's own."""
+    """Not an Exception, so that Jinja does not treat it as an error of the template."""
 
 
 class _Generation(Extension):
@@ -77,7 +77,7 @@ class _Generation(Extension):
 
 
 class _Sandbox(ImmutableSandboxedEnvironment):
-    """Jinja's sandbox, in which what is not allowed is an error, and arithmetic stays small."""
+    """Jinja's sandbox, where anything forbidden is an error and numbers stay small."""
 
     intercepted_binops = frozenset(("+", "-", "*", "/", "//", "%", "**"))
 
@@ -111,22 +111,21 @@ def _to_json(
 
 
 class Rendered(NamedTuple):
-    """The text of a conversation, and the characters [start, stop) that count as targets."""
+    """The text of a conversation, and the spans of characters [start, stop) that are trained on."""
 
     text: str
     spans: list[tuple[int, int]]
 
 
 class ChatTemplate:
-    """A compiled chat template, with the names of the tokenizer's special tokens to fill in, and for templates that ask
-    for today's date ``day``.
+    """A compiled chat template with the special tokens of a tokenizer. ``day``: today's date, for templates that ask.
 
-    Raises ConfigError for a template that does not compile, or does what no template may, here and in ``render``.
+    Raises ConfigError for a template that does not compile or does something forbidden, here and in ``render``.
     """
 
     def __init__(self, source: str, tokenizer: Tokenizer, name: str = "chat template", day: date | None = None) -> None:
         self.source, self.name, self._tokenizer = source, name, tokenizer
-        self.plain = source == PLAIN  # every other one writes itself what begins a text
+        self.plain = source == PLAIN  # all other templates write the begin token themselves
         self._given: Mapping[str, Any] = {name: text for name, text in tokenizer.names().items() if text}
         self._ends = tuple(tokenizer.special)
         if len(source) > MAX_TEMPLATE:
@@ -158,7 +157,7 @@ class ChatTemplate:
         }
 
     def reads(self, key: str) -> bool:
-        """Whether a key of a message, or something given beside the messages, is named in the template."""
+        """Whether the template mentions a key of a message or another input of this name."""
         return key in self._words or (key in _REASONING and not self._words.isdisjoint(_REASONING))
 
     @cached_property
@@ -170,14 +169,14 @@ class ChatTemplate:
             call = {"id": "000000000", "type": "function", "function": {"name": "f", "arguments": arguments}}
             with suppress(ValueError):
                 text = self._render([user, {**answer, "tool_calls": [call]}]).text
-                if repr(arguments) in text and form == "objects":  # Python's spelling, which nobody means
+                if repr(arguments) in text and form == "objects":  # Python's repr is never intended
                     continue
                 return "none" if text == self._render([user, answer]).text else form
         return "objects"
 
     @cached_property
     def _prompts_always(self) -> bool:
-        """Whether what precedes an answer follows the last one too, where nobody asked for a generation prompt."""
+        """Whether the template writes a generation prompt even if none was requested."""
         user, answer = {"role": "user", "content": "a"}, {"role": "assistant", "content": _HERE}
         with suppress(ValueError):
             before, _, after = self._render([user, answer]).text.partition(_HERE)
@@ -187,15 +186,16 @@ class ChatTemplate:
         return False
 
     def prompt(self, messages: Sequence[Message]) -> str:
-        """What the assistant is to go on from. Raises ValueError where the template refuses the conversation or leaves
-        a message out."""
+        """The text from which the assistant continues. Raises ValueError if the template refuses the conversation or
+        leaves out a message."""
         _check_marks(messages)
         text = self._render(messages, prompt=True).text
         self._check_complete(messages, {}, text, prompt=True)
         return text
 
     def end(self) -> int:
-        """The token that it writes after an answer: a control token, or one like ``<end>`` that is no more; else -1."""
+        """The single token that the template writes after an answer (a control token, or one such as ``<end>``), or
+        -1."""
         question, answer = {"role": "user", "content": "Hello"}, {"role": "assistant", "content": "Certainly"}
         try:
             text = self._render([question, answer]).text.rstrip()
@@ -217,13 +217,13 @@ class ChatTemplate:
         given: Mapping[str, Any] = MappingProxyType({}),
         untrained: Collection[int] = (),
     ) -> Rendered:
-        """The conversation as text, and where the assistant's turns are in it, their end markers included.
+        """Render the conversation as text, with the spans of the assistant's turns, including their end markers.
 
-        ``given``: what the template reads beside the messages. ``loss``: ``completions`` all the assistant's turns,
-        ``last`` the last one alone, ``all`` the whole text, each without the messages ``untrained``. The spans are what
-        the template's ``generation`` blocks enclose. In a template without any, a turn is what follows the header of
-        the generation prompt. Raises ValueError where the template refuses the conversation or leaves a message out,
-        or a turn cannot be found in its text.
+        ``given``: further inputs of the template. ``loss``: ``completions`` trains on all turns of the assistant,
+        ``last`` on its last turn only, ``all`` on the whole text, always without the messages ``untrained``. The spans
+        are those of the template's ``generation`` blocks; without such blocks, a turn is the text after the header that
+        the generation prompt would write. Raises ValueError if the template refuses the conversation or leaves out a
+        message, or if a turn cannot be found in the text.
         """
         _check_marks(messages, dict(given))
         whole, spans = self._render(messages, given)
@@ -250,8 +250,8 @@ class ChatTemplate:
     def _check_complete(
         self, messages: Sequence[Message], given: Mapping[str, Any], whole: str, *, prompt: bool = False
     ) -> None:
-        """Raise ValueError for a message that makes no difference, as some templates ignore roles unknown to them, and
-        for what an assistant says beside its calls where a template writes those alone."""
+        """Raise ValueError for a message that the template ignores (such as one with an unknown role), and for text
+        beside tool calls that the template leaves out."""
         for i, message in enumerate(messages):
             if message.get("tool_calls") and message["content"].rpartition("</think>")[2].strip() not in whole:
                 raise ValueError(f"the chat template leaves out what message {i + 1} says beside its tool calls")
@@ -262,14 +262,14 @@ class ChatTemplate:
                     raise ValueError(f"the chat template leaves out message {i + 1}, of role {message['role']!a}")
 
     def _turn(self, whole: str, messages: Sequence[Message], i: int, given: Mapping[str, Any]) -> tuple[int, int]:
-        """The characters of ``whole`` that are message ``i``: of the assistant's, what follows the header."""
+        """The span of message ``i`` in ``whole``; for the assistant, without the header."""
         answers = messages[i]["role"] == "assistant"
         with suppress(_RefusedError):
             before = self._render(messages[:i], given, prompt=answers).text
             after = whole if i == len(messages) - 1 else self._render(messages[: i + 1], given).text
             if whole.startswith(after) and after.startswith(before):
                 return len(before), max(self._end(after), len(before))
-        # The text before it changes as the conversation goes on, or it is the first: found by a content of our own.
+        # The first message, or the earlier text depends on later messages: locate it with a stand-in content.
         stand_in = _stand_in(messages[i])
         probe = self._render([*messages[:i], stand_in, *messages[i + 1 :]], given).text
         start, stop = probe.find(_HERE), probe.rfind(_HERE) + 1
@@ -289,8 +289,8 @@ class ChatTemplate:
     def _around(
         self, stand_in: Message, context: Sequence[Message], given: Mapping[str, Any], answers: bool
     ) -> tuple[str, str, str]:
-        """Of a message that ends a conversation: the header that a generation prompt has too, what the template puts
-        between it and the content, and what it puts after. Empty where that cannot be told."""
+        """For the last message of a conversation: the header (as in a generation prompt), the text between header and
+        content, and the text after the content. Empty if that cannot be determined."""
         for before in (context, [{"role": "user", "content": "?"}]):
             with suppress(_RefusedError):
                 past = self._render(before, given).text
@@ -303,7 +303,7 @@ class ChatTemplate:
         return "", "", ""
 
     def _end(self, text: str) -> int:
-        """Where a text ends, without a line end after an end marker."""
+        """The end of a text, without a newline that follows an end marker."""
         shorter = text.rstrip()
         return len(shorter) if shorter.endswith(self._ends) else len(text)
 
@@ -337,8 +337,8 @@ class ChatTemplate:
 
     @contextmanager
     def _limits(self) -> Iterator[None]:
-        """Bound the CPU time and the memory of what runs inside. Raises ConfigError beyond them, or when the sandbox
-        refuses something. Time is bounded in the main thread only, where signals arrive."""
+        """Limit CPU time and memory inside the ``with`` block. Raises ConfigError if a limit is exceeded or the sandbox
+        refuses something. Time is limited only in the main thread, because signals arrive there."""
 
         def out_of_time(*_: object) -> NoReturn:
             raise _OutOfTimeError
@@ -369,7 +369,7 @@ class ChatTemplate:
 
 
 def _marked(chunk: str) -> Iterator[str]:
-    """A piece of output, cut at the marks."""
+    """A piece of output, split at the marks."""
     start = 0
     for i, character in enumerate(chunk) if _OPEN in chunk or _CLOSE in chunk else ():
         if character in (_OPEN, _CLOSE):
@@ -380,13 +380,13 @@ def _marked(chunk: str) -> Iterator[str]:
 
 
 def _reasoned(message: Message) -> Message:
-    """With its reasoning under every name that a template may ask for, as transformers gives it."""
+    """The message with its reasoning under every name that a template may read, as transformers does."""
     reasoning = next((message[key] for key in _REASONING if key in message), None)
     return message if reasoning is None else {"thinking": reasoning, **message, "reasoning_content": reasoning}
 
 
 def _stand_in(message: Message) -> Message:
-    """A message of the same kind, whose texts and names of tools can be found again."""
+    """A message of the same kind whose texts and tool names can be found in the output."""
     texts = dict.fromkeys(("content", *(key for key in _REASONING if key in message)), _HERE)
     if "tool_calls" not in message:
         return {**message, **texts}
@@ -398,13 +398,13 @@ def _stand_in(message: Message) -> Message:
 
 
 def _shared(one: str, other: str) -> int:
-    """How many characters two texts begin alike."""
+    """The length of the common prefix of two texts."""
     pairs = enumerate(zip(one, other, strict=False))
     return next((i for i, (a, b) in pairs if a != b), min(len(one), len(other)))
 
 
 def _outside(spans: Sequence[tuple[int, int]], text: str) -> list[tuple[int, int]]:
-    """The stretches of a text between ``spans``, which are in order."""
+    """The parts of a text between ``spans``, which are in order."""
     starts = [0, *(stop for _, stop in spans)]
     stops = [*(start for start, _ in spans), len(text)]
     return [(start, stop) for start, stop in zip(starts, stops, strict=True) if start < stop]
@@ -421,7 +421,7 @@ def _one_line(error: BaseException) -> str:
 
 
 def find_template(files: Mapping[str, bytes], name: str) -> str:
-    """The template that comes with a tokenizer, as the files of a model folder hold it, or ``PLAIN``."""
+    """The template among a tokenizer's files, or ``PLAIN``."""
     if TEMPLATE in files:
         try:
             return files[TEMPLATE].decode()
@@ -429,7 +429,7 @@ def find_template(files: Mapping[str, bytes], name: str) -> str:
             raise DataError(f"{name}: {TEMPLATE} is not UTF-8") from None
     found = parse_object(files, "chat_template.json").get("chat_template")
     found = found or parse_object(files, SETTINGS).get("chat_template") or PLAIN
-    if isinstance(found, list):  # several with names
+    if isinstance(found, list):  # several named templates
         named = {each.get("name"): each.get("template") for each in found if isinstance(each, dict)}
         found = named.get("default")
     if not isinstance(found, str):

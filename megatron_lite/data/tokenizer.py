@@ -1,6 +1,6 @@
-"""Tokenizers: sentencepiece's ``.model`` and Hugging Face's folders behind one interface.
+"""Tokenizers: sentencepiece's ``.model`` and Hugging Face folders behind one interface.
 
-Both are loaded with care, because a user may hand us any file. No torch: the data tools start without it.
+The files are not trusted. No torch: the data tools start without it.
 """
 
 from __future__ import annotations
@@ -23,20 +23,20 @@ from megatron_lite.errors import CheckpointError, ConfigError, DataError
 
 MODEL, JSON, SETTINGS, TEMPLATE = "tokenizer.model", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"
 SPECIAL_MAP, ADDED, GENERATION = "special_tokens_map.json", "added_tokens.json", "generation_config.json"
-VOCAB, MERGES = "vocab.json", "merges.txt"  # GPT-2's, before there was a tokenizer.json
-MAIN = (JSON, MODEL, VOCAB)  # one of them makes a tokenizer, the first that is there
-TOKENIZER_FILES = (  # what belongs to a model beside its weights
+VOCAB, MERGES = "vocab.json", "merges.txt"  # GPT-2's format, before tokenizer.json
+MAIN = (JSON, MODEL, VOCAB)  # main files; the first that exists is used
+TOKENIZER_FILES = (  # files of a model folder that belong to the tokenizer or to generation
     *(MODEL, JSON, SETTINGS, SPECIAL_MAP, ADDED),
     *(VOCAB, MERGES, GENERATION, TEMPLATE, "chat_template.json"),
 )
-_CONFIG = "config.json"  # the model's, which has a say in what its tokenizer is
+_CONFIG = "config.json"  # the model's config, which influences the tokenizer class
 _MAX_FILE_BYTES = 256 << 20
 
 
 class Encoded(NamedTuple):
-    """int64 [n] tokens, and for each the characters [starts, stops) of the text it stands for.
+    """int64 [n] tokens, and for each token the characters [starts, stops) of the text that it stands for.
 
-    Of the tokens that share a character, each covers it or (sentencepiece) covers nothing at its beginning.
+    If several tokens share a character, each covers it or (sentencepiece) is empty at its beginning.
     """
 
     tokens: np.ndarray
@@ -44,7 +44,7 @@ class Encoded(NamedTuple):
     stops: np.ndarray
 
     def within(self, spans: Iterable[tuple[int, int]]) -> np.ndarray:
-        """bool [n]: which tokens stand for a character of one of ``spans``."""
+        """bool [n]: which tokens overlap one of ``spans``."""
         found = np.zeros(len(self.tokens), bool)
         for start, stop in spans:
             found |= (self.starts < stop) & (np.maximum(self.stops, self.starts + 1) > start)
@@ -55,12 +55,12 @@ class Tokenizer(ABC):
     """Text to tokens and back.
 
     Attributes:
-        vocab_size: the largest token id and one.
-        bos_id, eos_id, pad_id: begin and end of a sequence, and what fills it up; -1 where there is none.
-        special: the control tokens, text to id. Text that spells one is that token only where it is asked for
-            (``special=True``), as of what a chat template has written.
-        begin, end: what it puts before and after a text by itself, such as bos.
-        sha256: of the file it was loaded from, with the settings beside it where these change its tokens.
+        vocab_size: the largest token id plus one.
+        bos_id, eos_id, pad_id: begin of sequence, end of sequence, padding; -1 if there is none.
+        special: control tokens, text to id. Text that spells one is read as that token only with ``special=True``, as
+            for the output of a chat template.
+        begin, end: tokens that the tokenizer itself puts before and after a text, such as bos.
+        sha256: digest of the file it was loaded from, and of the settings beside it if they change its tokens.
     """
 
     vocab_size: int
@@ -74,15 +74,15 @@ class Tokenizer(ABC):
 
     @abstractmethod
     def encode(self, text: str, *, special: bool = False) -> list[int]:
-        """The tokens of a text; nothing is added to them."""
+        """The tokens of a text, without begin or end tokens."""
 
     @abstractmethod
     def encode_documents(self, texts: list[bytes], *, special: bool = False) -> list[np.ndarray]:
-        """int32 [n] tokens of each UTF-8 text, in one thread; nothing is added to them."""
+        """int32 [n] tokens of each UTF-8 text, in one thread, without begin or end tokens."""
 
     @abstractmethod
     def encode_spans(self, text: str, *, special: bool = True) -> Encoded:
-        """The tokens of a text in which control tokens count, and where each comes from."""
+        """The tokens of a text, control tokens recognised, with the span of each."""
 
     @abstractmethod
     def decode(self, tokens: Sequence[int]) -> str:
@@ -102,14 +102,14 @@ class Tokenizer(ABC):
         return "".join([*parts, self.decode(run)])
 
     def names(self) -> dict[str, str]:
-        """Its control tokens as chat templates call them; without one to fill up with, that is the last of a text."""
+        """Control tokens by their names in chat templates; without a padding token, eos stands for it."""
         ids = {"bos_token": self.bos_id, "eos_token": self.eos_id}
         ids["pad_token"] = self.eos_id if self.pad_id < 0 else self.pad_id
         return {name: self.token(token) for name, token in ids.items()}
 
     def around(self, bos: bool | None = None, eos: bool | None = None) -> tuple[list[int], list[int]]:
-        """The tokens that go before and after a text: what it puts there by itself (None), or bos and eos, or nothing.
-        Raises ConfigError where it has no such token."""
+        """The tokens before and after a text. None: those that the tokenizer itself adds; True: bos and eos; False:
+        none. Raises ConfigError if it has no such token."""
         sides = []
         for name, wanted, own, token in (("bos", bos, self.begin, self.bos_id), ("eos", eos, self.end, self.eos_id)):
             if wanted and token < 0 and not own:
@@ -118,28 +118,28 @@ class Tokenizer(ABC):
         return sides[0], sides[1]
 
     def encode_prompt(self, text: str, bos: bool | None = None, eos: bool | None = None) -> list[int]:
-        """The tokens of a text to go on from, in which control tokens count, with what is ``around`` it, which is not
-        doubled; never none at all."""
+        """The tokens of a prompt, control tokens recognised, with the tokens of ``around``, which are not doubled; at
+        least one token."""
         before, after = self.around(bos, eos)
         tokens = led(before, self.encode(text, special=True))
         return (tokens if after and tokens[-len(after) :] == after else [*tokens, *after]) or [self.eos_id]
 
     def token(self, token: int) -> str:
-        """The text of a control token, "" of another one or of -1."""
+        """The text of a control token; "" for any other token and for -1."""
         return next((text for text, known in self.special.items() if known == token), "")
 
 
 def led(begin: list[int], tokens: list[int]) -> list[int]:
-    """``tokens`` with ``begin`` before them, once."""
+    """``tokens`` with ``begin`` before them, unless they begin with it already."""
     return tokens if tokens[: len(begin)] == begin else [*begin, *tokens]
 
 
 class SentencePiece(Tokenizer):
-    """A sentencepiece model. Raises DataError where ``content`` is not one."""
+    """A sentencepiece model. Raises DataError if ``content`` is not one."""
 
     def __init__(self, content: bytes, name: str) -> None:
         try:
-            if not content:  # which the library takes for no model at all, and answers when it is used
+            if not content:  # the library accepts empty content and fails only when used
                 raise ValueError("an empty file")
             self._model = SentencePieceProcessor(model_proto=content)
         except (RuntimeError, OSError, ValueError, TypeError) as error:
@@ -183,7 +183,7 @@ class SentencePiece(Tokenizer):
         pieces = sentencepiece_pb2.SentencePieceText.FromString(raw).pieces  # type: ignore[attr-defined]
         if text.isascii():
             return [(piece.id, piece.begin + offset, piece.end + offset) for piece in pieces]
-        # Its offsets count bytes: characters before each of them are the bytes that start one.
+        # Offsets count bytes; the character index is the number of character-starting bytes before.
         firsts = (np.frombuffer(text.encode(), np.uint8) & 0xC0) != 0x80
         where = np.concatenate(([0], np.cumsum(firsts))) + offset
         return [(piece.id, int(where[piece.begin]), int(where[piece.end])) for piece in pieces]
@@ -193,7 +193,7 @@ class SentencePiece(Tokenizer):
 
 
 def parse_object(files: Mapping[str, bytes], name: str, where: str = "") -> dict[str, Any]:
-    """The object in a small JSON file, empty where there is none. Raises DataError, which begins with ``where``, for
+    """The object in a small JSON file; empty if there is no file. Raises DataError, beginning with ``where``, for
     anything else."""
     if name not in files:
         return {}
@@ -214,7 +214,7 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def tokenizer_path(path: str | Path) -> Path:
-    """The file that a name means: itself, or of a folder its tokenizer.json, else its tokenizer.model or vocab.json."""
+    """The main file of a tokenizer: the path itself or, in a folder, tokenizer.json, tokenizer.model or vocab.json."""
     path = Path(path)
     found = next((path / name for name in MAIN if (path / name).is_file()), None) if path.is_dir() else path
     if found is None or not found.is_file():
@@ -225,8 +225,8 @@ def tokenizer_path(path: str | Path) -> Path:
 
 
 def tokenizer_files(path: str | Path) -> dict[str, bytes]:
-    """What makes up the tokenizer at ``path``, by the names a model folder has for it: a sentencepiece model of another
-    name by itself, what has the name it has in such a folder with what lies beside it, a folder whole."""
+    """The files of the tokenizer at ``path``, by their names in a model folder. A folder: all its tokenizer files. A
+    file with a standard name: with the files beside it. A sentencepiece model of another name: alone."""
     file = tokenizer_path(path)
     whole = file.suffix == ".json" or file.name == MODEL
     beside = [file.parent / name for name in (*TOKENIZER_FILES, _CONFIG) if whole]
@@ -240,7 +240,7 @@ def tokenizer_files(path: str | Path) -> dict[str, bytes]:
         raise DataError(f"{error.filename}: {error.strerror}") from None
     if file.name in (MODEL, VOCAB):
         files.pop(JSON, None)
-    from megatron_lite.data.hf_tokenizer import settled  # which imports this module
+    from megatron_lite.data.hf_tokenizer import settled  # it imports this module
 
     return settled(files, parse_object({_CONFIG: files.pop(_CONFIG, b"{}")}, _CONFIG, f"{path}: "), str(path))
 
@@ -248,7 +248,7 @@ def tokenizer_files(path: str | Path) -> dict[str, bytes]:
 def load_tokenizer(path: str | Path) -> Tokenizer:
     """Load a sentencepiece ``.model``, a ``tokenizer.json``, or a folder that has one.
 
-    Raises ConfigError where there is none, DataError where it does not load.
+    Raises ConfigError if there is none, DataError if it does not load.
     """
     return read_tokenizer(tokenizer_files(path), str(tokenizer_path(path)))
 
@@ -263,7 +263,7 @@ def read_tokenizer(files: Mapping[str, bytes], name: str) -> Tokenizer:
 
 
 def carried_tokenizer(files: Mapping[str, bytes], where: Path) -> Tokenizer:
-    """The tokenizer that a model at ``where`` has among its small files. Raises CheckpointError."""
+    """The tokenizer among the small files of a model at ``where``. Raises CheckpointError."""
     if not files.keys() & {*MAIN}:
         raise CheckpointError(f"{where} has no {MODEL} and no {JSON}, to read a prompt with")
     try:
