@@ -1,6 +1,6 @@
-"""Checkpoints that belong to no layout: boxes of global tensors, verified before use, committed all or nothing.
+"""Layout-independent checkpoints: boxes of global tensors, verified before use, committed atomically.
 
-``prepare`` at the start of a run, ``newest`` or ``open_checkpoint`` to resume, ``save`` and ``prune`` as it goes.
+Call ``prepare`` at the start of a run, ``newest`` or ``open_checkpoint`` to resume, ``save`` and ``prune`` during it.
 """
 
 from megatron_lite.checkpoint.adapters.fingerprint import check_base, fingerprint, load_base

@@ -1,9 +1,9 @@
-"""Saving beside training: what this rank writes is copied while the next step computes, and persisted behind it.
+"""Asynchronous saving: a rank's state is copied while the next step computes, and written in the background.
 
-Weights and optimizer state change in an update alone, so an update waits for the copy, and a checkpoint never mixes
-steps. It is committed like any other, by ranks that agree over a process group of their own. Snapshot, then persist, is
-CheckFreq's (Mohan et al. 2021); that forward and backward leave alone what is copied, DataStates-LLM's (Maurya et al.
-2024).
+Only an update changes weights and optimizer state, so the next update waits for the copy, and a checkpoint never mixes
+steps. It is committed like any other checkpoint; the ranks agree over a process group of their own. "Snapshot, then
+persist" is from CheckFreq (Mohan et al. 2021); copying during forward and backward, which do not change the state, is
+from DataStates-LLM (Maurya et al. 2024).
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ from megatron_lite.training.faults import Faults
 
 
 class BackgroundSaver:
-    """One save at a time: a second one waits for the first. Making it is collective over ``world``.
+    """Runs one save at a time; a second one waits for the first. Its construction is collective over ``world``.
 
-    Memory: a copy, in (pinned) host buffers that every save uses again, of what this rank writes: with dp replicas of a
-    tensor only one of them copies it.
+    Memory: one copy of what this rank writes, in (pinned) host buffers that are reused by every save. If dp replicas
+    hold the same tensor, only one of them copies it.
     """
 
     def __init__(self, world: Axis, device: torch.device) -> None:
@@ -44,17 +44,17 @@ class BackgroundSaver:
 
     @property
     def failed(self) -> bool:
-        """Whether the save at work has failed on this rank; ``wait`` then raises why, on every rank."""
+        """Whether the running save has failed on this rank; ``wait`` then raises the reason, on every rank."""
         return self._pending is not None and self._pending.done() and self._pending.exception() is not None
 
     def wait_for_copy(self) -> None:
-        """Before anything that was saved changes: until it is copied. Raises, on this rank alone, what went wrong."""
+        """Wait until the state is copied; call it before the state changes. Raises errors on this rank only."""
         copied, self._copied = self._copied, None
         if copied is not None:
             copied.result()
 
     def wait(self) -> None:
-        """For the save at work, if there is one. Raises on every rank what any of them met."""
+        """Wait for the running save, if any. An error on any rank is raised on every rank."""
         pending, self._pending = self._pending, None
         if pending is not None:
             pending.result()
@@ -69,9 +69,9 @@ class BackgroundSaver:
         faults: Faults,
         then: Callable[[Path], None],
     ) -> None:
-        """Like ``commit.save``, but back as soon as it is arranged who writes what: ``wait_for_copy`` before the pieces
-        change. ``then`` is called, in the background, with the path of what was committed. Raises what the save before
-        it met."""
+        """Like ``commit.save``, but returns once it is decided which rank writes what. Call ``wait_for_copy`` before
+        the pieces change. ``then`` is called in the background with the path of the committed checkpoint. Raises
+        errors of the previous save."""
         self.wait()
         faults.at("save", step)
         layout = arrange([shards.holdings(pieces)], self.world)

@@ -1,7 +1,7 @@
-"""Saving: a checkpoint appears whole, under its final name, or not at all.
+"""Saving: a checkpoint appears complete, under its final name, or not at all.
 
 ``step_N.tmp-<nonce>/`` is written and fsynced by every rank, signed by a manifest, renamed to ``step_N``, and only then
-named by ``latest`` (docs/adr/0002). Each of these steps may be the last one before a power cut.
+named by ``latest`` (docs/adr/0002). A power cut after any of these steps leaves a consistent folder.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ from megatron_lite.training.faults import Faults
 STATE = "state.json"
 LATEST = "latest"
 _STEP = re.compile(r"step_(\d{8,12})")
-_RESERVE = 1 << 20  # bytes for the manifest, the file system's own records and logs
+_RESERVE = 1 << 20  # spare bytes for the manifest, file system metadata and logs
 
 
 def save(
@@ -54,10 +54,11 @@ def save(
     """Commit a checkpoint of ``step`` in ``folder`` and return its path. Collective over ``world``.
 
     ``pieces``: this rank's parts of the global tensors; together the ranks hold every element. ``state`` (JSON) and
-    ``extras`` (file name: content) are rank 0's. Needs no memory beyond one strided or device-resident box.
+    ``extras`` (file name: content) are taken from rank 0. Extra memory: one box at most, if it is strided or on a
+    device.
 
-    Raises StorageError on every rank when any of them cannot write; nothing of the attempt is left, and the checkpoints
-    before it are untouched.
+    Raises StorageError on every rank if any of them cannot write. Then nothing of the attempt remains, and earlier
+    checkpoints are untouched.
     """
     faults.at("save", step)
     layout = arrange([shards.holdings(pieces)], world)
@@ -65,7 +66,7 @@ def save(
 
 
 class Layout(NamedTuple):
-    """Which box goes into which file, the files that this rank writes, and the bytes of all."""
+    """Which box goes into which file, the files that this rank writes, and the total number of bytes."""
 
     tensors: dict[str, TensorEntry]
     own: dict[str, shards.ShardFile]
@@ -73,7 +74,7 @@ class Layout(NamedTuple):
 
 
 def arrange(held: list[dict[str, shards.Holding]], world: Axis) -> Layout:
-    """Decide who writes what. ``held``: what may go into each of the files that this rank writes. Collective."""
+    """Decide which rank writes what. ``held``: candidates for each of the files that this rank writes. Collective."""
     told = gather_objects(held, world)
     tensors = shards.plan([holdings for some in told for holdings in some])
     files = {name: shards.shard_file(tensors, name) for name in map(shards.shard_name, range(sum(map(len, told))))}
@@ -92,7 +93,7 @@ def write(
     world: Axis,
     faults: Faults,
 ) -> Path:
-    """``save`` for what may lie elsewhere: ``read`` yields the bytes of a box when its turn comes."""
+    """The writing part of ``save``: ``read`` yields the bytes of a box when it is written."""
     small = {STATE: json.dumps(state, allow_nan=False, indent=1).encode(), **extras}
     need = layout.size + sum(map(len, small.values())) + _RESERVE
     temporary = folder / f"{step_name(step)}.tmp-{gather_objects(nonce(), world)[0]}"
@@ -135,22 +136,22 @@ def write(
 def _put_in_place(temporary: Path, final: Path, faults: Faults) -> None:
     """Give a finished checkpoint its name and point ``latest`` at it."""
     replaced = final.with_name(f"{final.name}.old-{nonce()}")
-    if os.path.lexists(final):  # a damaged one, which a run that fell back has reached again
-        rename(final, replaced, faults)  # _remove_leftovers takes it back if the next rename never happens
+    if os.path.lexists(final):  # a damaged checkpoint of a step that was reached again
+        rename(final, replaced, faults)  # _remove_leftovers restores it if the next rename never happens
     rename(temporary, final, faults)
     sync_folder(final.parent, faults)
     replace_file(final.with_name(LATEST), f"{final.name}\n".encode(), faults)
     if os.path.lexists(replaced):
         try:
             discard(replaced)
-        except OSError as error:  # the new one is there; the old one is a leftover
+        except OSError as error:  # the new checkpoint is in place; the old one is a leftover
             warn(f"{error.filename or replaced} could not be removed: {error.strerror}")
 
 
 def prepare(folder: Path, world: Axis) -> None:
-    """Make ``folder`` ready for saving before a run starts: it can be written, every rank sees it, leftovers are gone.
+    """Prepare ``folder`` before a run: check that it is writable and shared by all ranks, and remove leftovers.
 
-    A directory that a live process is writing is left alone. Collective; raises StorageError on every rank.
+    A folder that a live process is writing is left alone. Collective; raises StorageError on every rank.
     """
     shared = folder / f".probe.{gather_objects(nonce(), world)[0]}"
     own = shared.with_name(f"{shared.name}.{world.rank}")
@@ -175,8 +176,8 @@ def prepare(folder: Path, world: Axis) -> None:
 
 
 def _remove_leftovers(folder: Path) -> None:
-    """Delete what interrupted saves left, and undo half-made swaps; whatever a live process is writing stays, and what
-    cannot be removed is named and stays, too."""
+    """Delete leftovers of interrupted saves and undo half-made swaps. Files that a live process is writing stay; files
+    that cannot be removed stay, too, with a warning."""
     for path in list(folder.iterdir()):
         name, _, kind = path.name.partition(".")
         swapped = step_of(name) is not None and kind.startswith(("old-", "tmp-"))
@@ -195,12 +196,12 @@ def _remove_leftovers(folder: Path) -> None:
 
 
 def warn(line: str) -> None:
-    """Tell of what does not end the run."""
+    """Print a warning."""
     print(f"warning: {line}", file=sys.stderr, flush=True)
 
 
 def discard(path: Path) -> None:
-    """Delete a checkpoint; interrupted at any point, nothing is left that looks like one."""
+    """Delete a checkpoint; an interruption at any point leaves nothing that looks like one."""
     doomed = path.with_name(f"{path.name.partition('.')[0]}.tmp-{nonce()}")
     path.rename(doomed)
     _remove(doomed)
@@ -223,13 +224,13 @@ def step_name(step: int) -> str:
 
 
 def step_of(name: str) -> int | None:
-    """The step that a folder name stands for, or None for any other name."""
+    """The step of a checkpoint folder's name, or None for any other name."""
     match = _STEP.fullmatch(name)
     return int(match[1]) if match else None
 
 
 def committed(folder: Path) -> dict[int, Path]:
-    """The committed checkpoints of a folder by step, from the last to the first. No link is followed."""
+    """The committed checkpoints in a folder by step, the last first. Links are not followed."""
     found = []
     if folder.is_dir():
         with os.scandir(folder) as entries:

@@ -1,4 +1,4 @@
-"""What ``ckpt inspect`` and ``ckpt verify`` print."""
+"""The output of ``ckpt inspect`` and ``ckpt verify``."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def inspect_source(source: Source, console: Console | None = None) -> None:
 
 
 def verify(path: Path) -> str:
-    """Check every byte of a checkpoint; the line to print. Raises CheckpointError."""
+    """Check every byte of a checkpoint; returns the line to print. Raises CheckpointError."""
     checkpoint = open_checkpoint(path)
     size = amount(sum(file.size for file in checkpoint.manifest.files.values()))
     return f"{path}: step {checkpoint.step}, {len(checkpoint.manifest.files)} files, {size}: all SHA-256 digests agree"

@@ -1,8 +1,8 @@
-"""The manifest of a checkpoint: what its tensors are, in which files their parts lie, and the digest of every file.
+"""The manifest of a checkpoint: its tensors, the files that hold their parts, and the digest of every file.
 
-It names no rank and no layout. A tensor is the union of boxes (rectangles of the global tensor); a box lies in one
-safetensors file under a key made of the tensor's name and the box's origin. The manifest is trusted only after its own
-digest, and even then only as far as every field has been checked: whoever can write a folder can sign it, too.
+It names no rank and no layout. A tensor is the union of boxes (rectangles of the global tensor). A box lies in one
+safetensors file, under a key made of the tensor's name and the box's origin. Before the manifest is used, its own
+digest is verified and every field is checked, because anyone who can write the folder can also compute a digest.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from megatron_lite.errors import CheckpointError
 
 NAME = "manifest.json"
-# In safetensors' own spelling.
+# As safetensors spells them.
 ITEM_SIZES = {
     **{"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 1, "F8_E5M2": 1},
     **{"I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1},
@@ -31,7 +31,7 @@ _TAIL_BYTES = 78
 
 Size = Annotated[int, Field(ge=0, lt=1 << 53)]
 Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
-# A basename without surprises: no separator, no leading dot, nothing a terminal would interpret.
+# A safe file name: no separator, no leading dot, no control characters.
 FileName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.\-]{0,199}$")]
 TensorName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_.:/\-]{1,400}$")]
 
@@ -77,7 +77,7 @@ class TensorEntry(_Entry):
         return name if box.shape == self.shape else f"{name}@{','.join(map(str, box.offset))}"
 
     def problem(self) -> str:
-        """What is wrong with this entry, or nothing."""
+        """What is wrong with this entry, or an empty string."""
         if self.dtype not in ITEM_SIZES:
             return f"unknown dtype {self.dtype!r}"
         if math.prod(self.shape) >= 1 << 53:
@@ -86,7 +86,7 @@ class TensorEntry(_Entry):
 
 
 class Manifest(_Entry):
-    """Everything in a checkpoint folder but the manifest itself."""
+    """The content of a checkpoint folder, except the manifest itself."""
 
     format: Literal["megatron_lite"] = "megatron_lite"
     version: Literal[1] = 1
@@ -107,7 +107,8 @@ def tiling_problem(shape: Sequence[int], boxes: Sequence[BoxEntry]) -> str:
     if covered != wanted:
         return f"its boxes hold {covered} elements, the tensor {wanted}"
     if len(boxes) > 1:
-        # Equal volume and no overlap is an exact cover. Sweeping along the most divided dim keeps few boxes in sight.
+        # Equal volume without overlap is an exact cover. A sweep along the most divided dim compares few boxes at a
+        # time.
         dim = max(range(len(shape)), key=lambda d: len({box.offset[d] for box in boxes}))
         in_sight: list[BoxEntry] = []
         for box in sorted(boxes, key=lambda b: b.offset[dim]):
@@ -119,7 +120,7 @@ def tiling_problem(shape: Sequence[int], boxes: Sequence[BoxEntry]) -> str:
 
 
 def overlap(a: Any, b: Any) -> list[tuple[int, int]] | None:
-    """The common part of two boxes as (start, stop) of each dim in global coordinates, or None."""
+    """The intersection of two boxes as (start, stop) for each dim in global coordinates, or None."""
     found = []
     for a_start, a_size, b_start, b_size in zip(a.offset, a.shape, b.offset, b.shape, strict=True):
         start, stop = max(a_start, b_start), min(a_start + a_size, b_start + b_size)
@@ -161,7 +162,7 @@ def decode(raw: bytes, path: Path) -> Manifest:
 
 
 def parse_json(raw: bytes, path: Path) -> Any:
-    """JSON without its traps: no duplicate keys, no NaN, no endless nesting. Raises CheckpointError."""
+    """Parse JSON strictly: no duplicate keys, no NaN, limited nesting. Raises CheckpointError."""
     try:
         return json.loads(raw.decode("utf-8"), object_pairs_hook=_unique, parse_constant=_no_constant)
     except RecursionError:

@@ -1,4 +1,4 @@
-"""Which kind of checkpoint a path leads to."""
+"""Opens checkpoints of any format: recognises the format of a path."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ from megatron_lite.peft import METHODS
 def open_source(
     path: Path, world: Axis | None = None, *, trust: bool = False, like: ModelConfig | None = None
 ) -> Source:
-    """A checkpoint of ours (or a run, or its ``checkpoints``: the latest), a Hugging Face folder, or what DeepSpeed or
-    Megatron-LM wrote, checked.
+    """Open and check a checkpoint: one of ours (or a run or its ``checkpoints`` folder, for the latest), a Hugging Face
+    folder, or a checkpoint of DeepSpeed or Megatron-LM.
 
-    Collective over ``world``, which shares the checking. ``trust``: nothing is hashed. ``like`` says what a format does
-    not: to what a vocabulary is padded (Hugging Face), its true size (Megatron), the whole model (DeepSpeed). Raises
-    CheckpointError.
+    Collective over ``world``, whose ranks share the checking. ``trust``: skip the digests. ``like``: a model that
+    provides what a format lacks: the padding of the vocabulary (Hugging Face), its true size (Megatron), or the whole
+    model (DeepSpeed). Raises CheckpointError.
     """
     if (path / CONFIG).is_file() and not is_hugging_face(path):
         raise CheckpointError(f"{path} is an adapter of the peft library's; ckpt import_peft makes one of ours of it")
@@ -45,7 +45,7 @@ def open_source(
 
 
 def open_adapter(path: Path, base: Source, world: Axis, *, trust: bool = False) -> Source:
-    """An adapter on ``base``, ours or in a folder of the peft library. Collective over ``world``. Raises
+    """Open an adapter on ``base``: one of ours or a folder of the peft library. Collective over ``world``. Raises
     CheckpointError."""
     if not (path / CONFIG).is_file():
         found = open_source(path, world, trust=trust)
@@ -58,7 +58,7 @@ def open_adapter(path: Path, base: Source, world: Axis, *, trust: bool = False) 
 
 
 def open_peft(folder: Path, base: Source) -> PeftSource:
-    """An adapter in a folder of the peft library, for the model of ``base``. Raises CheckpointError."""
+    """Open a folder of the peft library as an adapter for the model of ``base``. Raises CheckpointError."""
     kind = read_json(folder, CONFIG).get("peft_type")
     folders = filter(None, (method.peft_folder() for method in METHODS.values()))
     known = {each.peft_type: each for each in folders}

@@ -1,4 +1,4 @@
-"""Reading: every byte of a checkpoint is hashed before anything of it is used, or, to resume, while it is loaded."""
+"""Reading: every byte of a checkpoint is hashed before it is used or, when a run resumes, while it is loaded."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from megatron_lite.distributed.mesh import Axis
 from megatron_lite.distributed.shard import Piece
 from megatron_lite.errors import CheckpointError
 
-_MAX_READ_BYTES = 256 << 20  # of a manifest (a million boxes take about 80 MB), state.json or an extra
+_MAX_READ_BYTES = 256 << 20  # limit for a manifest (a million boxes take about 80 MB), state.json or an extra
 
 
 @dataclass(frozen=True)
@@ -36,14 +36,14 @@ class Checkpoint:
         return self.manifest.step
 
     def state(self) -> dict[str, Any]:
-        """What the trainer saved beside the tensors."""
+        """The trainer's state beside the tensors."""
         tree = manifest_file.parse_json(self.extra(STATE), self.path / STATE)
         if not isinstance(tree, dict):
             raise CheckpointError(f"{self.path / STATE}: expected an object, found {type(tree).__name__}")
         return tree
 
     def extra(self, name: str) -> bytes:
-        """The content of one of its small files, verified as it is read."""
+        """The content of one of its small files, verified while reading."""
         if name not in self.manifest.files:
             raise CheckpointError(f"{self.path} has no {name}")
         entry, file = self.manifest.files[name], self.path / name
@@ -53,16 +53,16 @@ class Checkpoint:
         return content
 
     def check(self, pieces: Mapping[str, Piece], world: Axis, *, partial: bool = False) -> None:
-        """Refuse what ``load`` would, without a look at the tensors. Collective over ``world``."""
+        """Refuse what ``load`` would refuse, without reading tensors. Collective over ``world``."""
         names = None if partial else gather_names(pieces, world)
         agree(world, lambda: check_pieces(self.manifest, pieces, names, self.path), self.path)
 
     def load(self, pieces: Mapping[str, Piece], world: Axis, *, partial: bool = False) -> None:
         """Fill ``pieces`` in place from whatever layout was saved. Collective over ``world``.
 
-        Float dtypes are converted to those of the pieces (fp32 masters into a bf16 model), others must be equal. Every
-        piece must be there, and unless ``partial`` nothing else may be. Raises CheckpointError on every rank, when the
-        pieces may be filled in part.
+        Float dtypes are converted to those of the pieces (fp32 masters into a bf16 model); other dtypes must be equal.
+        Every piece must exist in the checkpoint; unless ``partial``, it must hold nothing else. Raises CheckpointError
+        on every rank; the pieces may then be partly filled.
         """
 
         self.check(pieces, world, partial=partial)
@@ -80,9 +80,9 @@ class Checkpoint:
 def open_checkpoint(path: Path, world: Axis | None = None, *, trust: bool = False, lazy: bool = False) -> Checkpoint:
     """Verify the checkpoint at ``path`` and open it. Collective over ``world``: the ranks share the hashing.
 
-    It costs one full read (SHA-256: 1.5 to 1.8 GB/s for each rank). ``lazy``: files that hold tensors are hashed by
-    ``load``, as it reads them. ``trust``: all files are there in their sizes, and nothing is hashed. Raises
-    CheckpointError on every rank, with one line for everything that is missing, extra, of the wrong size or damaged.
+    It costs one full read (SHA-256: 1.5 to 1.8 GB/s for each rank). ``lazy``: files with tensors are hashed later,
+    while ``load`` reads them. ``trust``: only check that all files exist with the right sizes; hash nothing. Raises
+    CheckpointError on every rank, with one line for each file that is missing, extra, damaged or of the wrong size.
     """
     world = world or Axis("world")
 
@@ -100,7 +100,7 @@ def open_checkpoint(path: Path, world: Axis | None = None, *, trust: bool = Fals
 
 
 def read_manifest(path: Path) -> Manifest:
-    """The checked manifest of a checkpoint folder, without a look at the other files."""
+    """The checked manifest of a checkpoint folder; other files are not looked at."""
     if not path.is_dir():
         raise CheckpointError(f"{path}: no such checkpoint")
     file = path / manifest_file.NAME
@@ -121,7 +121,7 @@ def _read(path: Path, size: int) -> bytes:
 
 
 def _listing_problems(path: Path, manifest: Manifest) -> list[str]:
-    """Files that are missing, extra, not files, or of another size than the manifest says."""
+    """Problems with the folder's listing: missing or extra files, entries that are no files, wrong sizes."""
     found = {entry.name: entry for entry in os.scandir(path)}
     found.pop(manifest_file.NAME)
     problems = [f"{name} is missing" for name in sorted(manifest.files.keys() - found.keys())]
@@ -136,8 +136,8 @@ def _listing_problems(path: Path, manifest: Manifest) -> list[str]:
 
 
 def _share(files: Mapping[str, FileEntry], needs: Sequence[Mapping[str, int]], rank: int) -> dict[str, FileEntry]:
-    """The files that ``rank`` is to hash: the largest first, each to a rank with little to hash so far that ``needs``
-    (bytes of each file, by rank) much of it anyway."""
+    """The files that ``rank`` hashes. Files are assigned the largest first, each to a rank that has little to hash so
+    far and reads much of the file anyway (``needs``: bytes of each file that a rank reads, by rank)."""
     load = [0] * len(needs)
     share = {}
     for name in sorted(files, key=lambda n: (-files[n].size, n)):

@@ -17,13 +17,14 @@ from megatron_lite.errors import CheckpointError, MegatronLiteError, StorageErro
 def newest(
     folder: Path, world: Axis, warn: Callable[[str], None] = warn, *, trust: bool = False, lazy: bool = False
 ) -> Checkpoint | None:
-    """The checkpoint to resume from: what ``latest`` names if it verifies, else the newest one before it that does. A
-    later one than ``latest`` is of a branch that was left, or was committed just before a crash: it is no way back.
+    """The checkpoint to resume from: the one that ``latest`` names if it verifies, else the newest earlier one that
+    does. Checkpoints later than ``latest`` are not considered: they belong to an abandoned branch, or were committed
+    just before a crash.
 
-    None when there is none at all. Collective over ``world``; every rank verifies a share of each candidate, of which
-    ``lazy`` leaves the tensors to ``load``. Rank 0 hands every checkpoint that had to be passed over to ``warn``.
+    Returns None if there is no checkpoint. Collective over ``world``; every rank verifies a share of each candidate
+    (``lazy`` leaves the tensors to ``load``). Rank 0 calls ``warn`` for every checkpoint that is skipped.
 
-    Raises CheckpointError when there are checkpoints but none is sound: starting afresh must be the user's decision.
+    Raises CheckpointError if there are checkpoints but none is intact: starting over must be the user's decision.
     """
     tell = warn if world.rank == 0 else lambda line: None
     problems: list[MegatronLiteError] = []
@@ -46,9 +47,9 @@ def newest(
 
 
 def find(path: Path) -> Path:
-    """The checkpoint that ``path`` means: itself, or, for a run or its ``checkpoints`` folder, what ``latest`` names.
+    """The checkpoint at ``path``: itself or, for a run or its ``checkpoints`` folder, the one that ``latest`` names.
 
-    Nothing is verified here. Raises CheckpointError when there is no checkpoint.
+    Does not verify it. Raises CheckpointError if there is no checkpoint.
     """
     if step_of(path.name) is not None or (path / MANIFEST).exists():
         return path
@@ -60,7 +61,7 @@ def find(path: Path) -> Path:
 
 
 def _candidates(folder: Path, warn: Callable[[str], None]) -> list[Path]:
-    """The checkpoint that ``latest`` names, then older ones from the last; all, where it names none that is there."""
+    """The checkpoint that ``latest`` names, then older ones, newest first; all of them if ``latest`` names none."""
     steps = committed(folder)
     pointed = pointer(folder)
     if steps and (pointed is None or pointed not in steps):
@@ -70,7 +71,7 @@ def _candidates(folder: Path, warn: Callable[[str], None]) -> list[Path]:
 
 
 def pointer(folder: Path) -> int | None:
-    """The step that ``latest`` names; None if it is missing or anything but the name of a checkpoint."""
+    """The step that ``latest`` names; None if the file is missing or does not hold a checkpoint's name."""
     try:
         with (folder / LATEST).open("rb") as file:
             return step_of(file.read(100).decode("ascii").strip())
@@ -79,10 +80,10 @@ def pointer(folder: Path) -> int | None:
 
 
 def prune(folder: Path, keep: int, every: int | None = None) -> list[Path]:
-    """Delete checkpoints that are no longer wanted, and return which. Single process; call it after a commit.
+    """Delete checkpoints that are no longer needed, and return them. Single process; call it after a commit.
 
-    Kept are the last ``keep`` up to what ``latest`` names (always itself), every step that ``every`` divides, and
-    whatever is newer than ``latest``. Nothing is deleted while ``latest`` names no checkpoint. Raises StorageError.
+    Keeps the last ``keep`` checkpoints up to the one that ``latest`` names, every step divisible by ``every``, and all
+    that are newer than ``latest``. Deletes nothing if ``latest`` names no checkpoint. Raises StorageError.
     """
     steps = committed(folder)
     pointed = pointer(folder)

@@ -1,4 +1,4 @@
-"""From one form on disk into another, and differences between two: streamed, in a bounded amount of memory."""
+"""Rewrites a checkpoint in our format, and compares two: streamed, in bounded memory."""
 
 from __future__ import annotations
 
@@ -33,12 +33,12 @@ def rewrite(
     block_bytes: int,
     advance: Advance,
 ) -> Path:
-    """Commit a checkpoint of ours in ``folder`` with everything in ``source``, in ``files`` files of about one size.
+    """Commit a checkpoint of ours in ``folder`` with all tensors of ``source``, in ``files`` files of similar size.
 
-    Memory: one block of rows, of about ``block_bytes``. Raises StorageError or CheckpointError, with nothing left.
+    Memory: one block of rows, about ``block_bytes``. Raises StorageError or CheckpointError and leaves nothing behind.
     """
     total = sum(math.prod(info.shape) * info.dtype.itemsize for info in source.tensors.values())
-    largest = max(1, total // (4 * files))  # small enough to be balanced
+    largest = max(1, total // (4 * files))  # small enough to balance the files
     held = {
         name: Holding(
             DTYPE_NAMES[info.dtype],
@@ -65,14 +65,14 @@ def rewrite(
         return write(folder, step, arrange([held] * files, world), read, state, extras, world, Faults.none())
     except BaseException:
         if not was_there:
-            with contextlib.suppress(OSError):  # somebody else is at work there
+            with contextlib.suppress(OSError):  # another process is using the folder
                 folder.rmdir()
         raise
 
 
 class Difference(NamedTuple):
-    """How one tensor differs: the largest difference, absolute and relative to the largest element, and how many
-    elements are not equal."""
+    """How one tensor differs: the largest absolute difference, the same relative to the largest element, and the number
+    of unequal elements."""
 
     name: str
     absolute: float
@@ -81,8 +81,8 @@ class Difference(NamedTuple):
 
 
 def diff(a: Source, b: Source, block_bytes: int, advance: Advance) -> tuple[list[str], list[Difference]]:
-    """Names that only one of them has or that have another shape there, and the tensors whose values differ. What a
-    vocabulary is padded with is nobody's value."""
+    """Names that exist in only one source or with different shapes, and the tensors whose values differ. Padding of the
+    vocabulary is ignored."""
     odd = [f"only in {a.path}: {name}" for name in sorted(a.tensors.keys() - b.tensors.keys())]
     odd += [f"only in {b.path}: {name}" for name in sorted(b.tensors.keys() - a.tensors.keys())]
     differences = []

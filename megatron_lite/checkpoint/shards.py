@@ -1,4 +1,4 @@
-"""Tensors as boxes in safetensors files: who writes which, and how any layout finds its own parts again.
+"""Tensors as boxes in safetensors files: which rank writes which box, and how any layout reads its parts.
 
 The file format is safetensors; the writer here streams one box at a time instead of collecting all of them.
 """
@@ -25,7 +25,7 @@ Reads = dict[str, list[tuple[str, BoxEntry, Tile]]]
 
 
 class Holding(NamedTuple):
-    """What a rank tells the others about one of its pieces: all but the data."""
+    """The description of a rank's piece that is sent to the other ranks: everything except the data."""
 
     dtype: str
     shape: tuple[int, ...]
@@ -47,9 +47,9 @@ def holdings(pieces: Mapping[str, Piece]) -> dict[str, Holding]:
 def plan(held: Sequence[Mapping[str, Holding]]) -> dict[str, TensorEntry]:
     """Decide which rank writes each box, from what every rank holds (in rank order).
 
-    A box held by several ranks is written once, by the holder with the least to write so far. Every rank comes to the
-    same answer. Raises AssertionError when ranks contradict each other or the boxes do not tile their tensor: saving
-    such pieces would be our bug.
+    A box held by several ranks is written once, by the holder with the least to write so far. Every rank computes the
+    same plan. Raises AssertionError if ranks contradict each other or the boxes do not tile their tensor, which would
+    be a bug of ours.
     """
     kinds: dict[str, tuple[str, tuple[int, ...]]] = {}
     holders: dict[tuple[str, Box], list[int]] = defaultdict(list)
@@ -87,7 +87,7 @@ class ShardFile:
     boxes: list[tuple[str, BoxEntry]]
 
     def chunks(self, read: Callable[[str, BoxEntry], Iterable[Any]]) -> Iterator[Any]:
-        """The file as buffers; ``read`` gives those of one box."""
+        """The file's content as buffers; ``read`` yields those of one box."""
         yield self.header
         for name, entry in self.boxes:
             yield from read(name, entry)
@@ -105,7 +105,7 @@ def tile_of(piece: Piece, entry: BoxEntry) -> Tile:
 
 
 def buffer(tensor: torch.Tensor) -> Any:
-    """The bytes of a tensor, without a copy where it is contiguous and in CPU memory."""
+    """The bytes of a tensor; not copied if it is contiguous and in CPU memory."""
     return tensor.detach().contiguous().cpu().reshape(-1).view(torch.uint8).numpy()
 
 
@@ -121,7 +121,7 @@ def shard_file(tensors: Mapping[str, TensorEntry], file: str) -> ShardFile | Non
 
 
 def check_pieces(manifest: Manifest, pieces: Mapping[str, Piece], names: Collection[str] | None, where: Path) -> None:
-    """Refuse a checkpoint whose tensors are not those of ``pieces``: names, shapes, kinds of number.
+    """Refuse a checkpoint whose tensors differ from ``pieces`` in name, shape or kind of dtype.
 
     ``names``: those that some rank has, besides which there may be none; None allows any. Raises CheckpointError
     naming the tensors.
@@ -142,7 +142,7 @@ def check_pieces(manifest: Manifest, pieces: Mapping[str, Piece], names: Collect
 
 
 def reads(manifest: Manifest, pieces: Mapping[str, Piece]) -> Reads:
-    """Which stored boxes the tiles of ``pieces`` overlap, by file."""
+    """The stored boxes that overlap the tiles of ``pieces``, by file."""
     wanted: Reads = defaultdict(list)
     for name, piece in pieces.items():
         for tile in piece.tiles:
@@ -154,10 +154,10 @@ def reads(manifest: Manifest, pieces: Mapping[str, Piece]) -> Reads:
 
 @torch.no_grad()
 def fill(folder: Path, manifest: Manifest, wanted: Reads, hashed: Collection[str] = ()) -> list[str]:
-    """Read what tiles and stored boxes have in common, converting between float dtypes, and return which of the files
-    ``hashed`` are not what the manifest says. Of other files only what is wanted is read.
+    """Read the intersections of tiles and stored boxes, converting between float dtypes. The files in ``hashed`` are
+    read completely; returns those whose digest is wrong. Of other files only the needed parts are read.
 
-    Raises CheckpointError where a file contradicts the manifest.
+    Raises CheckpointError if a file contradicts the manifest.
     """
     damaged = []
     for file in sorted(wanted.keys() | set(hashed)):
@@ -181,7 +181,7 @@ def fill(folder: Path, manifest: Manifest, wanted: Reads, hashed: Collection[str
 def common(
     stored: TensorFile, tensor: TensorEntry, name: str, entry: BoxEntry, tile: Tile
 ) -> tuple[str, tuple[slice, ...], torch.Tensor]:
-    """What a stored box and a tile have in common: the box's key, and the rectangle there and here."""
+    """The intersection of a stored box and a tile: the box's key, and the rectangle in the box and in the tile."""
     key = tensor.key(name, entry)
     found = stored.tensors.get(key)
     if found is None or list(found.shape) != entry.shape or found.dtype != DTYPES[tensor.dtype]:
@@ -196,5 +196,5 @@ def common(
 
 
 def copy_box(stored: TensorFile, tensor: TensorEntry, name: str, entry: BoxEntry, tile: Tile) -> None:
-    """Read what a stored box and a tile have in common."""
+    """Read the intersection of a stored box and a tile."""
     stored.read(*common(stored, tensor, name, entry, tile))

@@ -1,7 +1,7 @@
-"""Tensors on disk, whoever wrote them: any rectangle of any of them under this project's names.
+"""Sources: tensors on disk in any format, of which any rectangle can be read, under this project's names.
 
-``model.NAME`` is a weight, ``optimizer.NAME.KIND`` a tensor of the optimizer. Everything that reads a checkpoint that
-is not being resumed (conversion, comparison, averages, fine-tuning) reads one of these.
+``model.NAME`` is a weight, ``optimizer.NAME.KIND`` an optimizer tensor. Everything except resuming (conversion,
+comparison, averaging, fine-tuning) reads checkpoints through a source.
 """
 
 from __future__ import annotations
@@ -27,27 +27,26 @@ from megatron_lite.peft import METHODS
 
 
 class Info(NamedTuple):
-    """What a tensor is."""
+    """Shape and dtype of a tensor."""
 
     dtype: torch.dtype
     shape: tuple[int, ...]
 
 
 def shown(name: str) -> str:
-    """A name that a stranger gave, for a terminal."""
+    """An untrusted name, made safe for a terminal."""
     return ascii(name)[1:-1][:100]
 
 
 def refuse_quantized(dtype: torch.dtype, where: str) -> None:
-    """Refuse a weight of a dtype that means nothing without scales. Raises CheckpointError."""
+    """Refuse a weight in a quantized dtype, which needs scales. Raises CheckpointError."""
     if not dtype.is_floating_point or dtype.itemsize == 1:
         raise CheckpointError(f"{where} is {dtype}: quantised weights are not read")
 
 
 class Source(ABC):
-    """Global tensors by name. ``model``: what they are the weights of. ``precision``: what it is to be computed in.
-    ``step``: of the optimizer. ``notes``: what a user should know. ``peft``: the section of the config, where the
-    tensors are an adapter's and not the model's own."""
+    """Global tensors by name. ``model``: the config of the model. ``precision``: the compute dtype. ``step``: the
+    optimizer's step. ``notes``: remarks for the user. ``peft``: the config section, if the tensors are an adapter's."""
 
     path: Path
     tensors: Mapping[str, Info]
@@ -59,7 +58,7 @@ class Source(ABC):
 
     @property
     def num_updates(self) -> int:
-        """How many the optimizer has made: its steps, where nothing else is known."""
+        """The number of updates of the optimizer; its steps, unless more is known."""
         return self.step
 
     @abstractmethod
@@ -67,11 +66,11 @@ class Source(ABC):
         """Fill a tile of a tensor, converting between float dtypes. Raises CheckpointError."""
 
     def extras(self) -> dict[str, bytes]:
-        """Small files that travel along: the tokenizer and the like."""
+        """Small files that belong to the checkpoint, such as the tokenizer."""
         return {}
 
     def true_shape(self, name: str) -> tuple[int, ...]:
-        """The shape of a tensor without the padding of the vocabulary."""
+        """The shape of a tensor without the padding of the vocabulary dim."""
         shape = self.tensors[name].shape
         owner = name.partition(".")[2]
         if owner.startswith(_PADDED) and len(shape) == 2:
@@ -79,8 +78,8 @@ class Source(ABC):
         return shape
 
     def refuse_unused(self, names: Collection[str]) -> None:
-        """Refuse tensors, by the names that their files give them, that the model has no use for. Raises
-        CheckpointError where there are any."""
+        """Raise CheckpointError if there are tensors that the model does not use. ``names``: their names in the
+        files."""
         if names:
             more = f" and {len(names) - 3} more" if len(names) > 3 else ""
             first = ", ".join(map(shown, sorted(names)[:3]))
@@ -91,8 +90,8 @@ class Source(ABC):
 
     @torch.no_grad()
     def load(self, pieces: Mapping[str, Piece], note: Callable[[str, Tile], None] | None = None) -> None:
-        """Fill pieces in place; a vocabulary that is padded further gets zeros there. ``note`` is shown all that was
-        read, before it is packed where it is to be. Raises CheckpointError where a tensor is missing or of another
+        """Fill pieces in place; additional padding of the vocabulary is filled with zeros. ``note`` is called with
+        everything that was read, before it is packed. Raises CheckpointError if a tensor is missing or has another
         shape."""
         for name, piece in pieces.items():
             if name not in self.tensors:
@@ -119,8 +118,8 @@ _VOCABULARY = tuple(f"model.{name}" for name in _PADDED)
 
 
 class CheckpointSource(Source):
-    """A checkpoint of ours. ``config``: its whole config, of which ``model`` and ``peft`` alone are checked. ``base``:
-    where its adapter's base was found."""
+    """A checkpoint of ours. ``config``: its whole config, of which only ``model`` and ``peft`` are validated. ``base``:
+    the path of its adapter's base."""
 
     def __init__(self, checkpoint: Checkpoint) -> None:
         self.checkpoint, self.path = checkpoint, checkpoint.path
@@ -142,7 +141,7 @@ class CheckpointSource(Source):
 
     @property
     def num_updates(self) -> int:
-        """Fewer than steps, where batches were skipped."""
+        """The number of updates; fewer than steps if batches were skipped."""
         train = self.checkpoint.state().get("train")
         found = train.get("updates") if isinstance(train, dict) else None
         return found if type(found) is int and found >= 0 else self.step
@@ -156,7 +155,7 @@ class CheckpointSource(Source):
                 copy_box(self._files[entry.file], tensor, name, entry, tile)
 
     def check_adapter(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
-        """Refuse an adapter whose tensors are not these, before memory is taken for them, or hold what is no number.
+        """Refuse an adapter whose tensors differ from these (before memory is allocated) or hold NaN or infinity.
         Raises CheckpointError."""
         weights = {name: info for name, info in self.tensors.items() if name.startswith("model.")}
         if odd := sorted(weights.keys() ^ shapes.keys()):
@@ -184,7 +183,7 @@ class CheckpointSource(Source):
 
 
 def _text(saved: Mapping[str, Any], section: str, key: str, where: str) -> str | None:
-    """What a config says under a key, which nobody has checked yet."""
+    """A string in an unvalidated config."""
     part = saved.get(section) or {}
     value = part.get(key) if isinstance(part, dict) else part
     if value is not None and not isinstance(value, str):

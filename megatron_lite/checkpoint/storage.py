@@ -1,4 +1,4 @@
-"""Files that reach the disk or fail in one line, and ranks that agree on which it was."""
+"""Durable file operations whose failures are one line, and agreement of all ranks on the outcome."""
 
 from __future__ import annotations
 
@@ -28,10 +28,10 @@ _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def agree(world: Axis, action: Callable[[], Result], path: Path, need: int = 0) -> list[Result]:
-    """Do ``action`` on every rank; its results in rank order, or on every rank the first error that any rank met.
+    """Run ``action`` on every rank. Returns the results in rank order, or raises the first rank's error on every rank.
 
-    An ``OSError`` becomes a StorageError about ``path`` (see ``storage_errors``). One gather over ``world``, so nobody
-    waits for a rank that has failed.
+    An ``OSError`` becomes a StorageError about ``path`` (see ``storage_errors``). One gather over ``world``, so that no
+    rank waits for one that has failed.
     """
     value: Any = None
     error: MegatronLiteError | None = None
@@ -49,7 +49,7 @@ def agree(world: Axis, action: Callable[[], Result], path: Path, need: int = 0) 
 
 @contextlib.contextmanager
 def storage_errors(path: Path, need: int = 0) -> Iterator[None]:
-    """Turn an ``OSError`` about ``path`` into a StorageError; ``need``: bytes that were to be written."""
+    """Turn an ``OSError`` about ``path`` into a StorageError. ``need``: the number of bytes to be written."""
     try:
         yield
     except OSError as error:
@@ -61,12 +61,12 @@ def storage_errors(path: Path, need: int = 0) -> Iterator[None]:
 
 
 def disk_full(folder: Path, need: int) -> StorageError:
-    """The error of a disk that cannot take ``need`` bytes."""
+    """The error for a disk without ``need`` free bytes."""
     return StorageError(f"disk full: need {amount(need)}, have {amount(free_space(folder))} at {folder}")
 
 
 def free_space(folder: Path) -> int:
-    """Bytes that an ordinary user may still write in ``folder``; 0 if it is gone."""
+    """Free bytes for an ordinary user in ``folder``; 0 if it does not exist."""
     try:
         return shutil.disk_usage(folder).free
     except OSError:
@@ -74,7 +74,7 @@ def free_space(folder: Path) -> int:
 
 
 def amount(size: float) -> str:
-    """A number of bytes for people."""
+    """A number of bytes in readable units."""
     for unit in ("B", "kB", "MB", "GB"):
         if size < 1000:
             return f"{size:.4g} {unit}"
@@ -83,9 +83,9 @@ def amount(size: float) -> str:
 
 
 def write_file(path: Path, chunks: Iterable[Any], faults: Faults) -> FileEntry:
-    """Write buffers to a new file and fsync it; hashing runs beside writing, so it costs the slower of the two.
+    """Write buffers to a new file and fsync it. Hashing runs in parallel with writing.
 
-    The disk is set to work after every stretch rather than at the fsync, when there is nothing left to do beside it.
+    Write-back is started after every stretch, not at the final fsync, so that it overlaps with hashing.
     """
     digest, size, hashed = hashlib.sha256(), 0, None
     with path.open("xb", buffering=0) as file, ThreadPoolExecutor(1) as beside:
@@ -97,7 +97,7 @@ def write_file(path: Path, chunks: Iterable[Any], faults: Faults) -> FileEntry:
             hashed = beside.submit(digest.update, rest)
             while rest:
                 written = file.write(rest[:_STRETCH])
-                os.posix_fadvise(file.fileno(), size, written, os.POSIX_FADV_DONTNEED)  # dirty pages: begin to write
+                os.posix_fadvise(file.fileno(), size, written, os.POSIX_FADV_DONTNEED)  # starts writing dirty pages
                 rest, size = rest[written:], size + written
         faults.file_operation(f"fsync {path.name}")
         os.fsync(file.fileno())
@@ -105,7 +105,7 @@ def write_file(path: Path, chunks: Iterable[Any], faults: Faults) -> FileEntry:
 
 
 def sync_folder(folder: Path, faults: Faults) -> None:
-    """Make the names in ``folder`` durable."""
+    """Make the entries of ``folder`` durable."""
     faults.file_operation(f"fsync {folder.name}/")
     with open_folder(folder) as descriptor:
         os.fsync(descriptor)
@@ -113,9 +113,9 @@ def sync_folder(folder: Path, faults: Faults) -> None:
 
 @contextlib.contextmanager
 def open_folder(folder: Path, lock: bool = False) -> Iterator[int]:
-    """A descriptor of ``folder``; with ``lock``, a lock that tells others that somebody is at work in it.
+    """A descriptor of ``folder``; with ``lock``, locked, which tells other processes that it is in use.
 
-    Raises BlockingIOError where another process holds the lock.
+    Raises BlockingIOError if another process holds the lock.
     """
     descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     try:
@@ -125,14 +125,14 @@ def open_folder(folder: Path, lock: bool = False) -> Iterator[int]:
             except BlockingIOError:
                 raise
             except OSError:
-                pass  # a file system without locks, such as Lustre as it is often mounted
+                pass  # a file system without locks, such as many Lustre mounts
         yield descriptor
     finally:
         os.close(descriptor)
 
 
 def open_regular(path: Path) -> io.BufferedReader:
-    """Open an ordinary file for reading; links, pipes and devices are refused without being touched."""
+    """Open a regular file for reading; links, pipes and devices are refused without opening them."""
     if not stat.S_ISREG(path.lstat().st_mode):
         raise CheckpointError(f"{path}: not a regular file")
     return io.BufferedReader(io.FileIO(os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)))
@@ -145,7 +145,7 @@ def rename(source: Path, target: Path, faults: Faults) -> None:
 
 
 def replace_file(path: Path, content: bytes, faults: Faults) -> None:
-    """Change a small file in one indivisible step."""
+    """Replace a small file atomically."""
     temporary = path.with_name(f".{path.name}.{nonce()}")
     try:
         write_file(temporary, [content], faults)
@@ -158,9 +158,9 @@ def replace_file(path: Path, content: bytes, faults: Faults) -> None:
 
 @contextlib.contextmanager
 def new_folder(folder: Path) -> Iterator[Path]:
-    """A temporary folder beside ``folder`` that takes its name when the ``with`` block ends well, else is removed.
+    """A temporary folder that is renamed to ``folder`` when the ``with`` block succeeds, and removed otherwise.
 
-    Raises StorageError where ``folder`` is there already, or cannot be made.
+    Raises StorageError if ``folder`` exists already or cannot be created.
     """
     if folder.exists():
         raise StorageError(f"{folder} is there already")
@@ -179,5 +179,5 @@ def new_folder(folder: Path) -> Iterator[Path]:
 
 
 def nonce() -> str:
-    """A name that nothing has had before."""
+    """A unique name."""
     return uuid.uuid4().hex[:12]

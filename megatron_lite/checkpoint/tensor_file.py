@@ -1,8 +1,8 @@
-"""Reading parts of safetensors files without mapping them into memory.
+"""Reads parts of safetensors files without memory-mapping them.
 
-The library checks the header. Bytes come by ``pread``: straight into the tensor where they lie as it wants them, a
-bounded buffer at a time elsewhere. What was read does not count as this process's memory, and a file that is truncated
-meanwhile is an error instead of a SIGBUS.
+The safetensors library checks the header. Data is read with ``pread``, directly into the tensor if the layouts match,
+else through a bounded buffer. So the pages read do not count as this process's memory, and a truncated file is an error
+instead of a SIGBUS.
 """
 
 from __future__ import annotations
@@ -38,19 +38,19 @@ DTYPES = {
     "BOOL": torch.bool,
 }
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
-MAX_HEADER_BYTES = 100_000_000  # the safetensors library reads no larger one
+MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors library
 BUFFER_BYTES = 16 << 20
-HASHED_BYTES = 256 << 10  # read at a time when it is hashed, too: what fits into a core's own cache
+HASHED_BYTES = 256 << 10  # read size while hashing: fits into a core's cache
 
 
 class Digest(Protocol):
-    """Of hashlib."""
+    """A hashlib digest."""
 
     def update(self, data: Any, /) -> None: ...
 
 
 class Stored(NamedTuple):
-    """A tensor in a file: where its bytes begin."""
+    """A tensor in a file: dtype, shape, and where its bytes begin."""
 
     dtype: torch.dtype
     shape: tuple[int, ...]
@@ -58,7 +58,7 @@ class Stored(NamedTuple):
 
 
 class TensorFile:
-    """An open safetensors file. Raises CheckpointError where it is none."""
+    """An open safetensors file. Raises CheckpointError if it is not one."""
 
     def __init__(self, path: Path) -> None:
         self.path, self._file = path, open_regular(path)
@@ -70,7 +70,7 @@ class TensorFile:
             raise CheckpointError(f"{self.path}: a header of {size} bytes is not that of a safetensors file")
         tree = parse_json(self._pread(size, 8), self.path)
         try:
-            with safe_open(self.path, framework="numpy"):  # sizes, offsets, bounds; torch would reserve memory for all
+            with safe_open(self.path, framework="numpy"):  # checks sizes, offsets, bounds
                 pass
             return {
                 name: Stored(DTYPES[entry["dtype"]], tuple(entry["shape"]), 8 + size + entry["data_offsets"][0])
@@ -83,7 +83,7 @@ class TensorFile:
             raise CheckpointError(f"{self.path}: unsupported dtype {error}") from None
 
     def close(self) -> None:
-        """Give the descriptor back."""
+        """Close the descriptor."""
         self._file.close()
 
     def _pread(self, size: int, offset: int) -> bytes:
@@ -93,7 +93,7 @@ class TensorFile:
         return raw
 
     def _fill(self, target: Tensor, offset: int, digest: Digest | None) -> None:
-        """Read as many bytes as a contiguous tensor in CPU memory has, and hash them while the processor has them."""
+        """Fill a contiguous tensor in CPU memory from the file, and hash the bytes while they are in the cache."""
         rest, most = target.view(-1).view(torch.uint8).numpy().data, HASHED_BYTES if digest else 1 << 30
         while rest:
             count = os.preadv(self._file.fileno(), [rest[:most]], offset)
@@ -104,13 +104,13 @@ class TensorFile:
             rest, offset = rest[count:], offset + count
 
     def read(self, name: str, place: Sequence[slice], into: Tensor) -> None:
-        """Fill ``into`` with the rectangle at ``place`` of a tensor, converting between float dtypes."""
+        """Fill ``into`` with the rectangle ``place`` of a tensor, converting between float dtypes."""
         self._read(self.tensors[name], [(place, into)], None)
 
     def read_all(self, wanted: Mapping[str, Sequence[tuple[Sequence[slice], Tensor]]], digest: Digest) -> None:
-        """Fill every rectangle ``wanted`` of any tensor in one pass over all bytes of the file into ``digest``."""
+        """Fill all ``wanted`` rectangles in one pass over the whole file, which also updates ``digest``."""
         size = os.fstat(self._file.fileno()).st_size
-        # The library has seen to it that tensors follow each other without a gap, to the end of the file.
+        # The library has checked that tensors follow each other without gaps, up to the end of the file.
         self._fill(
             torch.empty(min((t.start for t in self.tensors.values()), default=size), dtype=torch.uint8), 0, digest
         )
@@ -118,7 +118,7 @@ class TensorFile:
             self._read(stored, wanted.get(name, ()), digest)
 
     def _read(self, stored: Stored, wanted: Sequence[tuple[Sequence[slice], Tensor]], digest: Digest | None) -> None:
-        """Fill rectangles of a tensor from the rows that they are in; with ``digest``, pass all of its rows."""
+        """Fill rectangles of a tensor from the rows that contain them; with ``digest``, read all of its rows."""
         if not stored.shape:
             stored, wanted = stored._replace(shape=(1,)), [([slice(0, 1)], into.unsqueeze(0)) for _, into in wanted]
         wanted = [(place, into) for place, into in wanted if into.numel() > 0]
@@ -142,13 +142,13 @@ class TensorFile:
 
 
 def _lies_alike(stored: Stored, place: Sequence[slice], into: Tensor) -> bool:
-    """Whether ``into`` is in memory, byte for byte, what these rows are in the file."""
+    """Whether ``into`` has the same bytes in memory as these rows have in the file."""
     whole = all((c.start, c.stop) == (0, n) for c, n in zip(place[1:], stored.shape[1:], strict=True))
     return whole and into.dtype == stored.dtype and into.is_contiguous() and into.device.type == "cpu"
 
 
 def header(tensors: Sequence[tuple[str, torch.dtype, Sequence[int]]], metadata: dict[str, str] | None = None) -> bytes:
-    """The first bytes of a safetensors file that holds these tensors one after the other."""
+    """The header of a safetensors file that holds these tensors in order."""
     entries: dict[str, Any] = {"__metadata__": metadata} if metadata else {}
     end = 0
     for name, dtype, shape in tensors:
@@ -161,7 +161,7 @@ def header(tensors: Sequence[tuple[str, torch.dtype, Sequence[int]]], metadata: 
 
 
 def row_blocks(shape: Sequence[int], item_size: int, limit: int) -> Iterator[tuple[slice, ...]]:
-    """A tensor in order as blocks of whole rows of at most ``limit`` bytes (but at least one row)."""
+    """A tensor as consecutive blocks of whole rows of at most ``limit`` bytes (but at least one row)."""
     if not shape:
         yield ()
         return
