@@ -1,8 +1,8 @@
-"""Command lines: plain functions become commands through ``fire``, with values that mean what was typed.
+"""Command lines: plain functions become commands through ``fire``, with values taken as typed.
 
-Left to itself fire guesses types (``1e5`` becomes a float, ``a,b`` a tuple) and reports an unknown flag only after the
-command has run. Here every value stays a string until the command's own annotations convert it, and every flag is
-checked before anything runs. Standard library and fire only, so a mistake costs milliseconds.
+fire alone guesses types (``1e5`` becomes a float, ``a,b`` a tuple) and reports an unknown flag only after the command
+has run. Here every value stays a string until the command's annotations convert it, and every flag is checked before
+anything runs. Only the standard library and fire are imported, so a mistake costs milliseconds.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from typing import Any, NoReturn
 from megatron_lite.errors import ConfigError, MegatronLiteError, StorageError
 
 Command = Callable[..., Any]
-Commands = Mapping[str, "Command | Commands"]  # a group of commands is one, too
+Commands = Mapping[str, "Command | Commands"]  # a group of commands is a command, too
 _BOOLEANS = {"true": True, "yes": True, "1": True, "on": True, "false": False, "no": False, "0": False, "off": False}
 _PLAIN = re.compile(r"([^-].*)|--(\w[\w.-]*)=(.*)", re.ASCII | re.DOTALL)
 
@@ -36,7 +36,7 @@ def nearest(name: str, known: typing.Iterable[str]) -> str:
 
 
 def of_the_hub(name: str) -> str:
-    """How to get what is not there and may be a name of the Hugging Face hub, or an empty string."""
+    """A hint how to download a missing path that may be a Hugging Face hub name, or an empty string."""
     here = Path(name).exists() or ("/" in name and Path(name).parent.exists())
     if here or not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?(?<!\.json)(?<!\.model)", name, re.ASCII):
         return ""
@@ -71,7 +71,7 @@ def convert(name: str, text: str, annotation: Any) -> Any:
 
 
 def parse_bytes(text: str, flag: str, least: int = 1) -> int:
-    """A size as people write it: ``256M``, ``5GB``, ``1.5G``, in powers of 1024; ``least``: whole MiB, if any. Raises
+    """Parse a size: ``256M``, ``5GB``, ``1.5G``, in powers of 1024. ``least``: the smallest allowed. Raises
     ConfigError."""
     match = re.fullmatch(r"(\d+(?:\.\d+)?)([KMGT]?)I?B?", text.strip().upper())
     size = int(float(match[1]) * 1024 ** " KMGT".index(match[2] or " ")) if match else 0
@@ -82,7 +82,7 @@ def parse_bytes(text: str, flag: str, least: int = 1) -> int:
 
 
 def read_words(words: Sequence[str]) -> tuple[tuple[str, ...], dict[str, str]]:
-    """Arguments and flags, each as the text that was typed. Raises ConfigError where fire would drop some of it."""
+    """Arguments and flags as typed. Raises ConfigError for words that fire would drop."""
     names = Counter(word[2:].partition("=")[0].replace("-", "_") for word in words if word[:2] == "--" != word)
     mistakes = [f"unexpected argument {word!r}; see --help" for word in words if word in ("-", "--")]
     mistakes += [f"--{name} is given twice" for name, count in names.items() if count > 1]
@@ -92,9 +92,10 @@ def read_words(words: Sequence[str]) -> tuple[tuple[str, ...], dict[str, str]]:
 
 
 def split(words: Sequence[str]) -> tuple[tuple[str, ...], dict[str, str]]:
-    """Arguments, and flags by name: what fire makes of the words.
+    """Positional arguments, and flags by name, as fire parses them.
 
-    Where each stands for itself there is nothing to be made, and fire's import, a fifth of a short command, is saved.
+    If every word is a plain argument or ``--name=value``, fire is not needed; skipping its import saves a fifth of a
+    short command's time.
     """
     plain = [_PLAIN.fullmatch(word) for word in words]
     if all(plain):
@@ -114,7 +115,7 @@ def split(words: Sequence[str]) -> tuple[tuple[str, ...], dict[str, str]]:
 
 
 def bind(command: Command, args: tuple[str, ...], flags: Mapping[str, str]) -> tuple[list[Any], dict[str, Any]]:
-    """Check and convert what was typed against the signature of ``command``; every mistake is reported at once.
+    """Check and convert the words against the signature of ``command``; all mistakes are reported at once.
 
     A command that declares ``**overrides`` receives each flag with a dot in its name there, as an unconverted string.
     """
@@ -139,7 +140,7 @@ def bind(command: Command, args: tuple[str, ...], flags: Mapping[str, str]) -> t
         else:
             hint, dotted = nearest(name, parameters), ""
             if takes_overrides:
-                from megatron_lite.config.peers import meant  # a mistake may take longer
+                from megatron_lite.config.peers import meant  # imported only after a mistake
 
                 hint, dotted = meant(name) or hint, "; config keys are written --section.key=value"
             mistakes.append(f"unknown flag --{name}{hint}{dotted}")
@@ -159,7 +160,7 @@ def bind(command: Command, args: tuple[str, ...], flags: Mapping[str, str]) -> t
 
 
 def usage(prog: str, name: str, command: Command) -> str:
-    """The help text of one command: how to type it, its docstring, its flags with types and defaults."""
+    """The help text of one command: usage line, docstring, and flags with types and defaults."""
     signature = inspect.signature(command, eval_str=True)
     words, lines = [f"usage: python -m {prog} {name}"], []
     for key, parameter in signature.parameters.items():
@@ -177,7 +178,7 @@ def usage(prog: str, name: str, command: Command) -> str:
 
 
 def fail(error: MegatronLiteError) -> NoReturn:
-    """Print the error, one ``error:`` line for each line of its message, and exit with its code."""
+    """Print the error, one ``error:`` line for each line of its message, and exit with its exit code."""
     for line in str(error).splitlines() or [type(error).__name__]:
         print(f"error: {line}", file=sys.stderr)
     sys.stderr.flush()
@@ -185,7 +186,7 @@ def fail(error: MegatronLiteError) -> NoReturn:
 
 
 def _drop_unwritten() -> None:
-    """Forget what was printed and cannot be written: Python would try again at its end."""
+    """Discard output that cannot be written: Python would try again at exit."""
     try:
         print(end="", flush=True)
     except OSError:
@@ -193,17 +194,17 @@ def _drop_unwritten() -> None:
 
 
 def main(commands: Commands, prog: str) -> None:
-    """Run the command named in ``sys.argv``: parse with fire, check, convert, call; errors exit with their code.
+    """Run the command named in ``sys.argv``: parse, check, convert, call. Errors exit with their exit code.
 
-    Output into a pipe that is closed ends it with 141, as SIGPIPE would.
+    Writing to a closed pipe ends the command with 141, as SIGPIPE would.
     """
-    gc.set_threshold(50_000, 20, 20)  # importing torch makes a million objects, of which none is garbage
+    gc.set_threshold(50_000, 20, 20)  # importing torch creates a million objects, none of them garbage
     try:
         _run(commands, prog, sys.argv[1:])
         print(end="", flush=True)
     except MegatronLiteError as error:
         fail(error)
-    except BrokenPipeError:  # who reads what we print has seen enough
+    except BrokenPipeError:  # the reader of our output has closed the pipe
         raise SystemExit(141) from None
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
@@ -214,7 +215,7 @@ def main(commands: Commands, prog: str) -> None:
         raise SystemExit(130) from None
     finally:
         _drop_unwritten()
-        gc.freeze()  # the interpreter's last collections have nothing to look at: with torch, they take half a second
+        gc.freeze()  # skip the interpreter's final garbage collections: with torch, they take half a second
 
 
 def _run(commands: Commands, prog: str, argv: list[str]) -> None:

@@ -1,4 +1,4 @@
-"""What ``ckpt`` does: look into checkpoints, compare them, rewrite them, and carry them to and from other formats."""
+"""The ``ckpt`` commands: inspect, verify, compare, rewrite, import, export and merge checkpoints."""
 
 from __future__ import annotations
 
@@ -47,13 +47,13 @@ EXPORT_DTYPES = {"stored": None, "float32": torch.float32, "bfloat16": torch.bfl
 
 
 class CheckpointsDifferError(MegatronLiteError):
-    """Two checkpoints do not hold the same."""
+    """Two checkpoints differ."""
 
     exit_code = 1
 
 
 def inspect(path: Path) -> None:
-    """Print what a checkpoint holds."""
+    """Print the tensors and state of a checkpoint."""
     with _opened(path, trust=True) as source:
         if isinstance(source, CheckpointSource):
             look.inspect(source.path)
@@ -62,7 +62,7 @@ def inspect(path: Path) -> None:
 
 
 def verify(path: Path) -> None:
-    """Check every byte; of a Hugging Face folder, which has no digests, that everything is there in its shape."""
+    """Check every byte. A Hugging Face folder has no digests: check that all tensors exist with the right shapes."""
     if is_hugging_face(path):
         with _opened(path, trust=False) as source:
             print(f"{path}: {len(source.tensors)} tensors, {amount(_size(source))}: all there; no digests to check by")
@@ -73,7 +73,7 @@ def verify(path: Path) -> None:
 def diff(a: Path, b: Path, tolerance: float, *, trust: bool) -> None:
     """Compare two checkpoints. Raises CheckpointsDifferError."""
     with contextlib.ExitStack() as stack:
-        if is_deepspeed(a):  # which does not say of what model it is
+        if is_deepspeed(a):  # a DeepSpeed checkpoint does not describe its model
             right = stack.enter_context(_opened(b, trust=trust))
             left = stack.enter_context(_opened(a, trust=trust, like=right))
         else:
@@ -109,7 +109,7 @@ def reshard(source: Path, destination: Path, files: int, max_ram: int, *, trust:
 
 
 def import_hf(source: Path, destination: Path, files: int, vocab_multiple: int, *, strict: bool = False) -> None:
-    """A checkpoint of ours from a Hugging Face folder, read as its owner reads it."""
+    """Convert a Hugging Face folder to a checkpoint of ours."""
     _positive(files)
     if not is_hugging_face(source):
         what = "no Hugging Face folder: it has no config.json" if source.is_dir() else "no such folder"
@@ -121,14 +121,14 @@ def import_hf(source: Path, destination: Path, files: int, vocab_multiple: int, 
 
 
 def import_megatron(source: Path, destination: Path, files: int, vocab_size: int | None) -> None:
-    """A checkpoint of ours from one of Megatron-LM's."""
+    """Convert a Megatron-LM checkpoint to a checkpoint of ours."""
     _positive(files)
     with contextlib.closing(open_megatron(source, vocab_size)) as opened:
         _write(opened, destination, opened.step, *weights_only(opened), files, BLOCK_BYTES)
 
 
 def import_deepspeed(source: Path, destination: Path, config: Path, files: int) -> None:
-    """A checkpoint of ours from one that DeepSpeed wrote."""
+    """Convert a DeepSpeed ZeRO checkpoint to a checkpoint of ours."""
     _positive(files)
     model = read_model(config)[0] if is_hugging_face(config) else parse_model(model_section(str(config)), str(config))
     with contextlib.closing(DeepSpeedSource(source, model)) as opened:
@@ -136,13 +136,13 @@ def import_deepspeed(source: Path, destination: Path, config: Path, files: int) 
 
 
 def average(paths: Sequence[Path], destination: Path, last: int, *, trust: bool) -> None:
-    """A checkpoint of ours from several of ours."""
+    """Average the weights of several checkpoints of ours into a new one."""
     if last and len(paths) > 1:
         raise ConfigError("--last takes one run")
     if last:
         latest = checkpoint.find(paths[0])
         steps = list(checkpoint.committed(latest.parent).values())
-        steps = steps[steps.index(latest) :] if latest in steps else []  # later ones are of a branch that was left
+        steps = steps[steps.index(latest) :] if latest in steps else []  # later ones belong to an abandoned branch
         if len(steps) < last:
             raise CheckpointError(f"{latest.parent}: holds {len(steps)} checkpoints up to {latest.name}, not {last}")
         paths = steps[:last][::-1]
@@ -156,8 +156,8 @@ def average(paths: Sequence[Path], destination: Path, last: int, *, trust: bool)
 def merge_adapter(
     adapter: Path, destination: Path, base: Path | None, to: str, dtype: str, *, unmerge: bool, trust: bool
 ) -> None:
-    """An adapter merged into its base, or taken out of a model again: a checkpoint of ours, or a Hugging Face folder,
-    read back, its logits compared with those of the base with the adapter beside it."""
+    """Merge an adapter into its base, or take it out again; write a checkpoint of ours or a Hugging Face folder. The
+    result is read back, and its logits are compared with those of the base with the adapter beside it."""
     if to not in ("ours", "hf"):
         raise ConfigError(f"--to={to}: expected ours or hf")
     if dtype not in EXPORT_DTYPES or (to == "ours" and dtype not in ("stored", "float32")):
@@ -181,8 +181,8 @@ def merge_adapter(
 
 
 def _same_as_beside(written: Source, base: Source, adapter: CheckpointSource) -> str:
-    """Compare the logits of what was written with those of the base, as it is on disk, with the adapter beside it.
-    Raises CheckpointError."""
+    """Compare the logits of the written model with those of the base on disk with the adapter beside it. Raises
+    CheckpointError if they differ."""
     if reason := too_large(base):
         return reason
     tokens = some_tokens(base.model, base.model.max_seq_len)
@@ -196,8 +196,8 @@ def _same_as_beside(written: Source, base: Source, adapter: CheckpointSource) ->
 
 
 def _as_peft_computes(folder: Path, base: Source, adapter: Source) -> str:
-    """Compare the logits of ``adapter`` beside its base with those that the peft library computes from ``folder``,
-    where that is installed and reads the base, too. Raises CheckpointError."""
+    """Compare the logits of ``adapter`` on its base with those that the peft library computes from ``folder``, if that
+    is installed and can read the base. Raises CheckpointError if they differ."""
     if reason := too_large(base):
         return reason
     if not isinstance(base, HuggingFaceSource):
@@ -223,7 +223,7 @@ def _as_peft_computes(folder: Path, base: Source, adapter: Source) -> str:
 
 
 def _beside(base: Source, adapter: Source) -> Decoder:
-    """A base as it is on disk, with an adapter beside it, to compute with."""
+    """A model: the base on disk with an adapter beside it."""
     assert adapter.peft is not None
     model = _adapted(base, adapter.peft)
     materialize(model, torch.device("cpu"))
@@ -236,7 +236,7 @@ def _beside(base: Source, adapter: Source) -> Decoder:
 
 
 def _adapted(base: Source, config: PeftConfig) -> Decoder:
-    """A base with a method's modules in it, in float32, on the meta device."""
+    """A base model with a PEFT method's modules, in float32, on the meta device."""
     with torch.device("meta"):
         model = Decoder(base.model, Axis("tp"), sp=False)
         peft.apply(model, config.model_copy(update={"base_dtype": None}), torch.float32)
@@ -244,7 +244,7 @@ def _adapted(base: Source, config: PeftConfig) -> Decoder:
 
 
 def import_peft(source: Path, destination: Path, base: Path, *, trust: bool) -> None:
-    """A checkpoint of ours with an adapter of the peft library's."""
+    """Convert a folder of the peft library to a checkpoint of ours."""
     with _opened(base, trust=trust) as under, contextlib.closing(open_peft(source, under)) as adapter:
         told = _as_peft_computes(source, under, adapter)
         _write(adapter, destination, 0, *adapter_state(adapter, base), 1, BLOCK_BYTES)
@@ -252,7 +252,7 @@ def import_peft(source: Path, destination: Path, base: Path, *, trust: bool) -> 
 
 
 def export_peft(adapter: Path, destination: Path, base: Path | None, *, trust: bool) -> None:
-    """A folder of the peft library's with an adapter of ours, read back and compared."""
+    """Write an adapter of ours as a folder of the peft library; it is read back and compared."""
     with _with_base(adapter, base, trust=trust) as (opened, under, other):
         if other:
             told = ", ".join(f"model.{key}={getattr(opened.model, key)} (its base: {other[key]})" for key in other)
@@ -275,8 +275,8 @@ def export_peft(adapter: Path, destination: Path, base: Path | None, *, trust: b
 def _with_base(
     adapter: Path, base: Path | None, *, trust: bool
 ) -> Iterator[tuple[CheckpointSource, Source, dict[str, Any]]]:
-    """An adapter and its base, from where that was at training or from ``base``, computing as the adapter was trained;
-    and what that was otherwise, by the model's keys."""
+    """Open an adapter and its base, which is where it was at training or at ``base``. The base computes as the adapter
+    was trained; also yields the base's own values of the model keys that were changed for that."""
     with _opened(adapter, trust=trust) as opened:
         if not isinstance(opened, CheckpointSource) or opened.peft is None:
             raise CheckpointError(f"{opened.path} holds no adapter of ours")
@@ -290,7 +290,7 @@ def _with_base(
 
 
 def export_hf(source: Path, destination: Path, dtype: str, shard_bytes: int, *, trust: bool) -> None:
-    """A Hugging Face folder from a checkpoint of ours, read back and compared."""
+    """Write a checkpoint of ours as a Hugging Face folder; it is read back and compared."""
     if dtype not in EXPORT_DTYPES:
         raise ConfigError(f"--dtype={dtype}: expected {', '.join(EXPORT_DTYPES)}")
     with _opened(source, trust=trust) as opened:
@@ -310,7 +310,7 @@ def export_hf(source: Path, destination: Path, dtype: str, shard_bytes: int, *, 
 
 
 def weights_only(source: Source) -> tuple[dict[str, Any], dict[str, bytes]]:
-    """State and small files of a checkpoint that no run has made: it starts runs, and none goes on from it."""
+    """State and small files of a converted checkpoint: runs can start from it (``init.from``), but not resume it."""
     extras = source.extras()
     tokenizer = extras.get("tokenizer.json", extras.get("tokenizer.model"))
     config = {"model": source.model.model_dump(mode="json"), "train": {"precision": source.precision}}
@@ -341,7 +341,7 @@ def _write(
 
 @contextlib.contextmanager
 def _opened(path: Path, *, trust: bool, like: Source | None = None) -> Iterator[Source]:
-    """A source, of the model that ``like`` is of where it does not say so itself."""
+    """Open a source; if its format does not describe the model, it is assumed to be that of ``like``."""
     allocator.return_freed(1 << 20)
     with contextlib.closing(open_source(path, trust=trust, like=like.model if like is not None else None)) as source:
         yield source
@@ -358,7 +358,7 @@ def _positive(files: int) -> None:
 
 @contextlib.contextmanager
 def progress(what: str, total: int) -> Iterator[Advance]:
-    """A bar on a terminal; nothing in a log, where the last line says it all."""
+    """A progress bar on a terminal; nothing elsewhere, since the final line is enough for a log."""
     if not sys.stderr.isatty():
         yield lambda done: None
         return

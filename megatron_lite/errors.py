@@ -1,7 +1,7 @@
 """Errors a user can act on. Each carries the exit code that the process ends with.
 
 Standard library only: everything may import this module. A ``MegatronLiteError`` is shown as one line without a
-traceback; any other exception is a defect of ours and keeps its traceback.
+traceback; any other exception is a bug of ours and keeps its traceback.
 """
 
 
