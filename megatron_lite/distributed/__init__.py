@@ -1,1 +1,1 @@
-"""Ranks, mesh axes, collectives and shards: everything that knows more than one process exists."""
+"""Ranks, mesh axes, collectives and shards: everything that deals with more than one process."""

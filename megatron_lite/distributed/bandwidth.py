@@ -1,8 +1,8 @@
-"""How fast ranks can all-reduce: ``python -m megatron_lite.distributed.bandwidth OUT SECONDS``, a rank of any launcher.
+"""Measures all-reduce: ``python -m megatron_lite.distributed.bandwidth OUT SECONDS``, as a rank of any launcher.
 
-Rank 0 writes OUT, JSON: ``backend``; ``latency``, of 4 bytes among all ranks, in seconds; ``all``, the bus bandwidth
-among all of them, and ``pairs``, ``[a, b, bandwidth]`` for each two neighbours, in bytes a second. Nothing takes longer
-than SECONDS: then the process kills itself.
+Rank 0 writes JSON to OUT: ``backend``; ``latency`` of 4 bytes among all ranks, in seconds; ``all``, the bus bandwidth
+among all ranks, and ``pairs``, ``[a, b, bandwidth]`` for each two neighbours, in bytes a second. After SECONDS the
+process kills itself.
 """
 
 from __future__ import annotations
@@ -20,17 +20,17 @@ from megatron_lite.distributed.env import read_rank
 from megatron_lite.distributed.mesh import pick_device, process_group
 
 _FIRST, _LARGEST = 1 << 20, 1 << 28  # bytes of a message
-_LONG_S = 0.02  # an all-reduce that takes this long is measured well enough
+_LONG_S = 0.02  # seconds after which a measurement is accurate enough
 
 
 def measure(group: torch_dist.ProcessGroup | None, device: torch.device, size: int) -> float:
-    """Seconds that an all-reduce of ``size`` bytes takes, the slowest rank's, the best of two. Collective."""
+    """Seconds for an all-reduce of ``size`` bytes on the slowest rank, the best of two. Collective."""
     message, best = torch.ones(size // 4, device=device), float("inf")
-    for _ in range(3):  # the first one connects
+    for _ in range(3):  # the first one only sets up connections
         torch_dist.barrier(group)
         began = time.perf_counter()
         torch_dist.all_reduce(message, group=group)
-        message[0].item()  # a GPU's all-reduce has ended
+        message[0].item()  # waits for the end of a GPU's all-reduce
         best = min(best, time.perf_counter() - began)
         message.fill_(1.0)
     slowest = torch.tensor(best, device=device)
@@ -39,8 +39,8 @@ def measure(group: torch_dist.ProcessGroup | None, device: torch.device, size: i
 
 
 def bandwidth(group: torch_dist.ProcessGroup | None, ranks: int, device: torch.device) -> float:
-    """Bus bandwidth: the bytes that cross each link in a second when ``ranks`` ranks all-reduce by a ring. The message
-    is made large enough to take a while. Collective."""
+    """Bus bandwidth: bytes a second over each link when ``ranks`` ranks all-reduce in a ring. The message is enlarged
+    until it takes long enough to measure. Collective."""
     size = _FIRST
     seconds = measure(group, device, size)
     while seconds < _LONG_S and size < _LARGEST:

@@ -36,17 +36,17 @@ def all_reduce(tensor: Tensor, axis: Axis, op: Any = torch_dist.ReduceOp.SUM) ->
 
 
 def wait(work: torch_dist.Work) -> None:
-    """Wait for a collective that was started before."""
+    """Wait for a collective that was started earlier."""
     work.wait()
 
 
 def read(tensor: Tensor) -> Any:
-    """The numbers in a tensor; on a GPU the host waits here for the device, and so for other ranks."""
+    """The numbers in a tensor. On a GPU the host waits here for the device, and thereby for other ranks."""
     return tensor.tolist()
 
 
 def all_gather(tensor: Tensor, axis: Axis, dim: int = 0) -> Tensor:
-    """Concatenate the axis's tensors, all of one shape, along ``dim``. No gradient."""
+    """All-gather: concatenate the axis's tensors, all of one shape, along ``dim``. No gradient."""
     if axis.size == 1:
         return tensor
     axis.note()
@@ -74,8 +74,8 @@ def own_slice(tensor: Tensor, axis: Axis, dim: int = 0) -> Tensor:
 def all_to_all(
     parts: Sequence[Sequence[Tensor]], into: Sequence[Sequence[Tensor]], axis: Axis, device: torch.device
 ) -> None:
-    """Send ``parts[i]`` to rank i and fill ``into[i]`` with what rank i sent here: as many elements, of one dtype, in
-    any shapes, on ``device``. No gradient."""
+    """Send ``parts[i]`` to rank i and fill ``into[i]`` with the part that rank i sent to this rank. Both must have the
+    same number of elements and dtype, in any shape, on ``device``. No gradient."""
     flat = [tensor for tensors in (*parts, *into) for tensor in tensors]
     like = flat[0] if flat else torch.empty(0, device=device)
     sending = torch.cat([like.new_empty(0), *(tensor.reshape(-1) for tensors in parts for tensor in tensors)])
@@ -163,12 +163,12 @@ class _ReduceScatterTo(torch.autograd.Function):
         return all_gather(grad, ctx.axis, ctx.dim), None, None
 
 
-# torch's own spelling of torch.compiler.disable waits until it is called to import the compiler, which takes as long as
-# torch itself; a command that does not train never needs it.
+# torch.compiler.disable would import the compiler at once, which takes as long as importing torch; this form imports it
+# only when it is called, so commands that do not train never do.
 @torch._disable_dynamo
 def apply(function: Any, *args: Any) -> Any:
-    """A ``torch.autograd.Function`` of collectives or of in-place work: the pieces between such calls are compiled, the
-    calls themselves run as written."""
+    """Call a ``torch.autograd.Function`` with collectives or in-place work, outside of torch.compile: only the code
+    between such calls is compiled."""
     return function.apply(*args)
 
 
@@ -198,8 +198,8 @@ def reduce_scatter_to(tensor: Tensor, axis: Axis, dim: int = 0) -> Tensor:
 
 
 def enter_joined(x: Tensor, low: Tensor, axis: Axis, *, sp: bool) -> tuple[Tensor, Tensor]:
-    """Enter a parallel region with two tensors [tokens, …] in one collective, there and back: ``gather_from`` the
-    slices of tokens under ``sp``, else ``copy_to``."""
+    """Enter a parallel region with two tensors [tokens, …], with one collective in forward and one in backward:
+    ``gather_from`` of token slices under ``sp``, else ``copy_to``."""
     if axis.size == 1:
         return x, low
     joined = torch.cat((x, low), dim=1)

@@ -1,4 +1,4 @@
-"""The launcher contract: the rank variables of every launcher, read here and nowhere else.
+"""The rank variables of every launcher, read here and nowhere else.
 
 Standard library only. Adding a launcher is one row in ``_DIALECTS``.
 """
@@ -16,7 +16,7 @@ from megatron_lite.errors import ConfigError
 
 @dataclass(frozen=True)
 class _Dialect:
-    """The variables by which one launcher tells a rank its place, and one (``mark``) that only it sets."""
+    """The variables with which one launcher describes a rank, and one (``mark``) that only this launcher sets."""
 
     name: str
     mark: str
@@ -27,7 +27,7 @@ class _Dialect:
     mpi: bool = False
 
 
-# From the innermost outwards: torchrun may run inside srun, mpirun inside an allocation of slurm's.
+# The innermost first: torchrun may run inside srun, mpirun inside a Slurm allocation.
 _DIALECTS = (
     _Dialect("torchrun", "TORCHELASTIC_RUN_ID", "RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"),
     _Dialect("deepspeed", "CROSS_SIZE", "RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_SIZE"),
@@ -41,7 +41,7 @@ _DIALECTS = (
         mpi=True,
     ),
     _Dialect("MPICH", "MPI_LOCALNRANKS", "PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID", "MPI_LOCALNRANKS", mpi=True),
-    # Only a step's: a batch script has SLURM_PROCID=0, too, and is no rank.
+    # Only inside a step: a batch script also has SLURM_PROCID=0, but is no rank.
     _Dialect(
         "srun", "SLURM_STEP_ID", "SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID", "SLURM_STEP_TASKS_PER_NODE"
     ),
@@ -53,12 +53,12 @@ _MPI_SIZES = ("OMPI_COMM_WORLD_SIZE", "PMIX_SIZE", "PMI_SIZE", "MPI_LOCALNRANKS"
 
 @dataclass(frozen=True)
 class Rank:
-    """One process of a job, as its launcher described it. ``attempt`` counts automatic restarts from 0.
+    """One process of a job, as described by its launcher. ``attempt``: the number of automatic restarts so far.
 
-    ``launcher``: whose variables these are. ``rendezvous``: the address and port at which ranks meet; None where MPI
-    has to find out (``mpi``) or there is nobody to meet. ``job``:
-    what all ranks of one job have been told it is called, if anything. ``relay``: the pipe of the shim around this rank
-    (``launch/watch/rank.py``), which holds a byte when it passes a signal on.
+    ``launcher``: whose variables were read. ``rendezvous``: address and port at which ranks meet; None if they agree
+    over MPI (``mpi``) or there is only one rank. ``job``: the name of the job, the same on all ranks, if known.
+    ``relay``: a pipe from the shim around this rank (``launch/watch/rank.py``), which writes a byte when it passes a
+    signal on.
     """
 
     rank: int = 0
@@ -76,9 +76,9 @@ class Rank:
 
 
 def read_rank(environ: Mapping[str, str] | None = None) -> Rank:
-    """This process's place in the job; one process on its own when no launcher's variables are there.
+    """This process's rank in the job; a single process if no launcher's variables are set.
 
-    Raises ConfigError when a launcher's variables are incomplete, or those of two contradict each other.
+    Raises ConfigError if a launcher's variables are incomplete, or those of two launchers contradict each other.
     """
     environ = os.environ if environ is None else environ
     found = [dialect for dialect in _DIALECTS if dialect.mark in environ]
@@ -100,7 +100,7 @@ def read_rank(environ: Mapping[str, str] | None = None) -> Rank:
     inner, *others = found
     for outer in others:
         theirs = environ.get(outer.rank, ""), environ.get(outer.size, "")
-        # The same number of ranks in another order; or RANK and WORLD_SIZE of nobody, left over in a shell.
+        # The same ranks in another order, or RANK and WORLD_SIZE left over in a shell.
         left_over = outer.rank == "RANK" and theirs != (str(rank), str(size))
         if left_over or (theirs[1] == str(size) and theirs[0] != str(rank)):
             raise ConfigError(
@@ -139,7 +139,7 @@ def _told(dialect: _Dialect, environ: Mapping[str, str]) -> str:
 
 
 def _tasks_here(environ: Mapping[str, str]) -> str:
-    """How many tasks of the step this node has, from ``2(x3),1`` and the node's number."""
+    """The number of tasks of the step on this node, from ``2(x3),1`` and the node's index."""
     counts: list[str] = []
     for count, times in re.findall(r"(\d+)(?:\(x(\d+)\))?", environ.get("SLURM_STEP_TASKS_PER_NODE", "")):
         counts += [count] * int(times or 1)
@@ -148,7 +148,8 @@ def _tasks_here(environ: Mapping[str, str]) -> str:
 
 
 def _rendezvous(dialect: _Dialect, environ: Mapping[str, str]) -> tuple[str, int] | None:
-    """MASTER_ADDR and MASTER_PORT; under srun, without them, the step's first node and a port of the job's own."""
+    """MASTER_ADDR and MASTER_PORT; under srun without them, the step's first node and a port derived from the job
+    id."""
     address, port = environ.get("MASTER_ADDR", "").strip(), environ.get("MASTER_PORT", "")
     if address and port.isascii() and port.isdigit() and 0 < int(port) < 65536:
         return address, int(port)
@@ -176,8 +177,8 @@ def started_by_mpi(environ: Mapping[str, str] | None = None) -> bool:
 
 
 def export_for_deepspeed(device: str, index: int | None) -> None:
-    """Write the variables that DeepSpeed reads, before it is imported: what it computes on, and on which GPU, for which
-    it takes LOCAL_RANK. It wants Open MPI's local rank to be the same."""
+    """Set the variables that DeepSpeed reads at import: its accelerator, and LOCAL_RANK, which it uses as the GPU
+    index. It also requires Open MPI's local rank to have the same value."""
     os.environ.setdefault("DS_ACCELERATOR", device)
     mpi = "OMPI_COMM_WORLD_LOCAL_RANK"
     if index is None:

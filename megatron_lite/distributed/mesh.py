@@ -1,4 +1,4 @@
-"""The mesh: which ranks talk to which. Axes, outermost first: pp, dp_replicate, dp_shard, cp, tp.
+"""The mesh: which ranks communicate with which. Axes, outermost first: pp, dp_replicate, dp_shard, cp, tp.
 
 ``Axis`` is all that layers and engines see of the distributed world: a rank, a size and a process group.
 """
@@ -28,8 +28,8 @@ AXES = ("pp", "dp_replicate", "dp_shard", "cp", "tp")
 class Axis:
     """One line of ranks. At size 1 there is no group and every collective along it is the identity.
 
-    ``layer``: whose copy of the axis this is. ``calls``: the last collectives that were started along the axis, from
-    any copy: the number that the process group gives each, the layer, whether in backward.
+    ``layer``: the layer that this copy of the axis belongs to. ``calls``: the last collectives started along the axis,
+    from any copy: their number in the process group, the layer, and whether in backward.
     """
 
     name: str
@@ -40,11 +40,12 @@ class Axis:
     calls: deque[tuple[int, str, bool]] = field(default_factory=lambda: deque(maxlen=256), repr=False, compare=False)
 
     def of(self, layer: str) -> Axis:
-        """This axis for the use of one layer, by whose name its collectives will be known."""
+        """A copy of this axis for one layer, whose name is recorded with its collectives."""
         return replace(self, layer=layer)
 
     def note(self) -> None:
-        """A collective is about to start: should it hang, it is told whose it was. Takes less than a microsecond."""
+        """Record that a collective is about to start, so that a hang can be attributed to a layer. Under a
+        microsecond."""
         group: Any = self.group
         backward = torch._C._current_graph_task_id() >= 0  # type: ignore[attr-defined]
         self.calls.append((group._get_sequence_number_for_group() + 1, self.layer, backward))
@@ -52,7 +53,7 @@ class Axis:
 
 @dataclass(frozen=True)
 class Mesh:
-    """The axes that pass through this rank; ``world`` holds every rank.
+    """The axes through this rank; ``world`` contains every rank.
 
     ``data``: dp_replicate × dp_shard × cp, the ranks that have different tokens: losses, counts and gradients are
     summed over it. ``dp``: dp_replicate × dp_shard, who reads which samples; without a group, as nobody talks along it.
@@ -89,8 +90,8 @@ def solo_mesh(device: torch.device | str = "cpu") -> Mesh:
 def build_mesh(degrees: Mapping[str, int], device: torch.device, ranks: Sequence[int] | None = None) -> Mesh | None:
     """Make the process groups of a mesh with the given degrees (missing axes are 1).
 
-    ``ranks`` (default: all) are the members; a rank outside them helps to make the groups and gets None. Collective
-    over the default process group: every rank calls it, in the same order.
+    ``ranks`` (default: all) are the members; other ranks take part in creating the groups and get None. Collective over
+    the default process group: every rank must call it, in the same order.
     """
     sizes = [degrees.get(name, 1) for name in AXES]
     world = torch_dist.get_world_size() if torch_dist.is_initialized() else 1
@@ -125,7 +126,7 @@ def build_mesh(degrees: Mapping[str, int], device: torch.device, ranks: Sequence
 
 
 def pick_device(rank: Rank) -> torch.device:
-    """The device of this rank: its own GPU where there is one, else the CPU. Raises ConfigError as ``gpu_index``."""
+    """The device of this rank: its own GPU if there is one, else the CPU. Raises ConfigError as ``gpu_index`` does."""
     if not torch.cuda.is_available():
         return torch.device("cpu")
     device = torch.device("cuda", gpu_index(torch.cuda.device_count(), rank))
@@ -134,10 +135,10 @@ def pick_device(rank: Rank) -> torch.device:
 
 
 def gpu_index(visible: int, rank: Rank) -> int:
-    """Which of the GPUs that it sees a rank takes: the only one, as Slurm and others give each task its own, or that of
-    its local rank. That no other rank has the same is checked where they meet.
+    """The index of a rank's GPU among those it sees: the only one (Slurm and others may give each task its own), else
+    that of its local rank. The rendezvous checks that no two ranks share a GPU.
 
-    Raises ConfigError where it sees several, but fewer than its host has ranks.
+    Raises ConfigError if it sees several GPUs, but fewer than its host has ranks.
     """
     if visible == 1:
         return 0
@@ -150,7 +151,7 @@ def gpu_index(visible: int, rank: Rank) -> int:
 
 
 def _gpu_identity(device: torch.device) -> dict[str, str]:
-    """What tells this rank's GPU from all others; of a part of one (MIG) only its driver knows."""
+    """An identifier of this rank's GPU that is unique across hosts; MIG parts are identified by the driver only."""
     if device.type != "cuda":
         return {}
     properties = torch.cuda.get_device_properties(device)
@@ -161,14 +162,14 @@ def peer_failure(error: BaseException) -> bool:
     """Whether a collective failed because another rank died, hung or became unreachable."""
     if isinstance(error, (torch_dist.DistBackendError, torch_dist.DistNetworkError, torch_dist.DistStoreError)):
         return True
-    # gloo reports all of these as RuntimeError; a test with a killed and a stopped peer pins the wording.
+    # gloo reports all of these as RuntimeError; a test with a killed and a stopped peer checks the wording.
     signs = ("Connection closed by peer", "Connection reset by peer", "Timed out waiting", "Connection refused")
     return isinstance(error, RuntimeError) and any(sign in str(error) for sign in signs)
 
 
 def limit_waits(seconds: float) -> None:
-    """Let no collective of any group that exists by now wait longer: torch gives every new group its own 30 minutes,
-    whatever the default group was told."""
+    """Set the timeout of every existing group: torch gives each new group its own 30 minutes, whatever the timeout of
+    the default group."""
     for group in list(torch_dist.distributed_c10d._world.pg_map):
         group.set_timeout(timedelta(seconds=seconds))
 
@@ -177,17 +178,17 @@ def limit_waits(seconds: float) -> None:
 def process_group(
     rank: Rank, device: torch.device, timeout_seconds: float, identity: Mapping[str, str] | None = None
 ) -> Iterator[list[str]]:
-    """The default process group for the length of a ``with`` block; nothing is made for a single process.
+    """The default process group during a ``with`` block; none for a single process.
 
-    Before it is made, the ranks find out whether they belong together (``rendezvous.meet``); yields every rank's host
-    on rank 0. On CUDA, gloo runs beside NCCL and carries what lives on the CPU (checkpoint plans, flags).
+    Before it is created, the ranks check that they belong together (``rendezvous.meet``); yields every rank's host on
+    rank 0. On CUDA, gloo runs beside NCCL, for data on the CPU (checkpoint plans, flags).
     """
     if rank.size == 1:
         yield [rank.host]
         return
     store, hosts = meet(rank, {**(identity or {}), **_gpu_identity(device)}, timeout_seconds)
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-    # Without a device_id: with one, the mesh's groups are split off, and torch hands NCCL's options to gloo's split.
+    # No device_id: with one, torch splits the mesh's groups off and passes NCCL's options to gloo.
     torch_dist.init_process_group(
         backend,
         store=store,
@@ -198,7 +199,7 @@ def process_group(
     try:
         yield hosts
     except BaseException:
-        # Peers may be gone: tearing the group down could block, and the process is about to end anyway.
+        # Peers may be gone: destroying the group could block, and the process is about to end anyway.
         raise
     else:
         torch_dist.destroy_process_group()

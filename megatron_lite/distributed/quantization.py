@@ -1,11 +1,11 @@
 """Frozen weights in 8 or 4 bits, a block at a time.
 
-Each 64 numbers of a row are a block: their codes and, as float32, the largest magnitude among them, side by side. A
-weight [rows, in] so becomes bytes [rows, in / 64, bytes of a block], which may be cut wherever a block ends: its parts
-are packed, sent and unpacked on their own, and every layout holds the same numbers. All in plain tensor operations.
+Every 64 numbers of a row form a block: their codes, followed by the largest magnitude among them as float32. A weight
+[rows, in] becomes bytes [rows, in / 64, bytes of a block], which can be cut at every block boundary: parts are packed,
+sent and unpacked independently, and every layout holds the same numbers. All in plain tensor operations.
 
-``int8``: 127 steps to either side of zero. ``nf4``: the 16 levels of the normal float (QLoRA, Dettmers et al. 2023),
-two codes a byte, the first one in its upper half. Both are bitsandbytes' numbers.
+``int8``: 127 steps on either side of zero. ``nf4``: the 16 levels of the normal float (QLoRA, Dettmers et al. 2023),
+two codes in a byte, the first in the upper half. Both give the same numbers as bitsandbytes.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ from torch import Tensor
 
 from megatron_lite.config import PACKED_BLOCK
 
-# Quantiles of a normal distribution that is cut off at 1, zero among them (appendix E there).
+# Quantiles of a normal distribution truncated at 1, including zero (appendix E of the paper).
 NF4 = (
     *(-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453),
     *(-0.28444138169288635, -0.18477343022823334, -0.09105003625154495, 0.0),
     *(0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224),
     *(0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0),
 )
-_TINY = 1e-30  # a block of zeros is divided by this
+_TINY = 1e-30  # divisor for a block of zeros
 
 
 def pack(numbers: Tensor, packing: str) -> Tensor:
@@ -59,6 +59,6 @@ def _levels(device: torch.device) -> Tensor:
 
 @cache
 def _pairs(device: torch.device) -> Tensor:
-    """What each of the 256 bytes stands for, [256, 2]."""
+    """The two levels that each of the 256 byte values encodes, [256, 2]."""
     levels = _levels(device)
     return torch.stack((levels.repeat_interleave(16), levels.repeat(16)), dim=1)

@@ -1,6 +1,6 @@
-"""How the ranks of a job meet: before any group is made, they compare what they run, over the launcher's store.
+"""The rendezvous: before any process group is created, the ranks compare what they run, over the launcher's store.
 
-Everything crosses as JSON text under ``mlite/…``: each rank leaves what it is, rank 0 judges and leaves its verdict.
+All messages are JSON under ``mlite/…``: each rank writes its identity, rank 0 compares them and writes the verdict.
 """
 
 from __future__ import annotations
@@ -20,18 +20,18 @@ import torch.distributed as torch_dist
 from megatron_lite.distributed.env import Rank
 from megatron_lite.errors import ConfigError, PeerError
 
-_OWN = ("host", "device")  # what ranks need not have in common
-_KNOCK_S = 5.0  # how long one try to connect may take; after this, a rank says that it waits
-_LINGER_S = 5.0  # how long rank 0, whose process may hold the store, stays for the others to read a bad verdict
+_OWN = ("host", "device")  # keys that may differ between ranks
+_KNOCK_S = 5.0  # timeout of one attempt to connect; afterwards a rank reports that it waits
+_LINGER_S = 5.0  # rank 0 may host the store: it stays this long so that others can read a bad verdict
 
 
 def meet(rank: Rank, identity: Mapping[str, str], timeout_seconds: float) -> tuple[torch_dist.Store, list[str]]:
-    """The job's store and, on rank 0, every rank's host (elsewhere nothing), once all ranks were found to be alike.
+    """Wait for all ranks and compare them. Returns the job's store and, on rank 0, every rank's host.
 
-    ``identity``: what has to be the same on all ranks, by names that fit into ``runs NAME VALUE``; a name with a dot is
-    a config key; and ``device``, a GPU that has to be the rank's own. Raises ConfigError on every rank when one
-    differs, on a rank of another job or that cannot resolve the place, and when the store's port is taken; PeerError
-    when a rank does not come in time or the store goes away.
+    ``identity``: values that must be equal on all ranks, under names that fit into ``runs NAME VALUE`` (a name with a
+    dot is a config key), and ``device``, a GPU that no other rank may have. Raises ConfigError on every rank if one
+    differs; on a rank of another job, or one that cannot resolve the address; and if the store's port is taken. Raises
+    PeerError if a rank does not arrive in time or the store disappears.
     """
     limit = timedelta(seconds=timeout_seconds)
     address, port = rank.rendezvous or agree_by_mpi(rank)
@@ -51,8 +51,8 @@ def meet(rank: Rank, identity: Mapping[str, str], timeout_seconds: float) -> tup
                 f"rank {rank.rank} ({rank.host}) of job {rank.job or '-'} came to the rendezvous of job "
                 f"{theirs.decode()}, port {port}; give each job a port of its own (MASTER_PORT)"
             )
-        # A store may outlive its ranks: those that were started again meet under the number of their coming, and who
-        # comes again before the others have ended waits for them there.
+        # A store may outlive its ranks. Restarted ranks therefore meet under the number of their start, where a rank
+        # that restarts before the others have ended waits for them.
         store = torch_dist.PrefixStore(f"meeting {store.add(f'mlite/came/{rank.rank}', 1)}", store)
         return store, _compare(store, rank, identity, limit)
     except torch_dist.DistNetworkError as error:
@@ -68,10 +68,10 @@ def meet(rank: Rank, identity: Mapping[str, str], timeout_seconds: float) -> tup
 
 
 def _open(rank: Rank, address: str, port: int, limit: timedelta) -> torch_dist.Store:
-    """The store of the launcher, or of rank 0's process. Raises PeerError where nobody listens in time."""
+    """Connect to the store of the launcher or of rank 0's process. Raises PeerError if nobody listens in time."""
     if rank.rank != 0 or rank.launcher == "torchrun":
         _wait_for_listener(rank, address, port, limit.total_seconds())
-    if rank.launcher == "torchrun":  # it holds a store ready
+    if rank.launcher == "torchrun":  # torchrun already hosts a store
         store = next(torch_dist.rendezvous("env://", rank.rank, rank.size, timeout=limit))[0]
     else:
         store = torch_dist.TCPStore(
@@ -101,7 +101,7 @@ def _wait_for_listener(rank: Rank, address: str, port: int, seconds: float) -> N
 
 
 def _compare(store: torch_dist.Store, rank: Rank, identity: Mapping[str, str], limit: timedelta) -> list[str]:
-    """Leave what this rank is, and judge (rank 0: every rank's host) or hear the verdict."""
+    """Write this rank's identity; rank 0 compares all and returns every rank's host, others read the verdict."""
     store.set(f"mlite/{rank.rank}", json.dumps({"host": rank.host, **identity}))
     if rank.rank == 0:
         return _judge(store, rank.size, limit)
@@ -114,7 +114,7 @@ def _compare(store: torch_dist.Store, rank: Rank, identity: Mapping[str, str], l
 
 
 def agree_by_mpi(rank: Rank) -> tuple[str, int]:
-    """Rank 0's address and a free port of its host, broadcast over MPI. Raises ConfigError without a fitting mpi4py."""
+    """Broadcast rank 0's address and a free port over MPI. Raises ConfigError without a matching mpi4py."""
     try:
         from mpi4py import MPI
     except (ImportError, RuntimeError) as error:
@@ -158,16 +158,16 @@ def _judge(store: torch_dist.Store, size: int, limit: timedelta) -> list[str]:
 
 
 def compare(identities: Sequence[Mapping[str, str]]) -> str:
-    """The first thing in which ranks differ, in one line that names the odd ones; empty when they are alike.
+    """The first difference between ranks, as one line that names the deviating ranks; empty if they are equal.
 
-    Most ranks are right; where as many say one thing as another, rank 0 is.
+    The majority is taken as correct; in a tie, rank 0 is.
     """
     names = list(dict.fromkeys(name for identity in identities for name in identity if name not in _OWN))
     for name in names:
         values = [identity.get(name, "nothing") for identity in identities]
         if len(set(values)) == 1:
             continue
-        counts = Counter(values)  # in order of rank, as is most_common among equals
+        counts = Counter(values)  # in rank order; most_common keeps this order for ties
         usual = counts.most_common(1)[0][0]
         verbs = ("has", "have") if "." in name else ("runs", "run")
         told = []
@@ -183,7 +183,7 @@ def compare(identities: Sequence[Mapping[str, str]]) -> str:
 
 
 def shared_gpu(identities: Sequence[Mapping[str, str]]) -> str:
-    """The first GPU that more than one rank would use, in one line that names them; empty where each has its own."""
+    """The first GPU that several ranks would use, as one line that names them; empty if each rank has its own."""
     users: dict[str, list[int]] = {}
     for rank, identity in enumerate(identities):
         if device := identity.get("device"):
@@ -198,7 +198,7 @@ def shared_gpu(identities: Sequence[Mapping[str, str]]) -> str:
 
 
 def port_owner(port: int) -> str:
-    """Who listens on a TCP port of this host, as far as this user may see: ``pid N (command)``."""
+    """The process that listens on a TCP port of this host, if this user may see it: ``pid N (command)``."""
     inodes = set()
     for table in ("/proc/net/tcp", "/proc/net/tcp6"):
         with contextlib.suppress(OSError):

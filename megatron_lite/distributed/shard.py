@@ -26,10 +26,10 @@ Box = tuple[tuple[int, ...], tuple[int, ...]]  # a rectangle of a tensor: its of
 class ShardSpec:
     """How one global parameter is split over an axis of the mesh.
 
-    ``shape``: the global shape. ``dim``: the dim that is split, or None where every rank holds the whole.
-    ``chunks``: sizes along ``dim`` that are split separately and whose parts are concatenated (fused q, k, v; gate
-    and up); None for one chunk. ``packing``: how a frozen matrix is stored, where not as it is (``quantization.py``).
-    ``axis``: the mesh's name for the axis that it is split over.
+    ``shape``: the global shape. ``dim``: the dim that is split, or None if every rank holds the whole tensor.
+    ``chunks``: sizes along ``dim`` that are split separately and whose parts are concatenated (fused q, k, v; gate and
+    up); None for one chunk. ``packing``: the format of a frozen, quantized matrix (``quantization.py``), or None.
+    ``axis``: the name of the mesh axis over which it is split.
     """
 
     shape: tuple[int, ...]
@@ -44,7 +44,7 @@ class ShardSpec:
 
     @property
     def stored(self) -> ShardSpec:
-        """How its memory is split: of a packed matrix, bytes [rows, blocks, bytes of a block]."""
+        """The spec of the stored tensor: for a packed matrix, bytes [rows, blocks, bytes of a block]."""
         if self.packing is None:
             return self
         rows, columns = self.shape
@@ -70,8 +70,8 @@ class ShardSpec:
         return found
 
     def piece(self, local: Tensor, axis: Axis, start: int = 0) -> Piece:
-        """What ``local`` is of the global tensor: this rank's part along ``axis``, or, where that is divided further, a
-        contiguous stretch of its elements from the ``start``-th on (in any shape)."""
+        """The place of ``local`` in the global tensor: this rank's part along ``axis`` or, if that part is divided
+        further, a contiguous range of its elements beginning with ``start`` (in any shape)."""
         assert axis.name == self.axis, f"split over {self.axis}, not {axis.name}"
         if self.packing is not None:
             stored = self.stored.piece(local, axis, start).tiles
@@ -86,7 +86,7 @@ class ShardSpec:
         return Piece(self.shape, local.dtype, tiles)
 
     def _tiles(self, block: Tensor, origin: tuple[int, ...], dim: int, axis: Axis) -> Iterator[Tile]:
-        """A rectangle of the local tensor, which lies at ``origin`` there, as rectangles of the global one."""
+        """A rectangle at ``origin`` of the local tensor, as rectangles of the global tensor."""
         for local, whole, length in self.sections(axis.rank, axis.size):
             first, stop = max(local, origin[dim]), min(local + length, origin[dim] + block.shape[dim])
             if first < stop:
@@ -96,7 +96,8 @@ class ShardSpec:
 
 @dataclass(frozen=True)
 class Tile:
-    """A rectangle of a global tensor: ``data`` is a view of local memory, ``offset`` says where it lies."""
+    """A rectangle of a global tensor. ``data``: a view of local memory; ``offset``: its position in the global
+    tensor."""
 
     data: Tensor
     offset: tuple[int, ...]
@@ -113,27 +114,27 @@ class Tile:
 
     @property
     def place(self) -> tuple[slice, ...]:
-        """Its slices in the global tensor."""
+        """Its position in the global tensor, as slices."""
         return tuple(slice(o, o + n) for o, n in zip(self.offset, self.shape, strict=True))
 
     @property
     def numbers(self) -> Tensor:
-        """Its elements, to be read."""
+        """Its elements, for reading."""
         return self.data
 
     def put(self, first: int, numbers: Tensor) -> None:
-        """Write its rows from ``first`` on."""
+        """Write rows, beginning with row ``first``."""
         self.data[first : first + len(numbers)].copy_(numbers)
 
     def writable(self) -> Iterator[Tile]:
-        """Tiles whose data are to be written in place, one after the other, before the next is asked for."""
+        """Tiles to write in place; each must be written before the next is requested."""
         yield self
 
 
 @dataclass(frozen=True)
 class PackedTile(Tile):
-    """A rectangle of a packed matrix: ``data`` are its bytes, [rows, blocks, bytes of a block], all else says where its
-    numbers lie."""
+    """A rectangle of a packed matrix. ``data``: its bytes, [rows, blocks, bytes of a block]; the other fields refer to
+    the unpacked numbers."""
 
     packing: str
 
@@ -150,7 +151,7 @@ class PackedTile(Tile):
         self.data[first : first + len(numbers)].copy_(pack(numbers, self.packing))
 
     def writable(self) -> Iterator[Tile]:
-        """A few rows at a time, packed when the next are asked for: so its numbers are never all here."""
+        """Tiles of a few rows, packed when the next one is requested, so that never all numbers are in memory."""
         (rows, columns), (row, column) = self.shape, self.offset
         step = max(1, _WRITABLE // max(1, columns))
         for first in range(0, rows, step):
@@ -159,12 +160,12 @@ class PackedTile(Tile):
             self.put(first, part)
 
 
-_WRITABLE = 1 << 22  # numbers
+_WRITABLE = 1 << 22  # numbers in memory at a time
 
 
 @dataclass(frozen=True)
 class Piece:
-    """What this rank holds of one global tensor of ``shape``: no, one or several tiles."""
+    """This rank's part of one global tensor of ``shape``: zero, one or several tiles."""
 
     shape: tuple[int, ...]
     dtype: torch.dtype
@@ -172,7 +173,7 @@ class Piece:
 
     @classmethod
     def whole(cls, data: Tensor) -> Piece:
-        """A tensor of which every rank that names it holds all."""
+        """The piece of a tensor that a rank holds completely."""
         return cls(tuple(data.shape), data.dtype, [Tile(data, (0,) * data.dim())])
 
 
@@ -185,7 +186,7 @@ def rectangles(shape: tuple[int, ...], start: int, stop: int) -> Iterator[tuple[
         yield start, (start,)[: len(shape)], (stop - start,)[: len(shape)]
         return
     row = math.prod(shape[1:])
-    first, last = -(-start // row), stop // row  # the rows that are whole
+    first, last = -(-start // row), stop // row  # the complete rows
     if start < first * row:
         yield from _in_row(shape, first - 1, start, min(stop, first * row))
     if first < last:
@@ -203,9 +204,9 @@ def _in_row(
 
 
 def attach(parameter: nn.Parameter, spec: ShardSpec, init: float | str) -> nn.Parameter:
-    """Attach to a parameter its ``spec`` and how it starts: "ones", or the standard deviation of a normal (0: zeros).
+    """Attach a ``spec`` and an initialisation to a parameter: "ones", or the std of a normal distribution (0: zeros).
 
-    ``tensor_model_parallel`` is the mark that DeepSpeed's clipping looks for.
+    ``tensor_model_parallel`` is the attribute that DeepSpeed's clipping looks for.
     """
     parameter.shard_spec = spec  # type: ignore[attr-defined]
     parameter.init = init  # type: ignore[attr-defined]
@@ -219,18 +220,18 @@ def spec_of(parameter: Tensor) -> ShardSpec:
 
 
 def inits_of(model: nn.Module) -> dict[str, float | str]:
-    """How each parameter starts, by its layout-free name; a tied parameter appears once, under its first name."""
+    """The initialisation of each parameter by layout-free name; a tied parameter appears once, under its first name."""
     return {name: parameter.init for name, parameter in model.named_parameters()}  # type: ignore[attr-defined]
 
 
 def pieces_of(model: nn.Module, tp: Axis) -> dict[str, Piece]:
-    """A model's parameters, split over ``tp`` alone, by name."""
+    """A model's parameters as pieces by name, split over ``tp`` only."""
     return {name: spec_of(p).piece(p.detach(), tp) for name, p in model.named_parameters()}
 
 
 def materialize(model: nn.Module, device: torch.device, shared: Mapping[str, nn.Parameter] | None = None) -> None:
-    """Give the parameters of a model on the meta device memory on ``device``, uninitialised; their marks stay. Those in
-    ``shared`` are there already, another model's, and become this one's, too."""
+    """Allocate the parameters of a model on the meta device on ``device``, uninitialised; their specs stay. Parameters
+    in ``shared`` belong to another model and are shared with this one."""
     for prefix, module in model.named_modules():
         for name, parameter in module.named_parameters(prefix, recurse=False):
             if shared is not None and name in shared:
@@ -251,14 +252,14 @@ def check_model(model: nn.Module, mesh: Mesh) -> None:
         assert tuple(parameter.shape) == want, f"parameter {name} is {tuple(parameter.shape)}, its spec says {want}"
 
 
-_INIT_BLOCK = 1 << 20  # elements drawn at a time; the numbers depend on it, so it never changes
+_INIT_BLOCK = 1 << 20  # elements drawn at a time; it determines the numbers, so it must never change
 
 
 def fill_normal(piece: Piece, name: str, seed: int, std: float) -> None:
     """Fill a piece with its part of one global N(0, std²) tensor that depends on (seed, name, shape) alone.
 
     The global tensor is drawn in blocks of whole rows, each from its own generator, so that a rank never holds more
-    than one block of it and skips the blocks it has no part in. Draws are float32 on the CPU whatever the device.
+    than one block of it and skips blocks outside of its part. Draws are float32 on the CPU for every device.
     """
     rows, columns = piece.shape[0], math.prod(piece.shape[1:])
     block_rows = max(1, _INIT_BLOCK // max(1, columns))
@@ -278,7 +279,7 @@ def fill_normal(piece: Piece, name: str, seed: int, std: float) -> None:
 
 @torch.no_grad()
 def initialize(pieces: Mapping[str, Piece], inits: Mapping[str, float | str], seed: int) -> None:
-    """Give every parameter its first value: the same global tensors at every layout. No communication."""
+    """Initialise every parameter, with the same global tensors at every layout. No communication."""
     for name, piece in pieces.items():
         init = inits[name]
         if init not in ("ones", 0.0):

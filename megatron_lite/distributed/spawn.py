@@ -1,6 +1,6 @@
-"""Run a function on several ranks of this machine over gloo: what ``prove`` and the tests start their worlds with.
+"""Runs a function on several ranks of this machine over gloo, for ``prove`` and the tests.
 
-Ranks come from a fork server that has torch loaded already, so a world starts in about a second.
+Ranks are forked from a server process that has already imported torch, so they start in about a second.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def _rank_main(
             torch.distributed.init_process_group(
                 "gloo", init_method=f"file://{store}", rank=rank, world_size=size, timeout=timedelta(seconds=limit)
             )
-            torch.distributed.barrier()  # a rank that fails at once must not be a peer that never came
+            torch.distributed.barrier()  # so that a rank that fails at once has at least joined its peers
         answer("ok", fn(rank, size, *pickle.loads(args)))  # noqa: S301 - our own parent wrote it
         if size > 1:
             torch.distributed.destroy_process_group()
@@ -47,10 +47,10 @@ def _rank_main(
 def run_ranks(fn: Callable[..., Any], size: int, *args: Any, timeout: float = 120.0) -> list[Any]:
     """Call ``fn(rank, size, *args)`` in ``size`` processes that share a gloo process group; results in rank order.
 
-    ``fn`` is importable by name. Raises the first rank's MegatronLiteError, or PeerError with the traceback of the rank
-    that failed first, or PeerError when ``timeout`` seconds pass; no process is left behind in any case.
+    ``fn`` must be importable by name. Raises the MegatronLiteError of the rank that failed first, or PeerError with its
+    traceback, or PeerError after ``timeout`` seconds. No process is left behind in any case.
     """
-    # As bytes: multiprocessing's own way with tensors is to share memory, which ends with the process that made them.
+    # As bytes: multiprocessing would send tensors as shared memory, which disappears with the sending process.
     pickled = pickle.dumps(args)
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["torch.distributed", "megatron_lite.distributed.comm"])
