@@ -1,1 +1,1 @@
-"""Engines: who owns gradients, their reduction, and the optimizer."""
+"""Engines: they own the gradients, their reduction, and the optimizer."""

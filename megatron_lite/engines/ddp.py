@@ -18,15 +18,15 @@ from megatron_lite.engines.engine import Engine
 
 
 class _Bucket:
-    """Gradients that are reduced together, views into one flat buffer, which is there from the first of them in a step
-    until the update: forward has its memory for what it saves."""
+    """Gradients that are reduced together, as views into one flat buffer. The buffer exists from the first gradient of
+    a step until the update, so its memory is free for activations during forward."""
 
     def __init__(self, parameters: list[nn.Parameter]) -> None:
         self.parameters, self.pending, self.work = parameters, 0, None
         self.flat: Tensor | None = None
 
     def open(self, _: Tensor) -> None:
-        """A gradient is about to be accumulated."""
+        """Allocate the buffer before the first gradient is accumulated."""
         if self.flat is not None:
             return
         sizes = [parameter.numel() for parameter in self.parameters]

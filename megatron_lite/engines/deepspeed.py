@@ -1,8 +1,8 @@
 """DeepSpeed ZeRO, stages 0 to 3, around local tensor-parallel shards: the only file that imports deepspeed.
 
-DeepSpeed owns the flat partitions, their communication and the update; what it gets to see are this rank's ordinary
-tensors, an ``mpu`` that says who the data-parallel peers are, and a config made from ours. Norm and clipping are ours,
-as under every engine, because DeepSpeed's count replicated parameters by marks that are easily forgotten.
+DeepSpeed owns the flat partitions, their communication and the update. It gets this rank's ordinary tensors, an ``mpu``
+that describes the data-parallel peers, and a config derived from ours. Norm and clipping are ours, as under every
+engine, because DeepSpeed relies on attributes of replicated parameters that are easily forgotten.
 """
 
 from __future__ import annotations
@@ -33,19 +33,19 @@ from megatron_lite.engines.engine import Engine
 from megatron_lite.engines.optim import build_adamw
 from megatron_lite.errors import ConfigError
 
-# On a CPU DeepSpeed would compile this extension at start-up on every rank, for minutes and behind a lock that a killed
-# run leaves locked. torch's own collectives give the same results.
+# On a CPU, DeepSpeed would compile this extension at start-up on every rank. That takes minutes and a lock, which a
+# killed run leaves locked. torch's own collectives give the same results.
 deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 warnings.filterwarnings("ignore", message=".*(gather_into|scatter)_tensor. is dep", category=FutureWarning)
 logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
 
 
 class ModelParallelUnit:
-    """Who is who, in Megatron's words for it, both the older and the newer ones."""
+    """The process groups under Megatron's names, both older and newer ones."""
 
     def __init__(self, mesh: Mesh) -> None:
         assert mesh.device_mesh is not None
-        alone = mesh.device_mesh["pp"].get_group()  # of one rank
+        alone = mesh.device_mesh["pp"].get_group()  # a group of one rank
         for name, axis in (
             ("data_parallel", mesh.data),
             ("model_parallel", mesh.tp),
@@ -57,7 +57,7 @@ class ModelParallelUnit:
 
 
 def deepspeed_config(config: Config, accumulation: int, dp: int, gpu: bool) -> dict[str, Any]:
-    """DeepSpeed's config for a run of ours; ``parallel.deepspeed`` is laid over it."""
+    """DeepSpeed's config for a run, with the keys of ``parallel.deepspeed`` on top."""
     parallel, stage = config.parallel, config.parallel.zero
     micro, bucket = config.train.micro_batch_size, 2 * int(parallel.bucket_mb * 2**20 / 8)
     moved = {"none": (), "optimizer": ("optimizer",), "all": ("optimizer", "param")}[parallel.offload]
@@ -68,10 +68,10 @@ def deepspeed_config(config: Config, accumulation: int, dp: int, gpu: bool) -> d
             "gradient_accumulation_steps": accumulation,
             "train_batch_size": micro * accumulation * dp,
             "gradient_clipping": 0.0,
-            "gradient_allreduce_op": "mean" if stage == 3 else "sum",  # stage 3 knows no other
+            "gradient_allreduce_op": "mean" if stage == 3 else "sum",  # stage 3 supports only mean
             "bf16": {
                 "enabled": config.train.precision == "bfloat16" and stage > 0,
-                "immediate_grad_update": stage == 1,  # else every gradient is there in bfloat16 as well
+                "immediate_grad_update": stage == 1,  # else gradients exist in bfloat16, too
             },
             "data_types": {"grad_accum_dtype": "fp32"},
             "communication_data_type": "fp32",
@@ -82,7 +82,7 @@ def deepspeed_config(config: Config, accumulation: int, dp: int, gpu: bool) -> d
                 "allgather_bucket_size": bucket,
                 "stage3_prefetch_bucket_size": bucket,
                 "sub_group_size": group_elements(config),
-                "use_multi_rank_bucket_allreduce": False,  # reduce to each part's owner: half of an all-reduce
+                "use_multi_rank_bucket_allreduce": False,  # reduce to each part's owner: half the cost of an all-reduce
                 "reduce_scatter": config.train.precision != "float64",
                 **offload,
             },
@@ -95,13 +95,13 @@ def deepspeed_config(config: Config, accumulation: int, dp: int, gpu: bool) -> d
 
 
 def group_elements(config: Config) -> int:
-    """How much is updated at a time: DeepSpeed flattens the gradients of that much once more."""
+    """Size of a parameter group: DeepSpeed flattens the gradients of one group at a time into another copy."""
     return 2 * int(config.parallel.bucket_mb * 2**20)
 
 
 class Fragment(NamedTuple):
-    """Where this rank's part of one parameter lies: ``length`` elements of flat master ``group`` from ``offset`` on,
-    which are those of the parameter from ``start`` on."""
+    """The location of this rank's part of a parameter: ``length`` elements of flat master ``group`` beginning at
+    ``offset``, which are the elements of the parameter beginning at ``start``."""
 
     group: int
     offset: int
@@ -112,8 +112,8 @@ class Fragment(NamedTuple):
 class DeepSpeedZeRO(Engine):
     """ZeRO (Rajbhandari et al. 2020): over dp, stage 1 divides optimizer state and masters, 2 gradients, 3 weights.
 
-    Gradients are summed, where DeepSpeed averages. With bfloat16 stages 1 to 3 hold the weights that are computed with
-    in it, beside float32 masters; stage 0 holds the masters alone, and layers cast at each use.
+    Gradients are summed, where DeepSpeed averages. With bfloat16, stages 1 to 3 hold bfloat16 weights for computing
+    beside float32 masters; stage 0 holds only the masters, and layers cast them at each use.
     """
 
     def spread(self, config: Config) -> None:
@@ -122,11 +122,11 @@ class DeepSpeedZeRO(Engine):
         accumulation = config.train.global_batch_size // (config.train.micro_batch_size * dp.size)
         settings = deepspeed_config(config, accumulation, dp.size, self.mesh.device.type == "cuda")
         unit, exact = ModelParallelUnit(self.mesh), config.train.precision == "float64"
-        silence = contextlib.redirect_stdout(io.StringIO())  # it prints its memory use
+        silence = contextlib.redirect_stdout(io.StringIO())  # DeepSpeed prints its memory use
         with silence, _masters_in_float64() if exact else contextlib.nullcontext():
             try:
                 checked = DeepSpeedConfig(settings, unit)
-            except Exception as error:  # of many kinds, all about what was given
+            except Exception as error:  # of many types, all about the given config
                 raise ConfigError(f"parallel.deepspeed: {' '.join(str(error).split())}") from None
             if exact:
                 checked.communication_data_type = torch.float64
@@ -143,21 +143,21 @@ class DeepSpeedZeRO(Engine):
                 config=settings,
                 config_class=checked,
             )
-        self.forward = self.engine  # which prepares itself for the backward in it
+        self.forward = self.engine  # its forward prepares the backward
         self.zero: Any = self.engine.optimizer
-        self.bf16 = isinstance(self.zero, BF16_Optimizer)  # what DeepSpeed makes of stage 1 with bfloat16
+        self.bf16 = isinstance(self.zero, BF16_Optimizer)  # the optimizer of stage 1 with bfloat16
         if self.stage > 0:
             self.fragments = {n: self._fragment(p) for n, p in self.model.named_parameters() if n in self.trained}
 
     def _materialize_divided(self, settings: dict[str, Any], bf16: bool, unit: ModelParallelUnit) -> None:
-        """One layer at a time, each divided before the next, so that never all of the model is here."""
+        """Allocate and divide one layer after another, so that the whole model is never in memory."""
         trained = next(parameter for parameter in self.model.parameters() if parameter.requires_grad)
         dtype = torch.bfloat16 if bf16 else trained.dtype
         for module in self.model.modules():
             if not module._parameters:
                 continue
             materialize(module, self.mesh.device)
-            module.to(dtype)  # what is packed stays as it is
+            module.to(dtype)  # packed weights stay as they are
             Init(
                 module,
                 self.mesh.data.group,
@@ -181,7 +181,7 @@ class DeepSpeedZeRO(Engine):
         return self.zero.fp32_groups_flat_partition if self.bf16 else self.zero.single_partition_of_fp32_groups
 
     def _fragment(self, parameter: Any) -> Fragment | None:
-        """Where DeepSpeed keeps this rank's part of a parameter; None where it has none."""
+        """The location of this rank's part of a parameter; None if it has none."""
         if self.stage == 3:
             group, offset, length = self.zero.grad_position[self.zero.get_param_id(parameter)]
             start = self.mesh.data.rank * length
@@ -203,7 +203,7 @@ class DeepSpeedZeRO(Engine):
         return self.specs[name].piece(tensor, self.axis(name), fragment.start if fragment else 0)
 
     def _parts(self, flats: Sequence[Tensor]) -> dict[str, Tensor]:
-        """This rank's part of every parameter in ``flats``, which are laid out as the masters are."""
+        """This rank's part of every parameter in ``flats``, which have the layout of the masters."""
         return {
             name: flats[f.group].detach().narrow(0, f.offset, f.length) if f else flats[0].new_empty(0)
             for name, f in self.fragments.items()
@@ -216,7 +216,7 @@ class DeepSpeedZeRO(Engine):
         return {n: trained[n] if n in trained else self._frozen_part(p) for n, p in self.parameters.items()}
 
     def _frozen_part(self, parameter: Any) -> Tensor:
-        """This rank's memory of a parameter that the optimizer does not know: all of it, or a part at stage 3."""
+        """This rank's part of a frozen parameter: all of it, or a partition at stage 3."""
         if self.stage < 3:
             return parameter.detach()
         part = parameter.ds_tensor
@@ -253,7 +253,7 @@ class DeepSpeedZeRO(Engine):
 
     def finish_gradients(self) -> Tensor:
         if self.mesh.device.type == "cuda":
-            torch.cuda.synchronize(self.mesh.device)  # it reduces, and copies to CPU memory, on streams of its own
+            torch.cuda.synchronize(self.mesh.device)  # DeepSpeed reduces and offloads on streams of its own
         return self.norm()
 
     def update(self) -> None:
@@ -274,7 +274,7 @@ class DeepSpeedZeRO(Engine):
         if self.stage == 3:
             for group in range(len(self.masters)):
                 self.zero._reassign_or_swap_out_partitioned_parameters(group)
-            self.zero._partition_all_parameters()  # drop the whole copies that it keeps of small ones
+            self.zero._partition_all_parameters()  # free the full copies that it keeps of small parameters
             if self.zero.persistent_parameters:
                 self.zero.persistent_parameters[0].all_gather(self.zero.persistent_parameters)
         elif self.bf16:
@@ -292,17 +292,17 @@ class DeepSpeedZeRO(Engine):
 
 
 class _BucketedEngine(DeepSpeedEngine):
-    """DeepSpeed itself flattens all gradients at once at stage 0, whatever ``reduce_bucket_size`` says."""
+    """Reduces stage 0 gradients in buckets; DeepSpeed would flatten all at once, ignoring ``reduce_bucket_size``."""
 
     def allreduce_gradients(self, bucket_size: int = 0) -> None:
         super().allreduce_gradients(self.zero_reduce_bucket_size())
 
 
 class _Float64Engine(_BucketedEngine):
-    """For proofs: DeepSpeed itself trains in nothing wider than float32."""
+    """For proofs in float64, which DeepSpeed does not support."""
 
     def get_data_types(self) -> tuple[torch.dtype, torch.dtype]:
-        dtype = torch.float64 if self.zero_optimization() else torch.float32  # stage 0 leaves the optimizer as it is
+        dtype = torch.float64 if self.zero_optimization() else torch.float32  # stage 0 does not wrap the optimizer
         return dtype, dtype
 
     def buffered_allreduce_fallback(self, *args: Any, **kwargs: Any) -> None:
@@ -312,7 +312,7 @@ class _Float64Engine(_BucketedEngine):
 
 @contextlib.contextmanager
 def _masters_in_float64() -> Iterator[None]:
-    """DeepSpeed's masters are float32, whatever it is given, but inside."""
+    """Inside the ``with`` block DeepSpeed creates float64 masters; otherwise they are always float32."""
     original = ZeROOptimizer._configure_master_weights
 
     def in_float64(self: Any, *args: Any, **kwargs: Any) -> torch.dtype:

@@ -1,8 +1,8 @@
 """Fully sharded data parallelism: FSDP2 around local tensor-parallel shards, ZeRO stages 2 and 3.
 
-Each block is a group that is gathered, used and, at stage 3, dropped again; what is outside the blocks (embedding,
-final norm, projection) is one more group. FSDP2 divides the first dim of each local tensor over dp_shard, reduces
-gradients over dp_shard and, where there is one, over dp_replicate (hybrid sharding).
+Each block is a group that is gathered, used and, at stage 3, freed again. Parameters outside of the blocks (embedding,
+final norm, projection) form one more group. FSDP2 divides the first dim of each local tensor over dp_shard, and reduces
+gradients over dp_shard and, with hybrid sharding, over dp_replicate.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ _DTYPES = {"float32": None, "float64": None, "bfloat16": torch.bfloat16}
 class FullyShardedDataParallel(Engine):
     """Weights, gradients and optimizer state divided over dp_shard; gradients summed, where FSDP averages.
 
-    With bfloat16 the blocks' weights are gathered in it; embedding and projection are gathered in float32, because
-    rows of an embedding sum up many gradients. Gradients are reduced in the masters' precision.
+    With bfloat16, the weights of blocks are gathered in bfloat16; embedding and projection are gathered in float32,
+    because rows of an embedding sum up many gradients. Gradients are reduced in the masters' precision.
     """
 
     def spread(self, config: Config) -> None:
@@ -58,7 +58,7 @@ class FullyShardedDataParallel(Engine):
     def piece(self, name: str, tensor: Tensor) -> Piece:
         spec, axis, dp = self.specs[name], self.axis(name), self.mesh.dp_shard
         rows, *others = spec.stored.local_shape(axis.size)
-        # FSDP2 cuts as torch.chunk does: equal parts, the last ones shorter or empty.
+        # FSDP2 divides as torch.chunk does: equal parts, the last ones shorter or empty.
         first = min(rows, -(-rows // dp.size) * dp.rank)
         return spec.piece(tensor, axis, first * math.prod(others))
 

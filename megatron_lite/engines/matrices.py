@@ -1,8 +1,8 @@
-"""Optimizers that look at whole matrices, where no rank may hold a whole one.
+"""Optimizers that need whole matrices (Muon, Adafactor), under engines where no rank holds one.
 
-Each matrix has an owner among all ranks. At every update its weights and gradient are put together there, the owner
-lets torch's own optimizer do its work, and hands the new weights back out. The owner alone keeps the optimizer's state,
-so state and work are divided over all ranks under every engine. After Moonlight's distributed Muon (Liu et al. 2025).
+Each matrix has an owner among all ranks. At every update the owner collects its weights and gradient, runs torch's own
+optimizer, and sends the new weights back. Only the owner keeps optimizer state, so state and work are divided over all
+ranks under every engine. After Moonlight's distributed Muon (Liu et al. 2025).
 """
 
 from __future__ import annotations
@@ -24,9 +24,10 @@ from megatron_lite.engines.optim import decays, is_updated_whole
 
 @dataclass
 class Matrix:
-    """One matrix (or vector): a parameter, or a chunk of a fused one. ``start``: its first row there.
+    """One matrix (or vector): a parameter, or a chunk of a fused parameter. ``start``: its first row in the parameter.
 
-    ``boxes``: which rectangles of it each rank holds. ``leaf``: what the owner's optimizer sees, empty between updates.
+    ``boxes``: the rectangles that each rank holds. ``leaf``: the tensor for the owner's optimizer, empty between
+    updates.
     """
 
     name: str
@@ -38,7 +39,7 @@ class Matrix:
     sources: dict[Box, int] = field(default_factory=dict)
 
     def settle(self, owner: int) -> None:
-        """Make a rank the owner, which takes every box from itself or from the next rank that has it."""
+        """Choose the owner. It takes each box from itself, or from the nearest following rank that holds it."""
         self.owner = owner
         for step in range(len(self.boxes)):
             rank = (owner + step) % len(self.boxes)
@@ -46,21 +47,21 @@ class Matrix:
                 self.sources.setdefault(box, rank)
 
     def sent_by(self, rank: int) -> list[Box]:
-        """What the owner takes from ``rank``."""
+        """The boxes that the owner takes from ``rank``."""
         return [box for box, source in self.sources.items() if source == rank]
 
     def view(self, whole: Tensor, box: Box) -> Tensor:
-        """A box within the matrix."""
+        """A box of the matrix, as a view."""
         (first, *others), shape = box
         offset = (first - self.start, *others)
         return whole[tuple(slice(o, o + n) for o, n in zip(offset, shape, strict=True))]
 
 
 class WholeMatrices:
-    """Muon (Jordan et al. 2024) or Adafactor (Shazeer and Stern 2018) over the parameters that want to be seen whole.
+    """Muon (Jordan et al. 2024) or Adafactor (Shazeer and Stern 2018) over parameters that are updated as a whole.
 
-    Communication of a step: an all-to-all of weights and gradients to the owners and one of weights back, a matrix of
-    each owner at a time. A rank needs memory for one whole matrix, its gradient, and what the optimizer makes of them.
+    Communication of a step: an all-to-all of weights and gradients to the owners and an all-to-all of weights back, for
+    one matrix of each owner at a time. A rank needs memory for one whole matrix, its gradient, and temporaries.
     """
 
     def __init__(
@@ -131,7 +132,7 @@ class WholeMatrices:
             self._hand_out(matrices, whole, weights)
 
     def _collect(self, matrices: list[Matrix | None], pieces: Mapping[str, Piece]) -> Tensor:
-        """Everybody's boxes to the owners; what this rank owns, whole."""
+        """Send all boxes to the owners; returns the whole matrix that this rank owns."""
         rank, own = self.world.rank, matrices[self.world.rank]
         parts = []
         for matrix in matrices:
@@ -147,7 +148,7 @@ class WholeMatrices:
         return whole
 
     def _hand_out(self, matrices: list[Matrix | None], whole: Tensor, pieces: Mapping[str, Piece]) -> None:
-        """The owners' matrices to everybody who holds a box of them."""
+        """Send the owners' matrices back to all ranks that hold a box of them."""
         rank, own = self.world.rank, matrices[self.world.rank]
         parts: list[list[Tensor]] = [[] for _ in matrices]
         if own is not None:
@@ -178,7 +179,7 @@ class WholeMatrices:
         return found
 
     def loaded(self, updates: int) -> None:
-        """After ``state`` was read from a checkpoint: how many updates have been made."""
+        """Called after ``state`` was read from a checkpoint, with the number of updates made."""
         for state in self.optimizer.state.values():
             if "step" in state:
                 state["step"].fill_(updates)
@@ -188,7 +189,7 @@ _KINDS = {"muon": ("momentum_buffer",), "adafactor": ("row_var", "col_var", "var
 
 
 def _state_shape(kind: str, shape: tuple[int, ...]) -> tuple[int, ...] | None:
-    """The shape that torch gives this part of the state of a parameter, or None where it has no such part."""
+    """The shape of one state tensor of a parameter in torch's optimizer, or None if it has no such tensor."""
     match kind:
         case "row_var":
             return (*shape[:-1], 1) if len(shape) > 1 else None
@@ -200,7 +201,7 @@ def _state_shape(kind: str, shape: tuple[int, ...]) -> tuple[int, ...] | None:
 
 
 def _matrices(name: str, spec: ShardSpec, held: list[list[Box]]) -> Iterator[Matrix]:
-    """The chunks of a parameter, which are fused along the first dim, each with everybody's boxes of it."""
+    """The chunks of a parameter that is fused along the first dim, each with the boxes of all ranks."""
     chunks = spec.chunks if spec.chunks is not None and spec.dim == 0 else (spec.shape[0],)
     for start, rows in zip(accumulate(chunks, initial=0), chunks, strict=False):
         boxes = [[(o, n) for o, n in boxes if start <= o[0] < start + rows and 0 not in n] for boxes in held]

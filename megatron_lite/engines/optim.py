@@ -21,7 +21,7 @@ def decays(name: str, spec: ShardSpec) -> bool:
 
 
 def is_updated_whole(name: str, spec: ShardSpec, config: OptimConfig) -> bool:
-    """Whether the optimizer has to see this parameter whole: Muon the blocks' matrices, Adafactor everything."""
+    """Whether the optimizer updates this parameter as a whole: Muon matrices of blocks, Adafactor everything."""
     hidden_matrix = name.startswith("blocks.") and len(spec.shape) == 2
     return config.name == "adafactor" or (config.name == "muon" and hidden_matrix)
 
@@ -29,9 +29,9 @@ def is_updated_whole(name: str, spec: ShardSpec, config: OptimConfig) -> bool:
 def build_adamw(
     model: nn.Module, specs: Mapping[str, ShardSpec], config: OptimConfig, group_elements: float = math.inf
 ) -> torch.optim.AdamW:
-    """AdamW (Loshchilov and Hutter 2019), fused, over what decays and what does not, without what another optimizer
-    updates: ``specs`` know the shapes, which an engine may have taken from the parameters. A group ends with the
-    parameter that fills it to ``group_elements``."""
+    """Fused AdamW (Loshchilov and Hutter 2019) with groups with and without weight decay, except for parameters that
+    another optimizer updates. ``specs``: shapes, because an engine may have flattened the parameters. A group ends with
+    the parameter that reaches ``group_elements``."""
     groups: list[dict[str, Any]] = []
     for decay in (True, False):
         groups.append({"params": [], "weight_decay": config.weight_decay if decay else 0.0})
@@ -74,7 +74,7 @@ def learning_rate(config: OptimConfig, step: int, steps: int) -> float:
 def gradient_norm(gradients: Iterable[tuple[Tensor, int]], world: Axis) -> Tensor:
     """L2 norm of the global gradient, each element counted once: a scalar, all-reduced over the world.
 
-    With each gradient comes the number of ranks that hold the same part of it, by which its squares are divided.
+    Each gradient comes with the number of ranks that hold the same part, by which its squares are divided.
     """
     held: dict[int, list[Tensor]] = {}
     for gradient, copies in gradients:

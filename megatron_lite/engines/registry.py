@@ -1,5 +1,6 @@
-"""Every engine by its name, and which of them trains a run. An engine is imported when it is asked for: FSDP2 takes
-half a second, DeepSpeed several, and is not installed everywhere.
+"""All engines by name, and the choice of an engine for a run.
+
+Engines are imported on demand: FSDP2 takes half a second, DeepSpeed several, and it may not be installed.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ ENGINES = {
 
 
 def build_engine(model: nn.Module, config: Config, mesh: Mesh) -> Engine:
-    """The engine that the config asks for; where nothing is divided, ``ddp``."""
+    """The engine that the config selects; ``ddp`` if there is nothing to divide."""
     name = config.parallel.engine if mesh.data.size > 1 else "ddp"
     if name == "fsdp" and mesh.dp_shard.size == 1:
         name = "ddp"
