@@ -1,6 +1,6 @@
-"""The linears of a model under the names that users give them, and which of them a pattern means. No torch.
+"""The linears of a model under the names that users know, and patterns that select some of them. No torch.
 
-The model fuses q, k and v, and gate and up; here each has a name of its own: ``blocks.3.attention.q``.
+The model fuses q, k and v, and gate and up; here each has its own name: ``blocks.3.attention.q``.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ def linear_names(model: ModelConfig) -> list[str]:
 
 
 def matches(pattern: str, name: str) -> bool:
-    """Whether a pattern means this linear: a short name (``q``), or a glob over whole names (``blocks.[0-3].*``)."""
+    """Whether a pattern selects this linear: a short name (``q``), or a glob over full names (``blocks.[0-3].*``)."""
     return fnmatchcase(name, pattern) or ("." not in pattern and fnmatchcase(name.rpartition(".")[2], pattern))
 
 
 def mistakes(key: str, patterns: Iterable[str], names: Iterable[str]) -> list[str]:
-    """A line for each pattern that means none of ``names``, with the nearest that are there."""
+    """A line for each pattern that matches none of ``names``, with the closest existing names."""
     names = list(names)
     short = list(dict.fromkeys(name.rpartition(".")[2] for name in names))
     return [
@@ -42,7 +42,7 @@ def mistakes(key: str, patterns: Iterable[str], names: Iterable[str]) -> list[st
 
 
 def summary(names: Iterable[str]) -> list[str]:
-    """Names for a log: those of one kind together, with the blocks they are in (``blocks.0-31 attention.q``)."""
+    """Names for the log, grouped by kind, with their blocks (``blocks.0-31 attention.q``)."""
     kinds: dict[str, list[int]] = {}
     for name in names:
         head, _, rest = name.partition(".")
@@ -52,7 +52,7 @@ def summary(names: Iterable[str]) -> list[str]:
 
 
 def _ranges(numbers: list[int]) -> str:
-    """``0-3,7`` for rising numbers."""
+    """Increasing numbers as ranges: ``0-3,7``."""
     starts = [n for n in numbers if n - 1 not in numbers]
     stops = [n for n in numbers if n + 1 not in numbers]
     return ",".join(f"{a}" if a == b else f"{a}-{b}" for a, b in zip(starts, stops, strict=True))

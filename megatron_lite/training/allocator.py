@@ -6,7 +6,7 @@ import contextlib
 import ctypes
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # <malloc.h>
-_LARGEST = 32 << 20  # the most that glibc takes for the latter
+_LARGEST = 32 << 20  # the largest value that glibc accepts for the latter
 
 
 def keep_freed() -> None:

@@ -1,6 +1,6 @@
 """Megatron-LM's GPT checkpoints: ``torch_dist`` folders, and the older ``mp_rank_XX`` files of each rank. Weights only.
 
-Megatron interleaves queries, keys and values by group; here they lie one below the other.
+Megatron interleaves the rows of queries, keys and values by group; here all queries come first, then keys, then values.
 """
 
 from __future__ import annotations
@@ -112,7 +112,7 @@ class MegatronSource(Source):
 
     @abstractmethod
     def _whole(self, name: str) -> Tensor:
-        """One of theirs, gate and up halves one below the other."""
+        """One of Megatron's tensors, with gate and up concatenated by rows."""
 
     def read(self, name: str, tile: Tile) -> None:
         if self._last is None or self._last[0] != name:
