@@ -90,9 +90,7 @@ def parse(
     ``arguments``: positional ones; ``[name]`` is optional. ``overrides``: accept flags with a dot in their name as
     config overrides. ``hints``: what to say about flags that this parser does not know but the config may.
     """
-    mistakes = [
-        f"unexpected argument {word!r}" for word in words if word in ("-", "--")
-    ]  # fire gives these a meaning of its own
+    mistakes = [f"unexpected argument {word!r}" for word in words if word in ("-", "--")]  # special to fire
     names = Counter(word[2:].partition("=")[0].replace("-", "_") for word in words if word[:2] == "--" != word)
     mistakes += [f"--{name} is given twice" for name, count in names.items() if count > 1]
     args, given = split([word for word in words if word not in ("-", "--")])

@@ -12,10 +12,8 @@ from launch.hosts import network
 from launch.hosts.hostfile import count
 from launch.watch.report import PEER_LOST, STORAGE, USAGE
 
-_SKEW_S, _FAR_S = (
-    1.0,
-    60.0,
-)  # clock skew in seconds: logs are out of order; tickets, certificates and file times fail, too
+# Clock skew in seconds: logs are out of order; tickets, certificates and file times fail, too.
+_SKEW_S, _FAR_S = 1.0, 60.0
 _SHM, _SHM_SMALL = 16 << 20, 512 << 20  # bytes of /dev/shm: free space that NCCL and workers need; recommended size
 _FILES, _FILES_PER_RANK = 256, 8  # open files of a rank; connections to each of its peers
 _THREADS = 64  # threads of a rank, besides its compute threads

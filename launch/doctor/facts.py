@@ -134,9 +134,7 @@ def _code() -> str:
     for package in ("launch", "megatron_lite"):
         spec = util.find_spec(package)
         for root in (spec.submodule_search_locations or []) if spec else []:
-            for path in sorted(
-                filter(Path.is_file, Path(root).rglob("*.py"))
-            ):  # skips dangling links, such as lock files of editors
+            for path in sorted(filter(Path.is_file, Path(root).rglob("*.py"))):  # skips dangling links, editors' locks
                 digest.update(f"{path.relative_to(root)}\0".encode() + path.read_bytes() + b"\0")
     return digest.hexdigest()[:12]
 

@@ -23,9 +23,7 @@ def ssh_argv(host: Host, words: list[str], ssh: Ssh, log: Path | None = None) ->
 
     ssh passes one string to the login shell of the other side, so every word is quoted here.
     """
-    options = [
-        f"-o{option}" for option in (*ssh.options, *_OPTIONS)
-    ]  # of two values for an option, ssh takes the first
+    options = [f"-o{option}" for option in (*ssh.options, *_OPTIONS)]  # the first value of an option wins
     port = [] if ssh.port is None else [f"-p{ssh.port}"]
     messages = [] if log is None else ["-E", str(log)]
     return ["ssh", *options, *port, *messages, "--", host.name, shlex.join(words)]

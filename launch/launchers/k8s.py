@@ -250,9 +250,7 @@ def _lines(value: Any) -> Iterator[str]:
 
 # Strings that need no quotes: no YAML parser reads them as a number, boolean, date or the like.
 _BARE = re.compile(r"(?!(?:y|n|yes|no|on|off|true|false|null|nan|inf)$)[A-Za-z_/][\w./@-]*(?::[\w./@-]+)*", re.I | re.A)
-_BLOCK = re.compile(
-    r"(?=[^ \n])(?:[\x20-\x7e]*\n)*[\x20-\x7e]+\n"
-)  # multi-line text whose first line shows the indentation
+_BLOCK = re.compile(r"(?=[^ \n])(?:[\x20-\x7e]*\n)*[\x20-\x7e]+\n")  # multi-line text, its first line not indented
 _UNPRINTABLE = re.compile(r"[^\x20-\x7e\xa0-\ud7ff\ue000-\ufefe\uff00-\ufffd\U00010000-\U0010ffff]")
 
 
