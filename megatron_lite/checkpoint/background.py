@@ -104,7 +104,7 @@ class BackgroundSaver:
         self._pending = self._thread.submit(persist)
 
     def _buffer(self, named: tuple[str, Box], source: Tensor) -> Tensor:
-        """Host memory for a copy, that of the last save where it fits."""
+        """Host memory for a copy; the buffer of the last save if it fits."""
         buffer = self._buffers.get(named)
         if buffer is None or buffer.dtype != source.dtype:
             buffer = torch.empty(source.shape, dtype=source.dtype, pin_memory=source.is_cuda)

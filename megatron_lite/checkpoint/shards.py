@@ -80,7 +80,7 @@ def shard_name(rank: int) -> str:
 
 @dataclass(frozen=True)
 class ShardFile:
-    """One file to be: its header, its size in bytes, and the boxes in the order they are written."""
+    """A file to be written: its header, its size in bytes, and the boxes in order."""
 
     header: bytes
     size: int
@@ -94,13 +94,13 @@ class ShardFile:
 
 
 def reader(pieces: Mapping[str, Piece]) -> Callable[[str, BoxEntry], Iterable[Any]]:
-    """The boxes of ``pieces`` for ``ShardFile.chunks``: only a strided or device-resident one is copied."""
+    """The ``read`` argument of ``ShardFile.chunks``: boxes of ``pieces``, copied only if strided or on a device."""
 
     return lambda name, entry: [buffer(tile_of(pieces[name], entry).data)]
 
 
 def tile_of(piece: Piece, entry: BoxEntry) -> Tile:
-    """The tile that a box was planned from."""
+    """The tile that corresponds to a box."""
     return next(tile for tile in piece.tiles if tile.box == entry.box)
 
 
@@ -110,7 +110,7 @@ def buffer(tensor: torch.Tensor) -> Any:
 
 
 def shard_file(tensors: Mapping[str, TensorEntry], file: str) -> ShardFile | None:
-    """The shard named ``file`` under a plan, or None if nothing is in it."""
+    """The file named ``file`` in a plan, or None if it would be empty."""
     boxes = [(name, box) for name, tensor in tensors.items() for box in tensor.boxes if box.file == file]
     if not boxes:
         return None

@@ -1,4 +1,4 @@
-"""What tells one set of weights from another, whatever the format, the layout and the float type they come in."""
+"""Fingerprints of weights, independent of format, layout and float dtype."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ _BLOCK = 1 << 20  # elements at a time
 
 
 def load_base(source: Source, pieces: Mapping[str, Piece], world: Axis) -> str:
-    """Fill pieces from a base; its fingerprint as it is on disk, in whatever it is stored here. Collective over
-    ``world``. Raises CheckpointError on every rank."""
+    """Fill pieces from a base. Returns the fingerprint of the weights on disk, whatever dtype the pieces have.
+    Collective over ``world``. Raises CheckpointError on every rank."""
     sums = dict.fromkeys(pieces, 0)
 
     def note(name: str, tile: Tile) -> None:
@@ -35,12 +35,11 @@ def load_base(source: Source, pieces: Mapping[str, Piece], world: Axis) -> str:
 
 @torch.no_grad()
 def fingerprint(pieces: Mapping[str, Piece], world: Axis, sums: Mapping[str, int] | None = None) -> str:
-    """A digest of global tensors from everybody's pieces of them. Collective over ``world``.
+    """A digest of global tensors, from all ranks' pieces of them. Collective over ``world``.
 
-    Each element, rounded to bfloat16, is multiplied by a number that belongs to its place, and these are summed: a sum
-    can be taken of parts, in any order, wherever they lie. It tells apart what was mistaken for another, not what
-    somebody made to be mistaken: that is what the digests of files are for. Padding (zeros) adds nothing. ``sums``:
-    what the pieces here come to, where that is known.
+    Each element, rounded to bfloat16, is multiplied by a number that depends on its position, and the products are
+    summed; a sum can be computed from parts in any order and on any rank. This detects mistakes, not forgeries: file
+    digests are for those. Padding (zeros) adds nothing. ``sums``: the sums of this rank's pieces, if already known.
     """
     if sums is None:
         sums = {name: sum(weigh(tile, piece.shape) for tile in piece.tiles) for name, piece in pieces.items()}
@@ -52,19 +51,19 @@ def fingerprint(pieces: Mapping[str, Piece], world: Axis, sums: Mapping[str, int
     whole = {}
     for name in set().union(*everyone):
         weights, held, sizes = zip(*(rank[name] for rank in everyone if name in rank), strict=True)
-        # What several ranks hold is in the sum as often; Python's integers lose nothing.
+        # A part that several ranks hold is counted as often; Python's integers are exact.
         whole[name] = sum(weights) // (sum(held) // sizes[0])
     return digest(whole)
 
 
 def digest(sums: Mapping[str, int]) -> str:
-    """The fingerprint of tensors whose sums are known."""
+    """The fingerprint from the sums of all tensors."""
     lines = (f"{name} {sums[name]}\n".encode() for name in sorted(sums))
     return hashlib.sha256(b"".join(lines)).hexdigest()
 
 
 def weigh(tile: Tile, shape: tuple[int, ...]) -> int:
-    """One tile's share of the sum of ``shape``: below 2**36 an element, so that no block's leaves 63 bits."""
+    """A tile's contribution to the sum of its tensor: below 2**36 per element, so a block's sum fits in 63 bits."""
     total, columns = 0, math.prod(tile.shape[1:])
     rows = max(1, _BLOCK // max(1, columns))
     for start in range(0, tile.shape[0], rows):
@@ -76,7 +75,7 @@ def weigh(tile: Tile, shape: tuple[int, ...]) -> int:
 
 
 def _weights(offset: tuple[int, ...], size: tuple[int, ...], shape: tuple[int, ...], device: torch.device) -> Tensor:
-    """A number from 1 to 2**20 for every place in a rectangle: a hash of its index in the whole tensor."""
+    """A number from 1 to 2**20 for every position in a rectangle: a hash of its index in the whole tensor."""
     index = torch.zeros(size, dtype=torch.int64, device=device)
     for dim, (first, length) in enumerate(zip(offset, size, strict=True)):
         along = torch.arange(first, first + length, device=device) * math.prod(shape[dim + 1 :])
@@ -87,7 +86,7 @@ def _weights(offset: tuple[int, ...], size: tuple[int, ...], shape: tuple[int, .
 
 
 def check_base(adapter: Checkpoint, base: str, path: Path) -> None:
-    """Refuse the base at ``path``, of this fingerprint, where the adapter was trained on another. Raises
+    """Refuse the base at ``path`` with this fingerprint if the adapter was trained on another base. Raises
     CheckpointError."""
     wanted = adapter.state().get("base")
     if wanted != base:
@@ -98,7 +97,7 @@ def check_base(adapter: Checkpoint, base: str, path: Path) -> None:
 
 
 def fingerprint_of(source: Source) -> str:
-    """What ``fingerprint`` says of a model that is loaded from ``source``, of a block of rows at a time."""
+    """The ``fingerprint`` of the model in ``source``, read a block of rows at a time."""
     sums = {}
     for name, info in source.tensors.items():
         if name.startswith("model."):

@@ -1,7 +1,7 @@
-"""A LoRA or DoRA adapter merged into its base, as one more source: any rectangle of W + s B A, made when it is read.
+"""A LoRA or DoRA adapter merged into its base, as a source: any rectangle of W + s · B A, computed when it is read.
 
-So everything that takes a source takes a merged model: rewriting, export, comparison, ``init.from``. Nothing but the
-rectangle, and the factors' parts that belong to it, is in memory.
+So a merged model can be used wherever a source can: rewriting, export, comparison, ``init.from``. Only the rectangle
+and the matching parts of the factors are in memory.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ from megatron_lite.peft.lora import LoRAConfig
 
 
 class Update(NamedTuple):
-    """What LoRA adds, by the linear ``name``, to ``length`` rows of a global tensor from ``start`` on; ``factors`` is
-    the beginning of its factors' names."""
+    """The update of linear ``name``: it is added to ``length`` rows of a global tensor, beginning with row ``start``.
+    ``factors``: the prefix of its factors' names."""
 
     name: str
     factors: str
@@ -33,8 +33,8 @@ class Update(NamedTuple):
 
 
 def updates(config: LoRAConfig, model: ModelConfig) -> dict[str, list[Update]]:
-    """By the name of the weight, what is added to it."""
-    places = {  # the linear that holds it, its first row there, its rows
+    """The updates of each weight, by the weight's name."""
+    places = {  # part: (the linear that holds it, its first row there, its number of rows)
         f"{linear.half}.{short}": (linear.name, linear.starts[short], rows)
         for linear in linears(model)
         for short, rows in linear.parts.items()
@@ -50,8 +50,8 @@ def updates(config: LoRAConfig, model: ModelConfig) -> dict[str, list[Update]]:
 
 
 class Merged(Source):
-    """``base`` with ``adapter`` in it, in float32; ``sign`` -1 takes it out again. Raises CheckpointError for a base
-    that the adapter was not trained on."""
+    """``base`` with ``adapter`` merged into it, in float32; ``sign`` -1 removes it again. Raises CheckpointError for a
+    base that the adapter was not trained on."""
 
     def __init__(self, base: Source, adapter: CheckpointSource, *, sign: int = 1) -> None:
         config = adapter.peft
@@ -74,7 +74,7 @@ class Merged(Source):
             self.base.read(name, tile)
             return
         rows, columns = tile.place
-        whole = slice(0, self.tensors[name].shape[1]) if self.config.dora else columns  # magnitudes are of whole rows
+        whole = slice(0, self.tensors[name].shape[1]) if self.config.dora else columns  # DoRA needs whole rows
         weight = _part(self.base, name, rows, whole)
         before = torch.linalg.vector_norm(weight, dim=1) if self.config.dora else None
         trained = torch.ones(len(weight))
@@ -83,7 +83,7 @@ class Merged(Source):
             if first >= last:
                 continue
             here, there = slice(first - rows.start, last - rows.start), slice(first - start, last - start)
-            if name == "model.embedding.weight":  # a table: A has its rows, B its columns
+            if name == "model.embedding.weight":  # a lookup table: A belongs to its rows, B to its columns
                 a = _part(self.adapter, f"{factors}_a", there)
                 weight[here] += self.sign * scale * a @ _part(self.adapter, f"{factors}_b", whole).t()
             else:

@@ -1,5 +1,5 @@
-"""ZeRO checkpoints that DeepSpeed itself wrote: float32 masters and Adam's moments, put together from everybody's flat
-parts as they are read. Stages 1 to 3, data parallelism only, under Hugging Face's names or ours.
+"""ZeRO checkpoints written by DeepSpeed: float32 masters and Adam's moments, assembled from all ranks' flat parts while
+reading. Stages 1 to 3, data parallelism only, under Hugging Face's names or ours.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class Flat:
     segments: Sequence[tuple[StoredTensor, int, int]]
 
     def fill(self, into: Tensor, first: int) -> None:
-        """Fill a flat tensor with the elements from ``first`` on, read from wherever they lie."""
+        """Fill a flat tensor with the elements beginning at ``first``, from all the places that hold them."""
         start, stop = 0, first + into.numel()
         for flat, offset, length in self.segments:
             low, high = max(first, start), min(stop, start + length)
@@ -42,20 +42,20 @@ class Flat:
             start += length
 
     def read(self) -> Tensor:
-        """All of it."""
+        """The whole tensor."""
         whole = torch.empty(math.prod(self.shape), dtype=self.dtype)
         self.fill(whole, 0)
         return whole.view(self.shape)
 
 
 class FlatFile:
-    """Flat tensors with a tensor file's interface."""
+    """Flat tensors behind the interface of a tensor file."""
 
     def __init__(self, tensors: dict[str, Flat]) -> None:
         self.tensors = tensors
 
     def read(self, name: str, place: Sequence[slice], into: Tensor) -> None:
-        """Fill ``into`` with the rectangle at ``place``: whole rows are read, and cut."""
+        """Fill ``into`` with the rectangle ``place``: whole rows are read and then cut."""
         flat = self.tensors[name]
         whole = into.shape[1:] == flat.shape[1:] and into.is_contiguous()
         rows = into if whole else torch.empty((into.shape[0], *flat.shape[1:]), dtype=flat.dtype)
@@ -68,12 +68,12 @@ class FlatFile:
 
 
 def is_deepspeed(path: Path) -> bool:
-    """Whether this looks like a ZeRO checkpoint, or the folder above it."""
+    """Whether this looks like a ZeRO checkpoint, or the parent folder of one."""
     return any(any(path.glob(f"{above}*_optim_states.pt")) for above in ("", "*/"))
 
 
 class DeepSpeedSource(PartsSource):
-    """A ``global_stepN`` folder (or the one above it, with ``latest``), of a model with this config."""
+    """A ``global_stepN`` folder (or its parent, with a ``latest`` file) of a model with this config."""
 
     def __init__(self, path: Path, model: ModelConfig) -> None:
         pointer = path / "latest"
@@ -127,8 +127,7 @@ class DeepSpeedSource(PartsSource):
         self._check_all_used(weights)
 
     def _check_all_used(self, weights: FlatFile) -> None:
-        """Refuse a parameter that the model has no use for, unless it is the head of one that ties it to its
-        embedding, and is that."""
+        """Refuse a parameter that the model does not use, except a tied head that equals the embedding."""
         used = {part.name for _, parts in self._places.values() for part in parts}
         unused = weights.tensors.keys() - used
         for head in [name for name in unused if name.endswith("lm_head.weight") and self.model.tie_embeddings]:
@@ -151,8 +150,8 @@ class DeepSpeedSource(PartsSource):
 
     @staticmethod
     def _file(path: Path, shapes: Any, ranks: Sequence[Sequence[StoredTensor]], places: Any) -> FlatFile:
-        """Where each parameter lies in the flat groups of every rank. ``places``: what each rank says about that, of
-        every group, at stages 1 and 2; at stage 3, where there is none, every parameter is divided by itself."""
+        """The place of each parameter in the flat groups of every rank. ``places``: each rank's record of them for
+        every group, at stages 1 and 2. Stage 3 has none: every parameter is divided separately."""
         found: dict[str, Flat] = {}
         stretches = [_Stretch(groups) for groups in ranks]
         start = 0
@@ -173,14 +172,14 @@ class DeepSpeedSource(PartsSource):
 
 
 class _Stretch:
-    """Flat tensors one after the other."""
+    """Flat tensors, concatenated."""
 
     def __init__(self, flats: Sequence[StoredTensor]) -> None:
         self.flats = flats
         self.starts = list(accumulate((flat.shape[0] for flat in flats), initial=0))
 
     def cut(self, path: Path, start: int, length: int) -> list[tuple[StoredTensor, int, int]]:
-        """Where ``length`` elements from ``start`` on lie."""
+        """The places of ``length`` elements beginning at ``start``."""
         if start + length > self.starts[-1]:
             raise CheckpointError(f"{path}: its parts hold {self.starts[-1]} elements, and {start + length} are wanted")
         found = []
@@ -201,8 +200,8 @@ def _bare(name: str) -> str:
 
 
 def _frozen(path: Path, models: Sequence[Any], shapes: Any, ranks: int) -> dict[str, Flat]:
-    """The parameters that no optimizer has: in stage 3 divided over the ranks, in stage 2 whole and apart, in stage 1
-    among the module's own tensors."""
+    """The frozen parameters: divided over the ranks at stage 3, complete and stored separately at stage 2, among the
+    module's tensors at stage 1."""
     wanted = models[0].get("frozen_param_shapes") or {}
     found: dict[str, Flat] = {}
     for name, shape in wanted.items():
@@ -221,7 +220,7 @@ def _frozen(path: Path, models: Sequence[Any], shapes: Any, ranks: int) -> dict[
 
 
 def _joined(path: Path, name: str, shape: tuple[int, ...], parts: Sequence[StoredTensor]) -> Flat:
-    """A tensor from equal flat parts, of which the last may be filled up."""
+    """A tensor from equal flat parts; the last one may be padded."""
     segments: list[tuple[StoredTensor, int, int]] = []
     rest = math.prod(shape)
     for part in parts:
@@ -241,7 +240,7 @@ def _base_state(tree: Mapping[str, Any]) -> Any:
 
 
 def _moments(tree: Mapping[str, Any], moment: str) -> list[StoredTensor]:
-    """One of Adam's moments for every group, where they are all there."""
+    """One of Adam's moments for every group, if all of them exist."""
     state = _base_state(tree) or []
     found = [one.get(moment) for one in state if isinstance(one, dict)]
     return [tensor for tensor in found if isinstance(tensor, StoredTensor)] if found else []

@@ -1,7 +1,7 @@
-"""Hugging Face folders: read a rectangle at a time, straight into shards; written a block at a time.
+"""Hugging Face folders: read in rectangles, directly into shards; written in blocks.
 
-Nothing is taken on trust: an index names files of its own folder only, JSON has no duplicate keys, a config says
-nothing that the model does not do, no code in a folder is run, and pickled weights are not opened.
+Nothing is trusted: an index may only name files of its own folder, JSON must not have duplicate keys, every key of the
+config must be one that the model honours, code in a folder is not run, and pickled weights are not opened.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from megatron_lite.training.faults import Faults
 INDEX, SINGLE, CONFIG = "model.safetensors.index.json", "model.safetensors", "config.json"
 ADAPTER_CONFIG = "adapter_config.json"  # of the peft library
 _HEAD = "lm_head.weight"
-# Buffers that older versions saved, and newer ones compute.
+# Buffers that older versions saved and newer ones compute.
 _MAX_JSON_BYTES, _BLOCK_BYTES = 64 << 20, 64 << 20
 
 
@@ -75,8 +75,8 @@ def read_json(folder: Path, name: str) -> dict[str, Any]:
 def read_model(
     folder: Path, vocab_multiple: int | None = None, *, strict: bool = False
 ) -> tuple[ModelConfig, list[str]]:
-    """The model that a folder's ``config.json`` describes, and notes about it. Raises CheckpointError, with ``strict``
-    for every key that is not known, too."""
+    """The model that a folder's ``config.json`` describes, and notes about it. Raises CheckpointError; with ``strict``,
+    also for unknown keys."""
     section, notes = model_section(read_json(folder, CONFIG), str(folder / CONFIG), strict=strict)
     if vocab_multiple is not None:
         section["vocab_multiple"] = vocab_multiple
@@ -87,23 +87,23 @@ def read_model(
 
 
 class Tensors(Protocol):
-    """Tensors of theirs, by name, of which rectangles can be read: a safetensors file, for one."""
+    """Named tensors of another format, of which rectangles can be read; for example a safetensors file."""
 
     @property
     def tensors(self) -> Mapping[str, Any]:
-        """What there is, each with a dtype and a shape."""
+        """All tensors, with dtype and shape."""
 
     def read(self, name: str, place: Sequence[slice], into: Tensor) -> None:
         """Fill ``into`` with the rectangle at ``place``."""
 
     def close(self) -> None:
-        """Close what is open."""
+        """Close all files."""
 
 
 class PartsSource(Source):
-    """Weights under names of somebody else's, of which one of ours takes one or several (``parts``).
+    """Weights under the names of another format, of which one or several (``parts``) make one of ours.
 
-    ``files``: for weights (``model``) and, where they are there, the optimizer's tensors (``optimizer.KIND``).
+    ``files``: for weights (``model``) and, if they exist, optimizer tensors (``optimizer.KIND``).
     """
 
     def __init__(
@@ -162,12 +162,12 @@ class PartsSource(Source):
 
 
 def _bare(name: str) -> str:
-    """The name of a tensor where the base of a model was saved alone."""
+    """The name of a tensor if only the base model was saved."""
     return name.removeprefix("model.").removeprefix("transformer.")
 
 
 class _Folder:
-    """The tensors in all safetensors files of a model folder, whether an index names them or not."""
+    """The tensors in all safetensors files of a model folder, in the index or not."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -195,13 +195,13 @@ class _Folder:
         self._files[self._holders[name][0]].read(name, place, into)
 
     def whole(self, name: str) -> Tensor:
-        """A small tensor, in float64."""
+        """A whole (small) tensor, in float64."""
         tensor = torch.empty(self.tensors[name].shape, dtype=torch.float64)
         self.read(name, [slice(0, size) for size in tensor.shape], tensor)
         return tensor
 
     def check_copies(self) -> None:
-        """Refuse a tensor that is in several files and not the same in each."""
+        """Refuse a tensor that several files hold with different values."""
         for tensor, (first, *others) in self._holders.items():
             for other in others:
                 if not _equal(self._files[first], tensor, self._files[other], tensor):
@@ -213,8 +213,8 @@ class _Folder:
 
 
 def _equal(a: Tensors, a_name: str, b: Tensors, b_name: str, head_dim: int | None = None) -> bool:
-    """Whether two tensors hold the same numbers, in whatever dtype. ``head_dim``: in ``a``, the two rows that are
-    rotated together are neighbours, in ``b`` they are half a head of so many rows apart."""
+    """Whether two tensors hold the same numbers, in any dtype. ``head_dim``: rows that rotate together are neighbours
+    in ``a``, and half a head of ``head_dim`` rows apart in ``b``."""
     left, right = a.tensors[a_name], b.tensors[b_name]
     if left.shape != right.shape:
         return False
@@ -232,11 +232,11 @@ def _equal(a: Tensors, a_name: str, b: Tensors, b_name: str, head_dim: int | Non
 
 
 class HuggingFaceSource(PartsSource):
-    """The weights of a model folder. ``vocab_multiple``: what the vocabulary is padded to, with zeros. ``strict``:
-    nothing in its config may be unknown.
+    """The weights of a model folder. ``vocab_multiple``: the vocabulary is padded with zeros to a multiple of it.
+    ``strict``: refuse unknown keys in the config.
 
-    Every tensor in the folder is used, or says what one that is used or the config says, too, or is named in a
-    CheckpointError. ``compare`` False: another rank reads what is there twice.
+    Every tensor in the folder is used, or repeats what another tensor or the config says, or is named in a
+    CheckpointError. ``compare`` False: another rank checks the repeated tensors.
     """
 
     def __init__(
@@ -265,8 +265,8 @@ class HuggingFaceSource(PartsSource):
         self.refuse_unused([name for name in files.tensors.keys() - used if not self._is_redundant(files, name)])
 
     def _is_redundant(self, files: _Folder, name: str) -> bool:
-        """Whether a tensor says what is said elsewhere. Raises CheckpointError where it says something else."""
-        if name == _HEAD:  # the model's is tied
+        """Whether a tensor repeats other information. Raises CheckpointError if it contradicts it."""
+        if name == _HEAD:  # the model's head is tied
             (embedding,) = self._places["model.embedding.weight"][1]
             if not _equal(files, name, files, embedding.name):
                 raise CheckpointError(
@@ -292,8 +292,8 @@ class HuggingFaceSource(PartsSource):
         assert head_dim
         if stored.shape != (head_dim // 2,) or not stored.dtype.is_floating_point:
             return False
-        value, rounding = files.whole(name), 1e-5 + 2 * torch.finfo(stored.dtype).eps  # powers in float32, stored
-        scalings = (self.model.rope_scaling, None)  # older versions scaled the positions, not these
+        value, rounding = files.whole(name), 1e-5 + 2 * torch.finfo(stored.dtype).eps  # float32 powers, rounded
+        scalings = (self.model.rope_scaling, None)  # older versions scaled positions, not frequencies
         known = (rope_frequencies(head_dim, self.model.rope_theta, scaling) for scaling in scalings)
         return any(value.allclose(frequencies, rtol=rounding, atol=1e-7) for frequencies in known)
 
@@ -307,7 +307,7 @@ class HuggingFaceSource(PartsSource):
         return value.equal(torch.ones_like(value).tril())
 
     def _generation_notes(self) -> list[str]:
-        """What the folder says of generating that nothing here reads."""
+        """Notes on generation settings in the folder that are not read here."""
         if not (self.path / GENERATION).exists():
             return []
         known = {*TOKEN_IDS, "transformers_version", "_from_model_config"}
@@ -323,13 +323,13 @@ class HuggingFaceSource(PartsSource):
         except DataError as error:
             raise CheckpointError(str(error)) from None
         ids = {name: tree[name] for name in TOKEN_IDS if tree.get(name) is not None}
-        if GENERATION not in found and ids:  # older folders have them in config.json alone
+        if GENERATION not in found and ids:  # older folders have them in config.json only
             found[GENERATION] = json.dumps(ids, indent=2).encode()
         return found
 
 
 def _token_ids(extras: Mapping[str, bytes], where: Path) -> dict[str, Any]:
-    """The tokens that begin, end and fill a text, as far as anything says so."""
+    """The bos, eos and pad tokens, as far as they are known."""
     if GENERATION in extras:
         tree = parse_json(extras[GENERATION], where / GENERATION)
         return tree if isinstance(tree, dict) else {}
@@ -343,11 +343,11 @@ def export(
 ) -> dict[str, str]:
     """Write a model folder; its files' SHA-256 by name. ``dtype`` None: as stored. Memory: one block.
 
-    ``folder`` appears whole or not at all. Raises CheckpointError for a model that Hugging Face has no name for, or
-    where ``folder`` is there already.
+    ``folder`` appears complete or not at all. Raises CheckpointError for a model that has no Hugging Face equivalent,
+    or if ``folder`` exists already.
     """
     parts = tensor_parts(source.model)
-    # Theirs → (ours, first row, part).
+    # Hugging Face name: (our name, first row, part).
     placed: dict[str, tuple[str, int, Part]] = {}
     for ours, some in parts.items():
         start = 0
@@ -403,7 +403,7 @@ def _file(names: list[str], kinds: Mapping[str, Info], blocks: Callable[[str], I
 
 
 def _blocks(source: Source, info: Info, ours: str, start: int, part: Part, limit: int) -> Iterator[Tensor]:
-    """One tensor of theirs, in order, a block of rows at a time."""
+    """One Hugging Face tensor in order, a block of rows at a time."""
     for place in row_blocks(info.shape, info.dtype.itemsize, limit):
         lows, sizes = [s.start for s in place], [s.stop - s.start for s in place]
         if part.transposed:

@@ -25,7 +25,7 @@ from megatron_lite.distributed.shard import Tile
 from megatron_lite.errors import CheckpointError, ConfigError
 from megatron_lite.families.huggingface import tensor_parts
 
-_LAYER = {  # ours → theirs, the first that is there
+_LAYER = {  # our name: Megatron's names, of which the first that exists is used
     "attention_norm": ("self_attention.linear_qkv.layer_norm_", "input_layernorm."),
     "attention.qkv": ("self_attention.linear_qkv.",),
     "attention.q_norm": ("self_attention.q_layernorm.",),
@@ -43,14 +43,14 @@ _TOP = {
     "norm.bias": "decoder.final_layernorm.bias",
     "head.weight": "output_layer.weight",
 }
-# What is saved beside the weights and is none of them.
+# Entries beside the weights that are not weights.
 _NO_WEIGHT = re.compile(
     r"(.*\.)?_extra_state(/.*)?|(optimizer|chained_\d+|rng_state|rerun_state_machine_state|args)\b.*"
 )
 
 
 def _their_names(name: str) -> list[str]:
-    """What Megatron may call one of ours."""
+    """Megatron's possible names for one of our tensors."""
     if name in _TOP:
         return [_TOP[name]]
     _, layer, rest = name.split(".", 2)
@@ -59,7 +59,7 @@ def _their_names(name: str) -> list[str]:
 
 
 class MegatronSource(Source):
-    """Weights under Megatron's names. Memory: one of them."""
+    """Weights under Megatron's names. Memory: one tensor."""
 
     def __init__(self, path: Path, args: Mapping[str, Any], vocab_size: int | None) -> None:
         self.path = path
@@ -88,7 +88,7 @@ class MegatronSource(Source):
                 raise CheckpointError(f"{path}: {theirs} has shape {shape}, its args mean {meant}")
             refuse_quantized(dtype, f"{path}: {theirs}")
             self._names[f"model.{name}"], self.tensors[f"model.{name}"] = theirs, Info(dtype, shape)
-        if model.tie_embeddings and _TOP["head.weight"] in unread:  # what the last pipeline stage has of it
+        if model.tie_embeddings and _TOP["head.weight"] in unread:  # the copy of the last pipeline stage
             unread.remove(_TOP["head.weight"])
             if not torch.equal(self._whole(_TOP["head.weight"]), self._whole(_TOP["embedding.weight"])):
                 raise CheckpointError(f"{path}: {_TOP['head.weight']} is not the embedding, which its args say it is")
@@ -96,19 +96,19 @@ class MegatronSource(Source):
 
     @abstractmethod
     def _all(self) -> Collection[str]:
-        """The names of all that is there, as they are stored."""
+        """The stored names of all tensors."""
 
     def _split(self, name: str) -> tuple[str, int | None]:
-        """Where one of theirs is stored: under its name, or as a row of another's."""
+        """Where one of Megatron's tensors is stored: under its own name, or as a row of a stacked tensor."""
         return name, None
 
     def _has(self, name: str) -> bool:
-        """Whether there is such a tensor of theirs, ``decoder.layers.N.…`` for those of a layer."""
+        """Whether Megatron's tensor ``name`` exists (``decoder.layers.N.…`` for those of a layer)."""
         return self._split(name)[0] in self._all()
 
     @abstractmethod
     def _kind(self, name: str) -> tuple[torch.dtype, tuple[int, ...]]:
-        """The dtype and global shape of one of theirs."""
+        """The dtype and global shape of one of Megatron's tensors."""
 
     @abstractmethod
     def _whole(self, name: str) -> Tensor:
@@ -129,7 +129,7 @@ class MegatronSource(Source):
 
 
 class TorchDistSource(MegatronSource):
-    """A ``torch_dist`` checkpoint (``iter_XXXXXXX`` with ``.metadata``), of whatever layout it was saved from."""
+    """A ``torch_dist`` checkpoint (``iter_XXXXXXX`` with ``.metadata``), saved from any layout."""
 
     def __init__(self, path: Path, vocab_size: int | None = None) -> None:
         with open_regular(path / ".metadata") as file:
@@ -188,11 +188,11 @@ class TorchDistSource(MegatronSource):
             raw = file.read(info.length)
         try:
             return torch.load(io.BytesIO(raw), map_location="cpu", weights_only=True)
-        except Exception as error:  # of many kinds
+        except Exception as error:  # of many types
             raise CheckpointError(f"{self.path / info.relative_path}: {' '.join(str(error).split())[:200]}") from None
 
 
-_DCP = {  # what the metadata of torch.distributed.checkpoint is made of
+_DCP = {  # the classes in the metadata of torch.distributed.checkpoint
     "filesystem": ("_StorageInfo", "_StoragePrefix"),
     "metadata": (
         *("Metadata", "MetadataIndex", "TensorStorageMetadata", "BytesStorageMetadata", "ChunkStorageMetadata"),
@@ -203,7 +203,7 @@ _DCP = {  # what the metadata of torch.distributed.checkpoint is made of
 
 
 def _dcp_class(module: str, name: str) -> Any:
-    """One of these classes, a dtype, a size or a layout; None for anything else."""
+    """One of ``_DCP``'s classes, a dtype, a size or a layout; None for anything else."""
     package, _, last = module.rpartition(".")
     if package == "torch.distributed.checkpoint" and name in _DCP.get(last, ()):
         return getattr(importlib.import_module(module), name, None)
@@ -214,10 +214,11 @@ def _dcp_class(module: str, name: str) -> Any:
 
 
 class LegacySource(MegatronSource):
-    """``mp_rank_TP`` or ``mp_rank_TP_PP`` folders, each with a rank's ``model_optim_rng.pt``, with core's names.
+    """``mp_rank_TP`` or ``mp_rank_TP_PP`` folders, each with a rank's ``model_optim_rng.pt``, with Megatron Core's
+    names.
 
-    Each pipeline stage numbers its own layers from 0. Stages hold as many as they hold, and with virtual stages
-    (``model0``, ``model1``, …) the layers go round all stages once for each of those.
+    Each pipeline stage numbers its own layers from 0, and stages may have different numbers of layers. With virtual
+    stages (``model0``, ``model1``, …), the layers go around all stages once for each virtual stage.
     """
 
     def __init__(self, path: Path, vocab_size: int | None = None) -> None:
@@ -251,14 +252,14 @@ class LegacySource(MegatronSource):
 
     @staticmethod
     def _virtual_stages(tree: Mapping[str, Any], path: Path) -> list[str]:
-        """The keys of a rank's parts of the model: one, or one for each of its virtual stages."""
+        """The keys of a rank's model parts: one, or one for each virtual stage."""
         virtual = sorted((key for key in tree if re.fullmatch(r"model\d+", key)), key=lambda key: int(key[5:]))
         if ("model" in tree) == bool(virtual) or virtual != [f"model{i}" for i in range(len(virtual))]:
             raise CheckpointError(f"{path}: expected the key model, or model0, model1, …, found {sorted(tree)}")
         return virtual or ["model"]
 
     def _add_stage(self, ranks: Sequence[Any], first: int, path: Path) -> int:
-        """Note the tensors of a stage whose layers are those from ``first`` on; how many it has."""
+        """Register the tensors of a stage whose first layer is ``first``; returns its number of layers."""
         if not all(isinstance(model, dict) and "language_model" not in model for model in ranks):
             raise CheckpointError(f"{path}: without core's names (older than Megatron-LM's use of its core)")
         layers: set[int] = set()
@@ -325,12 +326,12 @@ _TRACKER = "latest_checkpointed_iteration.txt"
 
 
 def is_megatron(path: Path) -> bool:
-    """Whether this looks like an iteration's folder, or the one above it."""
+    """Whether this looks like an iteration's folder, or the parent of one."""
     return any((path / name).is_file() for name in (_TRACKER, ".metadata")) or any(path.glob("mp_rank_*/*.pt"))
 
 
 def open_megatron(path: Path, vocab_size: int | None = None) -> MegatronSource:
-    """The checkpoint at ``path``: an iteration's folder, or the one above it, whose latest is meant."""
+    """Open the checkpoint at ``path``: an iteration's folder, or its parent, for the latest iteration."""
     tracker = path / _TRACKER
     if tracker.is_file():
         text = tracker.read_text(errors="replace").strip()

@@ -1,7 +1,7 @@
-"""What Megatron-LM's arguments say of a model: each is honoured, known to change nothing, or refused by name.
+"""Reads a model config from Megatron-LM's arguments: each is honoured, known to be harmless, or refused by name.
 
-A checkpoint carries all of its run's arguments, some 700, most of them about training. Those that a model is made from
-are known here by name; one that is not known is refused where its name is about the model and it is switched on.
+A checkpoint contains all arguments of its run, some 700, most of them about training. Arguments that define the model
+are known here by name. An unknown argument is refused if its name is about the model and it is switched on.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from megatron_lite.families import FAMILIES
 from megatron_lite.families.family import Family
 
 _UNSET: tuple[Any, ...] = (None, False, 0, "", (), [])
-# Arguments of models that this one is not: they have to be unset, or one of these.
+# Arguments of models that are not supported: they must be unset or have one of these values.
 _FIXED: dict[str, tuple[Any, ...]] = {
     **dict.fromkeys(
         (
@@ -46,8 +46,8 @@ _HONOURED = {
     *("rotary_seq_len_interpolation_factor", "seq_len_interpolation_factor", "hidden_dropout", "attention_dropout"),
     *("untie_embeddings_and_output_weights", "share_embeddings_and_output_weights"),
 }
-# Names about the model, of arguments that change how it is computed or trained and not what it computes; with these
-# beginnings, arguments that matter only beside one that is refused above.
+# Arguments with names about the model that change how it is computed or trained, but not what it computes; and prefixes
+# of arguments that matter only together with one that is refused above.
 _HARMLESS = {
     *("account_for_embedding_in_pipeline_split", "activation_func_fp8_input_store", "activation_offload_fraction"),
     *("add_position_embedding", "apply_query_key_layer_scaling", "apply_rope_fusion", "apply_wd_to_qk_layernorm"),
@@ -89,8 +89,8 @@ _ABOUT_THE_MODEL = re.compile(
 
 
 def model_section(args: Mapping[str, Any], where: Path, vocab_size: int | None) -> tuple[dict[str, Any], list[str]]:
-    """Our ``model`` section for Megatron's arguments, and what the user should know about it. Raises CheckpointError
-    naming every argument that cannot be honoured."""
+    """Our ``model`` section for Megatron's arguments, and notes for the user. Raises CheckpointError naming every
+    argument that cannot be honoured."""
     missing = [n for n in ("num_layers", "hidden_size", "num_attention_heads", "padded_vocab_size") if not args.get(n)]
     if missing:
         raise CheckpointError(f"{where}: its args lack {', '.join(missing)}")
@@ -169,13 +169,13 @@ def _rope(args: Mapping[str, Any], either: _Either, refused: list[str]) -> dict[
 
 
 def of_the_model(args: Mapping[str, Any]) -> dict[str, Any]:
-    """The arguments that decide a model: what all ranks of a checkpoint have in common."""
+    """The arguments that define the model, which must be equal on all ranks of a checkpoint."""
     known = {name: value for name, value in args.items() if name in _HONOURED or name in _FIXED}
     return {name: value for name, value in known.items() if value in _UNSET or _set(value)}
 
 
 class _Either:
-    """Values of arguments that have two names; where both are there they have to agree."""
+    """Values of arguments that have two names; if both are given, they must agree."""
 
     def __init__(self, args: Mapping[str, Any], refused: list[str]) -> None:
         self.args, self.refused = args, refused
@@ -188,11 +188,11 @@ class _Either:
 
 
 def _unknown(name: str) -> bool:
-    """Whether this is an argument about the model that nothing here knows."""
+    """Whether this is an unknown argument about the model."""
     known = name in _FIXED or name in _HONOURED or name in _HARMLESS or name.startswith(_DEPENDENT)
     return not known and _ABOUT_THE_MODEL.search(name) is not None
 
 
 def _set(value: Any) -> bool:
-    """Whether an argument says something."""
+    """Whether an argument is set."""
     return isinstance(value, (bool, int, float, str, list, tuple, dict)) and bool(value)

@@ -1,8 +1,8 @@
-"""Pickled checkpoints of others, opened without running anything.
+"""Reads pickled checkpoints of other programs without running anything.
 
-A pickle names what it wants called. Here a name is one of the few that make tensors and containers, stands for an inert
-object (a framework's own settings and enums, which nobody needs), or is refused; no stranger's code is ever looked up.
-Tensor data is not in the pickle but beside it, uncompressed, and is read where it lies, a part at a time.
+A pickle names the functions to call. Here each name is one of the few that build tensors and containers, or is replaced
+by an inert object (settings and enums of frameworks, which are not needed), or is refused; no foreign code is looked
+up. Tensor data is stored uncompressed beside the pickle, and is read from there in parts.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ _STORAGES = {
 
 
 class Inert:
-    """What stands for an object of somebody else's class: its state as data, and no behaviour."""
+    """Stands for an object of a foreign class: holds its state as data, without behaviour."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         self.args = args
@@ -50,15 +50,15 @@ class Inert:
         pass
 
     def append(self, value: Any) -> None:
-        """What a list's items come by."""
+        """Called for the items of a subclass of list; ignored."""
 
     def extend(self, values: Any) -> None:
-        """What a list's items come by."""
+        """Called for the items of a subclass of list; ignored."""
 
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """A tensor in a file: contiguous, ``start`` bytes into it."""
+    """A contiguous tensor in a file, ``start`` bytes from its beginning."""
 
     file: _Archive
     dtype: torch.dtype
@@ -66,7 +66,7 @@ class StoredTensor:
     start: int
 
     def read(self, first: int = 0, stop: int | None = None) -> Tensor:
-        """Elements ``first`` to ``stop`` of it, flat; all of them in its shape where neither is given."""
+        """Elements ``first`` to ``stop``, flat; without arguments, all elements in the tensor's shape."""
         count = math.prod(self.shape)
         raw = self.file.pread(
             ((count if stop is None else stop) - first) * self.dtype.itemsize, self.start + first * self.dtype.itemsize
@@ -75,7 +75,7 @@ class StoredTensor:
         return flat.view(self.shape) if stop is None and first == 0 else flat
 
     def fill(self, into: Tensor, first: int) -> None:
-        """Read elements from ``first`` on into a flat tensor in CPU memory."""
+        """Read elements, beginning with ``first``, into a flat tensor in CPU memory."""
         if into.dtype != self.dtype:
             into.copy_(self.read(first, first + into.numel()))
         elif into.numel():
@@ -83,7 +83,7 @@ class StoredTensor:
 
 
 class _Archive:
-    """The file of a ``torch.save``: a zip archive with nothing compressed."""
+    """A file written by ``torch.save``: an uncompressed zip archive."""
 
     def __init__(self, path: Path) -> None:
         self.path, self._file = path, open_regular(path)
@@ -98,7 +98,7 @@ class _Archive:
             raise CheckpointError(f"{path}: not a file that torch.save wrote: {error}") from None
 
     def _start(self, name: str) -> int:
-        """Where an entry's bytes begin: after its local header and two fields of any length."""
+        """The offset of an entry's data: after its local header and two fields of variable length."""
         entry = self.entries[name]
         local = self.pread(30, entry.header_offset)
         return (
@@ -106,7 +106,7 @@ class _Archive:
         )
 
     def pread(self, size: int, offset: int) -> bytearray:
-        """Bytes of the file; all or an error."""
+        """Read bytes of the file: all of them, or raise an error."""
         if not 0 <= offset <= offset + size <= os.fstat(self._file.fileno()).st_size:
             raise CheckpointError(f"{self.path}: ends before byte {offset + size}")
         raw = bytearray(size)
@@ -114,7 +114,7 @@ class _Archive:
         return raw
 
     def fill(self, rest: memoryview, offset: int) -> None:
-        """Fill a buffer with bytes of the file; all or an error."""
+        """Fill a buffer with bytes of the file completely, or raise an error."""
         while rest:
             count = os.preadv(self._file.fileno(), [rest[: 1 << 30]], offset)
             if count == 0:
@@ -122,7 +122,7 @@ class _Archive:
             rest, offset = rest[count:], offset + count
 
     def storage(self, key: str, dtype: torch.dtype) -> tuple[int, int]:
-        """Where a storage begins, and how many elements it has."""
+        """The offset of a storage, and its number of elements."""
         entry = self.entries.get(f"data/{key}")
         if entry is None:
             raise CheckpointError(f"{self.path}: storage {key!a} is missing")
@@ -130,7 +130,7 @@ class _Archive:
 
 
 class SafeUnpickler(pickle.Unpickler):
-    """Makes what ``allowed`` names, and refuses the rest. ``where``: the file, for messages."""
+    """Builds only objects named in ``allowed``, and refuses all others. ``where``: the file, for messages."""
 
     def __init__(self, raw: bytes | bytearray, allowed: Callable[[str, str], Any], where: Path) -> None:
         super().__init__(io.BytesIO(raw))
@@ -144,21 +144,22 @@ class SafeUnpickler(pickle.Unpickler):
         return found
 
     def read(self) -> Any:
-        """The tree. Raises CheckpointError whatever is wrong."""
+        """Load the pickle. Raises CheckpointError for any problem."""
         try:
             return self.load()
         except CheckpointError:
             raise
         except RecursionError:
             raise CheckpointError(f"{self.where}: nested too deeply") from None
-        except Exception as error:  # a damaged pickle raises anything
+        except Exception as error:  # a damaged pickle may raise anything
             raise CheckpointError(
                 f"{self.where}: not a pickle that can be read: {' '.join(str(error).split())}"
             ) from None
 
 
 def load_torch(path: Path) -> Any:
-    """What a ``torch.save`` wrote, tensors as ``StoredTensor``. Raises CheckpointError for what is not data."""
+    """Load a file written by ``torch.save``, with tensors as ``StoredTensor``. Raises CheckpointError for anything but
+    data."""
     archive = _Archive(path)
 
     def rebuild(storage: Any, offset: int, shape: Sequence[int], stride: Sequence[int], *_: Any) -> StoredTensor:
