@@ -32,6 +32,7 @@ from megatron_lite.data.tokenizer import (
     parse_object,
 )
 from megatron_lite.errors import ConfigError, DataError
+from megatron_lite.families.huggingface import MODEL_TYPES
 
 FLAGS = frozenset(
     (
@@ -59,9 +60,9 @@ HARMLESS = frozenset(  # batch lengths and sides, names, templates (read elsewhe
     )
 )
 _GENERIC = ("TokenizersBackend", "PreTrainedTokenizer", "PreTrainedTokenizerBase", "PythonBackend")
-# The tokenizer class that AutoTokenizer uses for a model type.
-REGISTERED = {"mistral": _GENERIC[0], "qwen2": "Qwen2Tokenizer", "qwen3": "Qwen2Tokenizer", "gpt2": "GPT2Tokenizer"}
-_OWN_CLASS_WINS = ("qwen2",)  # model types whose class is used whatever the folder names
+# The tokenizer class that AutoTokenizer uses for a model type; for some, whatever the folder names.
+REGISTERED = {kind: row.tokenizer for kind, row in MODEL_TYPES.items() if row.tokenizer}
+_OWN_CLASS_WINS = {kind for kind, row in MODEL_TYPES.items() if row.tokenizer_wins}
 _ENDS = ("<|endoftext|>", "</s>", "<|end_of_text|>", "<eos>")  # candidates if no file names the end token
 _BESIDE = (SETTINGS, SPECIAL_MAP, ADDED)
 _MAX_ID = (1 << 31) - 1

@@ -52,7 +52,8 @@ class ModelType:
     nothing; its type is the key's. ``fixed``: keys that have to have one of these values, as the model knows nothing
     else, the first where a folder says nothing. ``section``: what it is beside that, of our section. ``aliases``:
     second names that their class has for a key. ``harmless``: keys that this family's code never reads.
-    ``contradictions``: what of the values cannot be honoured together.
+    ``contradictions``: what of the values cannot be honoured together. ``tokenizer``: the class that AutoTokenizer uses
+    for it, if any; ``tokenizer_wins``: whatever the folder names.
     """
 
     architecture: str
@@ -63,6 +64,8 @@ class ModelType:
     aliases: Mapping[str, str] = field(default_factory=dict)
     harmless: frozenset[str] = frozenset()
     contradictions: Callable[[Mapping[str, Any]], list[str]] = lambda _: []
+    tokenizer: str = ""
+    tokenizer_wins: bool = False
 
 
 @dataclass(frozen=True)

@@ -74,6 +74,7 @@ GPT2 = Family(
             aliases={"hidden_size": "n_embd", "num_hidden_layers": "n_layer", "num_attention_heads": "n_head"}
             | {"max_position_embeddings": "n_positions"},
             contradictions=_dropouts_differ,
+            tokenizer="GPT2Tokenizer",
         )
     },
     model_type=_model_type,

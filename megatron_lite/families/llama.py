@@ -99,6 +99,7 @@ LLAMA = Family(
             | {"num_key_value_heads": 8, "sliding_window": 4096},
             _FIXED,
             _NO_BIAS,
+            tokenizer="TokenizersBackend",
         ),
         "qwen2": ModelType(
             "Qwen2ForCausalLM",
@@ -107,6 +108,8 @@ LLAMA = Family(
             _FIXED,
             {**_NO_BIAS, "qkv_bias": True},
             harmless=frozenset({"attention_bias"}),
+            tokenizer="Qwen2Tokenizer",
+            tokenizer_wins=True,
         ),
         "qwen3": ModelType(
             "Qwen3ForCausalLM",
@@ -114,6 +117,7 @@ LLAMA = Family(
             {**_QWEN, "head_dim": 128},
             {**_FIXED, "attention_bias": (False,)},
             {**_NO_BIAS, "qk_norm": True},
+            tokenizer="Qwen2Tokenizer",
         ),
     },
     model_type=_model_type,
