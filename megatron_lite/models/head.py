@@ -36,9 +36,3 @@ def cross_entropy(targets: Tensor, counted: Tensor | None = None) -> Output:
 def last_logits(model: Decoder, x: Tensor, context: Context) -> Tensor:
     """Logits of each row's last position, [batch, vocab_size] of float32 or better, on every rank; no gradient."""
     return model.projection.logits(model.projection.whole(x, context.batch)[:, -1], model.vocab_size)
-
-
-def all_logits(model: Decoder, x: Tensor, context: Context) -> Tensor:
-    """As ``last_logits``, of every position: [batch, seq, vocab_size]."""
-    whole = model.projection.whole(x, context.batch)
-    return model.projection.logits(whole.flatten(0, 1), model.vocab_size).view(*whole.shape[:2], -1)

@@ -30,12 +30,13 @@ def apply(model: nn.Module, config: PeftMethod | None, compute: torch.dtype) -> 
     """
     import torch
 
+    from megatron_lite.layers.context import DTYPES
+
     master = torch.promote_types(compute, torch.float32)
     if config is None:
         model.to(master)
         return
-    stored = {"float32": torch.float32, "bfloat16": torch.bfloat16}.get(config.base_dtype or "", compute)
-    model.requires_grad_(False).to(stored)
+    model.requires_grad_(False).to(DTYPES.get(config.base_dtype or "", compute))
     with next(model.parameters()).device:
         config.insert(model)
     pack_base(model, config.packing)

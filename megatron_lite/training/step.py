@@ -165,4 +165,4 @@ def _name_axes(model: nn.Module) -> None:
     for name, module in model.named_modules():
         for attribute, axis in list(vars(module).items()):
             if isinstance(axis, Axis):
-                setattr(module, attribute, axis.of(name or "loss"))
+                setattr(module, attribute, axis.of(name))
