@@ -29,7 +29,7 @@ demo: $(VENV)/.demo
 	$(BIN)/python -m launch run configs/demo.yaml --nproc=2
 	@echo; echo 'A sample, at temperature 0.7:'; echo
 	$(BIN)/python -m megatron_lite generate demo/runs/demo --prompt='def __init__(self' --temperature=0.7 --top_k=50
-	@echo; echo 'Compare the validation loss above with the unigram entropy: a model that knows only frequencies.'
+	@echo; echo 'Compare the validation loss above with the unigram entropy, the loss of a model that knows only frequencies.'
 	@echo 'Curves:      $(BIN)/tensorboard --logdir demo/runs'
 	@echo 'Checkpoint:  $(BIN)/python -m megatron_lite ckpt inspect demo/runs/demo'
 	@echo 'Go on:       $(BIN)/python -m launch run configs/demo.yaml --nproc=2 --train.steps=1200'

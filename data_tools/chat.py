@@ -129,7 +129,7 @@ def chat(
             print(f"{several(tally['without_target'], 'conversation')} left out: nothing to train on")
         if tally["first_untrained"]:
             those = several(tally["first_untrained"], "conversation")
-            print(f"not trained on, as nothing stands before it: the first token of {those}; see --add_bos=true")
+            print(f"not trained on, since no token precedes it: the first token of {those}; see --add_bos=true")
         if not merger.ends:
             print("no answer ends with a token of its own: a model trained on them will not know where to stop")
         if merger.unused:

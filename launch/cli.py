@@ -40,7 +40,7 @@ def one_of(choices: Iterable[str]) -> Callable[[str], str]:
 
     def convert(text: str) -> str:
         if text not in choices:
-            raise ValueError(f"there is {', '.join(choices)}{nearest(text, choices)}")
+            raise ValueError(f"expected one of {', '.join(choices)}{nearest(text, choices)}")
         return text
 
     return convert

@@ -59,7 +59,7 @@ def names(exam: Examination) -> Iterator[Finding]:
                 yield Finding("error", f"does not know the name {other}; add it to DNS or to /etc/hosts there", host)
             elif other != host.rpartition("@")[2] and network.is_loopback(first[0]):
                 fix = f"give {other} its network address in /etc/hosts there"
-                yield Finding("error", f"takes {other} for itself: the name resolves to {first[0]}; {fix}", host)
+                yield Finding("error", f"resolves {other} to its own loopback address, {first[0]}; {fix}", host)
             elif not peer.name and not network.is_loopback(first[0]):
                 nameless.append(f"{first[0]} ({other})")
         if nameless:
@@ -262,7 +262,7 @@ def expected(exam: Examination, a: int, b: int) -> tuple[float, str]:
     through = [(exam.facts[x.name], exam.facts[x.name].peers.get(y.address, Peer()).interface) for x, y in ends]
     speeds = [known.speeds.get(name, 0) for known, name in through]
     if not all(speeds):
-        return 0.0, f"the driver of {through[speeds.index(0)][1] or 'the interface'} tells no speed"
+        return 0.0, f"the driver of {through[speeds.index(0)][1] or 'the interface'} reports no speed"
     gloo, link = not isinstance(exam.reduced, str) and exam.reduced["backend"] == "gloo", min(speeds)
     used, cap = (_GLOO_MBITS, " of what gloo can use") if gloo and link > _GLOO_MBITS else (link, "")
     return _SHARE * used * 1e6 / 8, f"a fifth{cap} of a link of {link / 1000:g} Gbit/s"

@@ -68,7 +68,7 @@ def allocated(env: Mapping[str, str]) -> bool:
         return False
     if "SLURM_STEP_ID" in env and _number(env, "SLURM_STEP_ID") < _SPECIAL_STEPS:
         raise UsageError(
-            "--via=slurm starts srun itself, and this is a task of srun's: leave srun away, or use --via=torchrun"
+            "--via=slurm starts srun itself, and this is a task of srun: leave out srun, or use --via=torchrun"
         )
     return True
 
@@ -366,7 +366,7 @@ def _refuse_own(key: str, options: Sequence[str]) -> None:
     for word in words:
         for own, instead in _OWN[key].items():
             if any(_means(word, name) for name in own.split()):
-                raise UsageError(f"launch.slurm.{key}: {word.partition('=')[0]} is this program's to say; {instead}")
+                raise UsageError(f"launch.slurm.{key}: {word.partition('=')[0]} is set by the launcher; {instead}")
 
 
 def _means(word: str, option: str) -> bool:

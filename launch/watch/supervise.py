@@ -122,7 +122,7 @@ class _Supervisor:
             if time.monotonic() > deadline:
                 return Outcome(PEER_LOST, enough)
             if not told:
-                say(f"waiting: {enough}, as many as the config can divide its batch by")
+                say(f"waiting: {enough}, the fewest whose ranks divide the batch of the config")
                 told = True
             if stopped := self._sleep(_HOSTS_RETRY_S):
                 return stopped
@@ -268,7 +268,7 @@ class _Attempt:
             line += f"; {self.job.log_dir} has no launcher of --node_rank={some}"
         found = resolve(address)
         if any(map(is_loopback, found)):
-            line += f"; {address} is each host itself"
+            line += f"; {address} is a loopback address: on each host it means that host"
         elif self.job.node == 0 and set(found).isdisjoint(itertools.chain(*addresses().values())):
             line += f"; {address} is no address of this host, where ranks are to meet"
         return line

@@ -213,7 +213,7 @@ FAULTS = {  # what is done to the hosts; the exit code, and all errors and warni
         [taken_for_itself],
         5,
         [
-            "error: node1: takes node0 for itself: the name resolves to 127.0.0.1; give",
+            "error: node1: resolves node0 to its own loopback address, 127.0.0.1; give",
             "error: node1: cannot connect to node0: connection refused; look",
         ],
     ),

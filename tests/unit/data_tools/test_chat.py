@@ -236,7 +236,7 @@ def test_a_completion_that_begins_in_the_first_token_is_counted(tmp_path, folder
     for loss, count in (("completions", 1), ("all", 0)):
         chat(str(source), str(folder / "hf"), f"{tmp_path}/out", workers=1, loss=loss)
         assert read_card(tmp_path / "out")["first_untrained"] == count
-        said = "not trained on, as nothing stands before it: the first token of 1 conversation; see --add_bos=true"
+        said = "not trained on, since no token precedes it: the first token of 1 conversation; see --add_bos=true"
         assert (said in capsys.readouterr().out) == bool(count)
     chat(str(source), str(folder / "hf"), f"{tmp_path}/out", workers=1)
     assert stored(tmp_path / "out", model) == [["in", "<|im_end|>"], ["def", " in<|im_end|>"]]

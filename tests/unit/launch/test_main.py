@@ -108,7 +108,7 @@ def test_a_bad_config_is_passed_on_at_once(folder: Path) -> None:
         (["x.yaml", "--hostfile=none"], "--hostfile=none: no such file"),
         (["x.yaml", "--rdzv=-oProxyCommand=x"], "--rdzv=-oProxyCommand=x: expected HOST or HOST:PORT"),
         (["x.yaml", "--rdzv=h:99999"], "--rdzv=h:99999: expected HOST or HOST:PORT"),
-        (["x.yaml", "--via=torchrn"], "--via=torchrn: there is torchrun, deepspeed, mpirun"),
+        (["x.yaml", "--via=torchrn"], "--via=torchrn: expected one of torchrun, deepspeed, mpirun"),
         (["x.yaml", "--nproc=0"], "--nproc=0: expected a whole number from 1 to 1024"),
         (["x.yaml", "--nproc=1e3"], "--nproc=1e3: expected a whole number"),
         (["x.yaml", "--nproc=999999999999"], "expected a whole number"),

@@ -96,7 +96,7 @@ TABLE: list[tuple[str, Examination, str]] = [  # a check, a exam, and its one er
     (
         "names",
         peer("node0", "node1", Peer(["127.0.0.1"])),
-        r"error: node0: takes node1 for itself: .* 127\.0\.0\.1; give",
+        r"error: node0: resolves node1 to its own loopback address, 127\.0\.0\.1; give",
     ),
     (
         "names",
@@ -238,7 +238,7 @@ def test_healthy_hosts_give_a_table_of_what_they_have(capsys) -> None:
 def test_a_link_of_unknown_speed_is_measured_and_not_judged() -> None:
     exam = reduced((0, 1, 1.0), exam=on("user@node1", speeds={"eth0": 0}))
     assert examine(exam, ["bandwidth"])["bandwidth"][0] == Finding(
-        "note", "node0 and user@node1: 0.00 GB/s (no expectation: the driver of eth0 tells no speed)"
+        "note", "node0 and user@node1: 0.00 GB/s (no expectation: the driver of eth0 reports no speed)"
     )
 
 

@@ -403,7 +403,7 @@ def test_scripts_that_slurm_would_misread_are_refused(changes: dict[str, Any], r
     "option", ["--ntasks=1", "-n1", "-n", "--nodel=n1", "--output=x", "--export=NONE", "-lwn1", "--jobid=3"]
 )
 def test_what_srun_is_told_is_not_said_again(option: str) -> None:
-    with pytest.raises(UsageError, match=r"^launch.slurm.srun_extra: \S+ is this program's to say; "):
+    with pytest.raises(UsageError, match=r"^launch.slurm.srun_extra: \S+ is set by the launcher; "):
         slurm.describe(options(srun_extra=["--overlap", option]), {})
 
 

@@ -335,7 +335,7 @@ def test_hosts_that_do_not_come_are_named_and_not_waited_for_any_longer(tmp_path
         free.close()
         for address, why in (
             ("198.51.100.77", "is no address of this host, where ranks are to meet"),
-            ("127.0.0.1", "is each host itself"),
+            ("127.0.0.1", "is a loopback address: on each host it means that host"),
         ):
             result = run_job([PYTHON, "-c", WAITS, str(tmp_path), address, port], timeout=30, env=ENV)
             whom = (
