@@ -2,7 +2,7 @@
 refused in one line.
 
 The launchers are stand-ins on PATH (``tests/kit/stand_ins.py``), the trainer is one in the current directory. ssh and
-hostfiles: ``tests/faults/test_hostile_hostfile.py``.
+hostfiles: ``tests/unit/launch/hosts/test_hostile_hostfile.py``.
 """
 
 import json
