@@ -16,13 +16,14 @@ from megatron_lite.layers.positions import rotate
 
 
 class Attention(nn.Module):
-    """Multi-head attention with grouped keys and values (Ainslie et al. 2023) and fused q, k, v.
+    """Grouped-query attention (Ainslie et al. 2023) with fused q, k, v.
 
-    [tokens, hidden] → the same, slices of the tokens under ``sp``. Each rank holds ``num_heads / tp`` query heads.
-    With fewer key-value heads than ranks each rank projects a slice of a head; an all-gather (reduce-scatter
-    backward) hands every rank the one head that its queries need. With ``qk_norm_eps`` each head's queries and keys are
-    normalised first (Henry et al. 2020); backward all-reduces those norms' gradients over tp. ``prefix``, where a
-    PEFT method sets it, makes keys and values that all queries see, each [local kv heads, length, head_dim].
+    [tokens (/ tp under ``sp``), hidden] → the same, with the collectives of its two linears. Each rank holds
+    ``num_heads / tp`` query heads. With fewer key-value heads than ranks, each rank projects a slice of a head; an
+    all-gather (reduce-scatter backward) gives every rank the one head that its queries need. With ``qk_norm_eps``, each
+    head's queries and keys are normalised first (Henry et al. 2020); backward all-reduces the gradients of these norms
+    over tp. ``prefix``, a module set by a PEFT method, returns keys and values that all queries see, each [local kv
+    heads, length, head_dim].
     """
 
     def __init__(

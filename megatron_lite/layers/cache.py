@@ -7,10 +7,10 @@ from torch import Tensor
 
 
 class KeyValueCache:
-    """Keys and values of all layers, allocated once for ``capacity`` tokens a row, with a length for each row.
+    """Keys and values of all layers, allocated once for ``capacity`` tokens per row, with a length for each row.
 
-    ``lengths``: tokens seen, a row each. Layers append what belongs behind them; ``advance`` counts it afterwards, so
-    that all layers of a pass write to the same place. After nanochat's engine (Karpathy 2025).
+    ``lengths``: tokens seen in each row. Layers append new tokens there; ``advance`` adds them to the lengths
+    afterwards, so all layers of a pass write to the same place. After nanochat's engine (Karpathy 2025).
     """
 
     def __init__(self, batch: int, capacity: int) -> None:
@@ -19,15 +19,15 @@ class KeyValueCache:
 
     @property
     def offset(self) -> int | Tensor:
-        """How many tokens were seen: one number where every row has as many, else int64 [batch]."""
+        """How many tokens were seen: one number if all rows have equally many, else int64 [batch]."""
         same = len(set(self.lengths)) == 1
         return self.lengths[0] if same else torch.tensor(self.lengths)
 
     def append(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """Write the keys and values of new tokens, [batch, kv heads, tokens, head_dim], behind each row's others.
+        """Append the keys and values of new tokens, [batch, kv heads, tokens, head_dim], to each row.
 
-        Returns those of all tokens up to the longest row's last, views. Behind the end of a shorter row stand zeros or
-        what was written there before, which a causal mask with the rows' ``offset`` hides.
+        Returns views of all keys and values, as long as the longest row. Beyond the end of a shorter row are zeros or
+        old contents, which a causal mask with the rows' ``offset`` hides.
         """
         if layer not in self._held:
             shape = (*keys.shape[:2], self.capacity, keys.shape[3])
@@ -41,6 +41,6 @@ class KeyValueCache:
         return held[0][:, :, :stop], held[1][:, :, :stop]
 
     def advance(self, tokens: int | list[int]) -> None:
-        """The new tokens were read by every layer: so many more in each row."""
+        """Add the new tokens to the lengths, after every layer has appended them: one count for all rows, or a list."""
         counts = [tokens] * len(self.lengths) if isinstance(tokens, int) else tokens
         self.lengths = [length + count for length, count in zip(self.lengths, counts, strict=True)]

@@ -1,4 +1,4 @@
-"""What the layers of one forward pass share beside the activations."""
+"""What the layers of one forward pass share besides the activations."""
 
 from __future__ import annotations
 
@@ -10,18 +10,19 @@ from torch import Tensor
 from megatron_lite.layers.cache import KeyValueCache
 from megatron_lite.layers.mask import Visible
 
-# What is computed in, by ``train.precision``.
+# The compute dtype by ``train.precision``.
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
 
 
 @dataclass
 class Context:
-    """Given by the caller: ``dtype``, what is computed in; ``seed`` of this micro batch's dropout masks, None in
-    evaluation; ``positions`` and ``document_ids``, int64 [batch, seq], where documents are masked from each other (the
-    ids with those of the tokens in ``cache``); ``cache`` of the tokens before these.
+    """Set by the caller: ``dtype``, the compute dtype; ``seed`` of this micro batch's dropout masks, None in
+    evaluation; ``positions``, int64 [batch, seq], and ``document_ids``, int64 [batch, cached + seq], if documents are
+    masked from each other; ``cache``, the keys and values of earlier tokens.
 
-    Set by the model when a pass begins: ``batch``, the rows; ``visible``, who sees whom; ``angles``, rotary cosines and
-    sines; ``prefix``, what all layers' prefixes are made from (``peft/prefix.py``).
+    Set by the model when a pass begins: ``batch``, the number of rows; ``visible``, the attention mask; ``angles``,
+    rotary cosines and sines; ``prefix``, the hidden states from which layers compute their prefixes
+    (``peft/prefix_modules.py``).
     """
 
     dtype: torch.dtype = torch.float32

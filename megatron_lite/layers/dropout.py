@@ -1,4 +1,4 @@
-"""Dropout on what passes between layers."""
+"""Dropout on hidden states."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from megatron_lite.layers.context import Context
 class Dropout(nn.Module):
     """[tokens (/ tp under sp), hidden] → the same. Masks are a function of the micro batch's seed and the ``site``.
 
-    On tokens that every tp rank has, all draw one mask; under ``sp``, where each has its own tokens, its own.
+    All tp ranks use the same mask; under ``sp``, where each rank has its own tokens, each uses its own.
     """
 
     def __init__(self, rate: float, site: int, tp: Axis, *, sp: bool) -> None:

@@ -26,7 +26,7 @@ class VocabParallelEmbedding(Projection):
         self.weight = attach(nn.Parameter(torch.empty(spec.local_shape(tp.size))), spec, std)
 
     def look_up(self, tokens: Tensor, table: Tensor, dtype: torch.dtype) -> Tensor:
-        """This rank's rows of a table for the tokens, zeros for those that lie with others."""
+        """Look up token ids in this rank's rows of a table: [tokens, columns], zeros for the ids of other ranks."""
         flat = tokens.reshape(-1)
         if self.tp.size == 1:
             return F.embedding(flat, table).to(dtype)
@@ -37,7 +37,7 @@ class VocabParallelEmbedding(Projection):
         return found.masked_fill(elsewhere.unsqueeze(-1), 0)
 
     def reduce(self, found: Tensor) -> Tensor:
-        """Sum what the ranks found."""
+        """Sum the ranks' lookups: reduce-scatter under ``sp``, else all-reduce."""
         return comm.reduce_scatter_to(found, self.tp) if self.sp else comm.reduce_from(found, self.tp)
 
     def forward(self, tokens: Tensor, dtype: torch.dtype) -> Tensor:

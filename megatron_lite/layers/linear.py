@@ -26,12 +26,12 @@ def _plain(weight: Tensor, packing: str | None, dtype: torch.dtype) -> Tensor:
 
 
 class _Product(torch.autograd.Function):
-    """``x @ weight.T + bias`` of column-parallel parameters, whose backward overlaps the input gradient's collective
-    with the weight's gradient; along an axis of size 1, without collectives.
+    """``x @ weight.T + bias`` of column-parallel parameters. Backward overlaps the collective of the input gradient
+    with the computation of the weight gradient. No collectives along an axis of size 1.
 
-    x is kept only for a weight that is trained; under sequence parallelism the rank's own slice of it, which backward
-    gathers again while the input gradient is computed. A packed weight is frozen, unpacked for each product and dropped
-    after it: from forward to backward only its bytes are there.
+    x is saved only if the weight is trained. Under sequence parallelism only this rank's slice is saved, and backward
+    gathers x again while it computes the input gradient. A packed weight is frozen; each product unpacks it and frees
+    the result, so only the packed bytes are in memory between forward and backward.
     """
 
     @staticmethod
@@ -79,21 +79,21 @@ def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 
 class _Linear(nn.Module):
-    """What both linears share: a weight, stored as it is or packed, and the products with it on this rank alone."""
+    """What both linears share: a weight, packed or not, and products with this rank's part of it."""
 
     tp: Axis
     weight: nn.Parameter
     packing: str | None = None
 
     def pack(self, packing: str) -> None:
-        """Store the frozen weight packed from now on. It gets its numbers afterwards."""
+        """Replace the frozen weight by uninitialised memory for its packed form (``quantization.py``)."""
         spec, init = replace(spec_of(self.weight), packing=packing), self.weight.init  # type: ignore[attr-defined]
         memory = torch.empty(spec.stored.local_shape(self.tp.size), dtype=torch.uint8, device=self.weight.device)
         self.weight = attach(nn.Parameter(memory, requires_grad=False), spec, init)
         self.packing = packing
 
     def matrix(self, dtype: torch.dtype) -> Tensor:
-        """This rank's weight."""
+        """This rank's weight, unpacked, in ``dtype``."""
         return _plain(self.weight, self.packing, dtype).to(dtype)
 
     def _weight(self, x: Tensor) -> Tensor:
@@ -115,8 +115,8 @@ class ColumnParallelLinear(_Linear, Projection):
 
     In: [tokens, in_features], or [tokens / tp, in_features] under ``sp``. Out: [tokens, out_features / tp].
     ``chunks``: sizes of fused projections, each split separately. Forward: all-gather of x under ``sp``, else none.
-    Backward: reduce-scatter (``sp``) or all-reduce of x's gradient. ``seed``: of the dropout that an adapted linear
-    (``peft/lora.py``) may have.
+    Backward: reduce-scatter (``sp``) or all-reduce of x's gradient. ``seed``: for the dropout of an adapted linear
+    (``peft/lora_modules.py``).
     """
 
     def __init__(
@@ -151,7 +151,7 @@ class RowParallelLinear(_Linear):
 
     In: [tokens, in_features / tp]. Out: [tokens, out_features], or [tokens / tp, out_features] under ``sp``.
     Forward: reduce-scatter (``sp``) or all-reduce of y. Backward: all-gather (``sp``) or none. The bias is added once,
-    after the sum; under ``sp`` its gradient is partial and reduced on the way back. ``seed``: as above.
+    after the sum; under ``sp`` its gradient is partial and backward all-reduces it. ``seed``: as above.
     """
 
     def __init__(self, in_features: int, out_features: int, tp: Axis, *, bias: bool, sp: bool, std: float) -> None:
@@ -164,11 +164,12 @@ class RowParallelLinear(_Linear):
             self.bias = attach(nn.Parameter(torch.empty(out_features)), ShardSpec((out_features,)), 0.0)
 
     def reduce(self, y: Tensor) -> Tensor:
-        """Sum the ranks' partial products."""
+        """Sum the ranks' partial products: reduce-scatter under ``sp``, else all-reduce."""
         return comm.reduce_scatter_to(y, self.tp) if self.sp else comm.reduce_from(y, self.tp)
 
     def replicated(self, parameter: Tensor) -> Tensor:
-        """A parameter that every rank holds whole and uses after the sum: on its own tokens alone under ``sp``."""
+        """A replicated parameter for use after the sum. Under ``sp`` each rank uses it only on its own tokens, so
+        backward all-reduces its gradient."""
         return comm.copy_to(parameter, self.tp) if self.sp else parameter
 
     def forward(self, x: Tensor, seed: int | None = None) -> Tensor:

@@ -1,8 +1,8 @@
 """Vocabulary-parallel cross entropy, projection and loss together, chunked over tokens.
 
-The logits of the whole micro batch never exist: one chunk's logits [chunk, vocab / tp] are made, turned into their own
-gradient in place and consumed. Gradients are computed in forward, as in Liger-Kernel's fused linear cross entropy
-(Hsu et al. 2024); the split over vocabulary is Megatron-LM's (Shoeybi et al. 2019).
+The logits of the whole micro batch are never in memory: those of one chunk, [chunk, vocab / tp], are computed, turned
+into their gradient in place and used. Gradients are computed in forward, as in Liger-Kernel's fused linear cross
+entropy (Hsu et al. 2024); the split over the vocabulary is Megatron-LM's (Shoeybi et al. 2019).
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from megatron_lite.distributed.mesh import Axis
 from megatron_lite.layers.projection import Projection, VocabProduct
 
 IGNORED = -100  # the target of a token with nothing to predict
-_CHUNK_ELEMENTS = 1 << 24  # logits held at once, on each rank; or twice what the hidden states have, if that is more
+_CHUNK_ELEMENTS = 1 << 24  # logits in memory at once on each rank, or twice the size of the hidden states if larger
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
@@ -39,7 +39,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         padding = max(0, first + rows - vocab_size)
         total = torch.zeros((), dtype=precise, device=hidden.device)
         size = max(1, max(_CHUNK_ELEMENTS, 2 * hidden.numel()) // rows)
-        products = hidden.new_empty((min(size, tokens), rows))  # each chunk's, over the last one's
+        products = hidden.new_empty((min(size, tokens), rows))  # reused by every chunk
         precisely = None if precise == hidden.dtype else hidden.new_empty(products.shape, dtype=precise)
         for start in range(0, tokens, size):
             part = slice(start, start + size) if counted is None else counted[start : start + size]
@@ -85,12 +85,13 @@ def linear_cross_entropy(
     seed: int | None = None,
     counted: Tensor | None = None,
 ) -> Tensor:
-    """Sum of the cross entropies of ``x W^T`` against ``targets``, a scalar of float32 or better.
+    """Sum of the cross entropies of ``x W^T`` against ``targets``, a scalar in float32 or better.
 
     x: [tokens, hidden], or [tokens / tp, hidden] under the projection's ``sp``. ids of ``vocab_size`` and above get no
-    probability. targets: [tokens], ``IGNORED`` where there is none. The same value on every tp rank. Forward: per chunk
-    one max and one sum all-reduce of [chunk] numbers, and the projection's own. No gradient is made for a frozen
-    weight. ``counted``: where targets count, int64, ascending; only these are multiplied. None where nobody has looked.
+    probability. targets: [tokens], ``IGNORED`` where there is none. The same value on every tp rank. Forward: for each
+    chunk a max all-reduce of [chunk] and a sum all-reduce of [2, chunk] numbers; both passes: those of the projection's
+    ``enter``. A frozen weight gets no gradient. ``counted``: indices of the targets that count, int64, ascending; only
+    their logits are computed. None: those of all tokens.
     """
     tp = projection.tp.of("loss")
     tensors = projection.enter(x, seed, tp)

@@ -1,4 +1,4 @@
-"""Which keys a query may see: said once for a forward pass, and made a tensor in this one place."""
+"""The attention mask: described once per forward pass, and turned into a tensor only here."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from torch import Tensor
 
 
 class Visible(NamedTuple):
-    """A mask as attention takes it. ``keys``: bool [batch or 1, 1, queries, keys], True where a query may look; None:
-    all of them, or with ``causal`` those up to the query's own (as many keys as queries)."""
+    """A mask in the form that attention takes. ``keys``: bool [batch or 1, 1, queries, keys], True where a query may
+    attend; None: to all keys or, if ``causal``, to those up to its own (there are as many keys as queries)."""
 
     keys: Tensor | None = None
     causal: bool = False
@@ -19,12 +19,12 @@ class Visible(NamedTuple):
 
 @dataclass(frozen=True)
 class Mask:
-    """What hides keys from queries.
+    """The rules that mask keys.
 
-    ``offset``: how many keys stand before the queries' own, for every row of the batch or int64 [batch]: the length of
-    a key-value cache. ``causal``: no key after the query's own. ``window``: no key further away than ``window`` - 1.
-    ``documents``: int64 [batch, keys], no key of another document. ``prefix``: so many keys stand ahead of all others,
-    and every query sees them.
+    ``causal``: mask keys after the query's own. ``offset``: the number of keys before the first query's own, the length
+    of a key-value cache: one for all rows, or int64 [batch]. ``window``: mask keys at a distance of ``window`` or more.
+    ``documents``: document ids of the keys, int64 [batch, keys]; mask keys of other documents. ``prefix``: the number
+    of extra keys at the beginning, visible to every query.
     """
 
     causal: bool = True
@@ -34,14 +34,14 @@ class Mask:
     prefix: int = 0
 
     def visible(self, queries: int, device: torch.device) -> Visible:
-        """The mask of so many new tokens a row, over the keys of the longest row."""
+        """The mask of ``queries`` new tokens in each row; keys: the prefix, then as many as the longest row has."""
         alike = isinstance(self.offset, int) and self.window is None and self.documents is None
         if alike and (queries == 1 or not self.causal):
             return Visible()
         if alike and self.offset == 0 and self.prefix == 0:
             return Visible(causal=True)
         before = torch.as_tensor(self.offset, device=device).view(-1, 1, 1)
-        # Each query's own key, [batch or 1, queries, 1], against all keys.
+        # The index of each query's own key, [batch or 1, queries, 1], and of all keys, [keys].
         own = before + torch.arange(queries, device=device).view(-1, 1)
         key = torch.arange(int(before.max()) + queries, device=device)
         keys = key <= own if self.causal else torch.ones_like(key <= own)

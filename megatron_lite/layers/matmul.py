@@ -1,9 +1,9 @@
-"""Matrix products and attention on a CPU, each kind by the kernel that is fastest there; elsewhere torch's own.
+"""Matrix products and attention on a CPU, each kind with the kernel that is fastest there; elsewhere torch's own.
 
-Which is fastest depends on the processor: without instructions for bfloat16 torch multiplies some layouts a hundred
-times slower than float32, and for float32 oneDNN and MKL each win on some. So each kind is measured once, some tenths
-of a second in all (``measure``). A kernel has to win by a clear margin against the one that is the rule, since kernels
-round differently: two starts on a machine, and ranks on alike ones, have to come to the same.
+Which is fastest depends on the processor: without bfloat16 instructions torch multiplies some layouts a hundred times
+slower than in float32, and for float32 either oneDNN or MKL wins, depending on the layout. So each kind is measured
+once, a few tenths of a second in all (``measure``). To replace the default kernel, another has to be faster by a clear
+margin: kernels round differently, and all starts on one machine, and ranks on equal machines, must choose the same.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 _FEW = 16  # rows
-_MARGIN = 1.4  # of a winner over the kernel that is the rule; true ratios met so far: below 1.16 or above 1.9
+_MARGIN = 1.4  # speedup over the default that a kernel needs; true ratios so far were below 1.16 or above 1.9
 _MEASUREMENTS, _TURNS = 3, 10
 
 Kernel = Callable[[Tensor, Tensor, Tensor | None], Tensor]
 
 
 def _onednn(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    # What torch's compiler calls for a linear layer.
+    # The operator that torch.compile uses for a linear layer.
     return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")  # type: ignore[no-any-return]
 
 
@@ -42,15 +42,14 @@ _KERNELS: dict[str, Kernel] = {"torch": _torch, "onednn": _onednn, "float32": _t
 
 
 def chooses(x: Tensor) -> bool:
-    """Whether ``linear`` may take another kernel than torch's. Not where a block is compiled: there the compiler
-    chooses."""
+    """Whether ``linear`` may use another kernel than torch's. Not in a compiled block, where the compiler chooses."""
     narrow = x.dtype in (torch.float32, torch.bfloat16) and x.device.type == "cpu"
     able = torch.backends.mkl.is_available() and torch.backends.mkldnn.is_available()
     return narrow and able and not torch.compiler.is_compiling()
 
 
 def measure(dtype: torch.dtype, device: torch.device) -> None:
-    """Choose for all kinds of products in this format, at start-up, when nothing else runs."""
+    """Choose the kernels for all kinds of products in ``dtype``; call it at start-up, when nothing else runs."""
     if chooses(torch.empty(0, dtype=dtype, device=device)):
         for turned, weight_turned in product((False, True), repeat=2):
             _product_kernel(dtype, turned, weight_turned)
@@ -59,33 +58,33 @@ def measure(dtype: torch.dtype, device: torch.device) -> None:
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, rounded: bool = True) -> Tensor:
-    """``x @ weight.T + bias``: x [rows, in], weight [out, in], either in any strides, weight and bias in x's format or
-    float32. Unless ``rounded``, what was multiplied in float32 stays so. No gradient."""
+    """``x @ weight.T + bias``: x [rows, in], weight [out, in], both with any strides, weight and bias in x's dtype or
+    float32. Unless ``rounded``, the result of a product in float32 stays in float32. No gradient."""
     y = (_KERNELS[_chosen(x, weight)] if chooses(x) else _torch)(x, weight, bias)
     return y.to(x.dtype) if rounded else y
 
 
 def factor(weight: Tensor, x: Tensor) -> Tensor:
-    """A weight as ``linear`` takes it for x: in x's format, or as it is where the product is made in float32, which
-    saves the conversions there and back."""
+    """A weight as ``linear`` should get it for x: in x's dtype, or unchanged if the product is computed in float32,
+    which saves two conversions."""
     return weight if through_float32(x, weight) else weight.to(x.dtype)
 
 
 def through_float32(x: Tensor, weight: Tensor) -> bool:
-    """Whether ``linear`` makes this product of bfloat16 in float32, and rounds it."""
+    """Whether ``linear`` computes this bfloat16 product in float32 and rounds it."""
     return x.dtype == torch.bfloat16 and chooses(x) and _chosen(x, weight) == "float32"
 
 
 def _chosen(x: Tensor, weight: Tensor) -> str:
     if x.dtype == torch.float32 and len(x) <= _FEW:
-        return "onednn"  # reads the weight once, which is what such a product costs
+        return "onednn"  # reads the weight once, which dominates the cost of such a product
     return _product_kernel(x.dtype, x.stride(-1) != 1, weight.stride(-1) != 1)
 
 
 @cache
 def _product_kernel(dtype: torch.dtype, turned: bool, weight_turned: bool) -> str:
-    """The kernel for a kind of product: forward, of an input gradient (the weight is transposed), of a weight gradient
-    (both are)."""
+    """The kernel for a kind of product: forward, input gradient (the weight is transposed) or weight gradient (both
+    are)."""
     x, weight = _sample(dtype, (128, 256), turned), _sample(dtype, (256, 256), weight_turned)
     if dtype == torch.bfloat16:
         rule, other = "torch", "float32"
@@ -95,7 +94,7 @@ def _product_kernel(dtype: torch.dtype, turned: bool, weight_turned: bool) -> st
 
 
 def attends_in_float32(q: Tensor) -> bool:
-    """Whether attention to bfloat16 is faster in float32: not for one query at a time, which would convert all keys."""
+    """Whether bfloat16 attention is faster in float32: never for one query at a time, which would convert all keys."""
     return q.dtype == torch.bfloat16 and q.shape[2] > 1 and chooses(q) and _attention_format() == "float32"
 
 
@@ -112,14 +111,14 @@ def _attention_format() -> str:
 
 
 def _sample(dtype: torch.dtype, shape: tuple[int, ...], turned: bool) -> Tensor:
-    """Numbers like any others, not drawn: the run's random state is not to move."""
+    """Test data that is not random, so that the run's random state stays the same."""
     numbers = torch.linspace(-1, 1, torch.Size(shape).numel()).view(shape).to(dtype)
     return numbers.t().contiguous().t() if turned else numbers
 
 
 def _fastest(candidates: Mapping[str, Callable[[], object]]) -> str:
-    """The first, which is the rule, or the second if it is faster by the margin in each of some measurements: by one
-    thread's own clock, since what else runs on a machine makes several threads wait for each other."""
+    """The first candidate, the default, or the second if it is faster by the margin in every measurement. Measured with
+    one thread and its CPU time: under other load, several threads would wait for each other."""
     rule, other = candidates
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -131,15 +130,15 @@ def _fastest(candidates: Mapping[str, Callable[[], object]]) -> str:
 
 
 def _ratio(rule: Callable[[], object], other: Callable[[], object]) -> float:
-    """How much longer the one takes than the other: the median over turns, in which a busy moment meets both."""
+    """The time of ``rule`` divided by that of ``other``: the median over turns, so that a busy moment affects both."""
     ratios: list[float] = []
     for turn in range(_TURNS):
         start = time.thread_time()
         rule()
         between = time.thread_time()
         other()
-        if turn:  # the first one prepares
+        if turn:  # the first is a warm-up
             ratios.append((between - start) / (time.thread_time() - between))
             if not 0.25 < ratios[-1] < 4:
-                break  # the slow one would take the most of a second
+                break  # the slow kernel could take most of a second
     return median(ratios)

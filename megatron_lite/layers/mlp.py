@@ -13,7 +13,7 @@ from megatron_lite.layers.linear import ColumnParallelLinear, RowParallelLinear
 class MLP(nn.Module):
     """``down(gelu(up(x)))``, or ``down(silu(gate) · up)`` with gate and up fused (SwiGLU, Shazeer 2020).
 
-    [tokens, hidden] → the same, slices of the tokens under ``sp``; collectives are those of its two linears.
+    [tokens (/ tp under ``sp``), hidden] → the same; the only collectives are those of its two linears.
     """
 
     def __init__(
@@ -35,7 +35,7 @@ class MLP(nn.Module):
         self.down = RowParallelLinear(ffn_size, hidden_size, tp, bias=bias, sp=sp, std=out_std)
 
     def activation(self, x: Tensor) -> Tensor:
-        """Between the linears: cheap to compute again, so selective recomputation does not keep its result."""
+        """The function between the linears. It is cheap, so selective recomputation does not save its output."""
         if not self.gated:
             return F.gelu(x, approximate="tanh")
         gate, up = x.chunk(2, dim=-1)

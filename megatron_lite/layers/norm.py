@@ -1,4 +1,4 @@
-"""Norms over the hidden dim. Under sequence parallelism each rank normalises its own tokens."""
+"""Norms over the last dim. Under sequence parallelism each rank normalises its own tokens."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ class _Norm(nn.Module):
 
 
 class RMSNorm(_Norm):
-    """Root-mean-square norm (Zhang and Sennrich 2019), [tokens, size] → [tokens, size].
+    """Root-mean-square norm (Zhang and Sennrich 2019), [..., size] → the same.
 
-    Backward all-reduces the weight's gradient over tp under ``sp``.
+    Under ``sp``, backward all-reduces the weight's gradient over tp.
     """
 
     def __init__(self, size: int, tp: Axis, *, sp: bool, eps: float) -> None:
@@ -35,7 +35,7 @@ class RMSNorm(_Norm):
 
 
 class LayerNorm(_Norm):
-    """Layer norm (Ba et al. 2016) with bias, [tokens, size] → [tokens, size]; collectives as in ``RMSNorm``."""
+    """Layer norm (Ba et al. 2016) with bias, [..., size] → the same; collectives as in ``RMSNorm``."""
 
     def __init__(self, size: int, tp: Axis, *, sp: bool, eps: float) -> None:
         super().__init__(size, tp, sp=sp, eps=eps, bias=True)

@@ -1,4 +1,4 @@
-"""Where a token stands: rotary angles, or a learned embedding for each position."""
+"""Token positions: rotary angles, or a learned embedding for each position."""
 
 from __future__ import annotations
 
@@ -56,9 +56,9 @@ class RotaryPositions(nn.Module):
 
 
 class LearnedPositions(nn.Module):
-    """One learned vector a position, added to the token embeddings: [tokens, hidden] → the same.
+    """One learned vector per position, added to the token embeddings: [tokens (/ tp under ``sp``), hidden] → the same.
 
-    Under ``sp`` each rank adds its own tokens' positions and backward all-reduces the table's gradient.
+    Under ``sp`` each rank adds the positions of its own tokens, and backward all-reduces the table's gradient.
     """
 
     def __init__(self, max_positions: int, hidden_size: int, tp: Axis, *, sp: bool, std: float) -> None:

@@ -1,4 +1,4 @@
-"""From hidden states to the vocabulary: the products that the loss and the logits are made from."""
+"""From hidden states to the vocabulary: the product with the projection's weight, for the loss and for logits."""
 
 from __future__ import annotations
 
@@ -11,9 +11,10 @@ from megatron_lite.layers import matmul
 
 
 class VocabProduct:
-    """``hidden W^T``, some tokens at a time, and the gradients of its tensors from those of the logits.
+    """``hidden W^T`` for one chunk of tokens at a time, and the gradients of its tensors from those of the logits.
 
-    ``wanted``: whose gradients. What is computed in may be wider than what comes in (``matmul.through_float32``).
+    hidden: [tokens, hidden]; weight: [rows, hidden], this rank's part of the vocabulary. ``wanted``: which tensors need
+    a gradient. The compute dtype may be wider than that of ``hidden`` (``matmul.through_float32``).
     """
 
     def __init__(self, wanted: tuple[bool, ...], hidden: Tensor, weight: Tensor) -> None:
@@ -25,24 +26,24 @@ class VocabProduct:
         self.grad_weight = weight.new_zeros(weight.shape, dtype=self.precise) if wanted[1] else None
 
     def logits(self, tokens: slice | Tensor, into: Tensor) -> None:
-        """Write the logits of some tokens."""
+        """Write the logits of ``tokens`` to ``into`` [chunk, rows]."""
         self.chunk = self.hidden[tokens]
         torch.mm(self.chunk, self.matrix.t(), out=into)
 
     def accumulate(self, tokens: slice | Tensor, grad: Tensor) -> None:
-        """Take in the gradient of the logits that were written last."""
+        """Accumulate gradients from ``grad`` [chunk, rows], the gradient of the logits that were written last."""
         assert self.grad_hidden is not None
         self.grad_hidden[tokens] = matmul.linear(grad, self.matrix.t())
         if self.grad_weight is not None:
             add_product(self.grad_weight, grad, self.chunk)
 
     def gradients(self) -> list[Tensor | None]:
-        """Of each tensor; None where it is not wanted."""
+        """The gradient of each tensor; None where it is not wanted."""
         return [self.grad_hidden, self.grad_weight]
 
 
 def add_product(into: Tensor, grad: Tensor, chunk: Tensor) -> None:
-    """Add a chunk's ``grad^T chunk`` to the gradient of a matrix."""
+    """Add ``grad^T chunk`` to ``into``, the gradient of a matrix."""
     if grad.dtype == into.dtype:
         into.addmm_(grad.t(), chunk)
     else:
@@ -50,9 +51,9 @@ def add_product(into: Tensor, grad: Tensor, chunk: Tensor) -> None:
 
 
 class Projection(nn.Module):
-    """A module that can stand at the end of a model: ``weight`` [rows of the padded vocabulary / tp, hidden].
+    """The last module of a model: the output projection, or the token embedding that it is tied to.
 
-    The output projection, or the token embedding that it is tied to.
+    ``weight``: [padded vocabulary / tp, hidden].
     """
 
     tp: Axis
@@ -61,21 +62,21 @@ class Projection(nn.Module):
     product_kind: type[VocabProduct] = VocabProduct
 
     def enter(self, x: Tensor, seed: int | None, tp: Axis) -> tuple[Tensor, ...]:
-        """What ``product_kind`` takes, for all tokens: an all-gather of x under ``sp``; backward a reduce-scatter
-        (``sp``) or an all-reduce of its gradient. ``tp``: this module's, under the name of who asks."""
+        """The tensors of ``product_kind``, for all tokens. Forward: all-gather of x under ``sp``, else none. Backward:
+        reduce-scatter (``sp``) or all-reduce of its gradient. ``tp``: this module's axis, named for the caller."""
         return (comm.gather_from(x, tp) if self.sp else comm.copy_to(x, tp)), self.weight
 
     def rows(self, x: Tensor) -> Tensor:
-        """The logits of this rank's rows, without gradient or communication."""
+        """Logits of this rank's part of the vocabulary, [tokens, rows]; no gradient, no communication."""
         return matmul.linear(x, matmul.factor(self.weight, x))
 
     def whole(self, x: Tensor, batch: int) -> Tensor:
-        """The tokens of all ranks as [batch, seq, hidden]; an all-gather under ``sp``. Without gradient."""
+        """The hidden states of all tokens, [batch, seq, hidden]; all-gather under ``sp``. No gradient."""
         x = comm.all_gather(x, self.tp) if self.sp else x
         return x.view(batch, -1, x.shape[-1])
 
     def logits(self, x: Tensor, vocab_size: int) -> Tensor:
-        """[rows, hidden], the same on all ranks → logits [rows, vocab_size] of float32 or better, without gradient; an
-        all-gather over the vocabulary."""
+        """[tokens, hidden], the same on all ranks → logits [tokens, vocab_size] in float32 or better; all-gather over
+        the vocabulary. No gradient."""
         rows = self.rows(x)
         return comm.all_gather(rows.to(torch.promote_types(x.dtype, torch.float32)), self.tp, dim=1)[:, :vocab_size]

@@ -1,1 +1,1 @@
-"""Models. No rank, group or collective is chosen here: axes come in as arguments and go on to the layers."""
+"""Models. They choose no rank, group or collective: axes are arguments that are passed on to the layers."""

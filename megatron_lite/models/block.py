@@ -1,4 +1,4 @@
-"""A transformer block, and a model's blocks by the number of their layer."""
+"""A transformer block, and the blocks of a model by layer number."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ NORMS = {"rms": RMSNorm, "layer": LayerNorm}
 class Block(nn.Module):
     """Pre-norm attention and feed-forward, each with a residual: [tokens (/ tp under sp), hidden] → the same.
 
-    ``attention_adapter``, ``mlp_adapter``: where a PEFT method sets one, it turns a half's input and output into what
-    joins the residual.
+    ``attention_adapter``, ``mlp_adapter``: modules set by a PEFT method, which turn the input and the output of
+    attention or MLP into what is added to the residual.
     """
 
     def __init__(self, config: ModelConfig, layer: int, tp: Axis, *, sp: bool) -> None:
         super().__init__()
         norm = NORMS[config.traits.norm]
-        out_std = config.init_std / (2 * config.num_layers) ** 0.5  # GPT-2's: residual branches add up to the stem
+        out_std = config.init_std / (2 * config.num_layers) ** 0.5  # as in GPT-2, for the number of residual branches
         self.layer = layer
         self.attention_adapter: nn.Module | None = None
         self.mlp_adapter: nn.Module | None = None
@@ -76,7 +76,7 @@ class Block(nn.Module):
 
 
 class Blocks(nn.Module):
-    """Blocks in order, each named by its layer's number: a block has the same name on whichever stage it is."""
+    """Blocks in order, named by layer number, so a block has the same name on every stage."""
 
     def __init__(self, blocks: Iterable[Block]) -> None:
         super().__init__()

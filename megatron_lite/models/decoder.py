@@ -1,6 +1,6 @@
-"""The decoder-only transformer, one class for every family; what differs is read from the config.
+"""The decoder-only transformer: one class for all families, whose differences come from the config.
 
-Ranks and collectives are the layers' alone.
+Only the layers know about ranks and collectives.
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ from megatron_lite.models.stage import Stage
 
 
 class Decoder(nn.Module):
-    """Embedding, blocks, norm, output projection tied or not; or a ``stage`` of them.
+    """Embedding, blocks, norm and output projection (tied or not), or a ``stage`` of these.
 
-    Built from the padded vocabulary; the true size bounds what the loss and the sampler can see. ``tp`` and ``sp`` are
-    handed to the layers, which own every collective. ``prefix``, where a PEFT method sets it: ``length`` keys and
-    values precede the tokens in every layer; called, it computes the hidden states that each layer projects them from.
+    Built for the padded vocabulary; loss and sampling use only its true size. ``tp`` and ``sp`` are passed to the
+    layers, which own every collective. ``prefix``: a module set by a PEFT method; its ``length`` keys and values
+    precede the tokens in every layer, and its forward returns the hidden states that layers project them from.
     """
 
     def __init__(self, config: ModelConfig, tp: Axis, *, sp: bool, stage: Stage | None = None) -> None:
@@ -63,14 +63,14 @@ class Decoder(nn.Module):
 
     @property
     def projection(self) -> Projection:
-        """What the hidden states are projected by onto the vocabulary."""
+        """The module that projects hidden states to the vocabulary."""
         found = self.embedding if self.head is None else self.head
         assert found is not None
         return found
 
     @contextlib.contextmanager
     def whole_tokens(self) -> Iterator[None]:
-        """Without sequence parallelism inside: single tokens, as generating reads them, cannot be split over tp."""
+        """Turn off sequence parallelism inside the ``with`` block: the single tokens of generation cannot be split."""
         split = [module for module in self.modules() if getattr(module, "sp", False)]
         for module in split:
             module.sp = False  # type: ignore[assignment]
@@ -114,10 +114,10 @@ class Decoder(nn.Module):
         output: Output = last_logits,
         x: Tensor | None = None,
     ) -> Tensor:
-        """Token ids [batch, seq] → what ``output`` makes of the normalised hidden states [tokens (/ tp under sp),
-        hidden]; by default each row's last logits.
+        """Token ids [batch, seq] → the result of ``output`` for the normalised hidden states [tokens (/ tp under sp),
+        hidden]; by default the logits of each row's last token.
 
-        A stage that is not the last returns its hidden states, which are ``x`` of the next.
+        A stage that is not the last returns its hidden states, the ``x`` of the next stage.
         """
         context, positions = self.begin(context or Context(), tokens.shape, tokens.device)
         if x is None:

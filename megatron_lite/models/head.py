@@ -1,4 +1,4 @@
-"""What is made of a model's hidden states: an ``output`` for its forward pass."""
+"""What a model's forward pass computes from the last hidden states: its ``output`` argument."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ Output = Callable[["Decoder", Tensor, Context], Tensor]
 
 
 def hidden_states(model: Decoder, x: Tensor, context: Context) -> Tensor:
-    """These themselves, [tokens (/ tp under sp), hidden]."""
+    """The hidden states themselves, [tokens (/ tp under sp), hidden]."""
     return x
 
 
@@ -29,10 +29,10 @@ def _cross_entropy(
 
 
 def cross_entropy(targets: Tensor, counted: Tensor | None = None) -> Output:
-    """The sum of the cross entropies of every token's ``targets`` [batch, seq], as ``linear_cross_entropy`` has it."""
+    """The sum of the cross entropies against ``targets`` [batch, seq]; see ``linear_cross_entropy``."""
     return partial(_cross_entropy, targets=targets, counted=counted)
 
 
 def last_logits(model: Decoder, x: Tensor, context: Context) -> Tensor:
-    """Logits of each row's last position, [batch, vocab_size] of float32 or better, on every rank; no gradient."""
+    """Logits of each row's last position, [batch, vocab_size] in float32 or better, on every rank; no gradient."""
     return model.projection.logits(model.projection.whole(x, context.batch)[:, -1], model.vocab_size)

@@ -1,6 +1,6 @@
-"""Activation offload (Rajbhandari et al. 2021): what backward needs of a forward pass waits in CPU memory.
+"""Activation offload (Rajbhandari et al. 2021): tensors saved for backward are kept in CPU memory.
 
-With ``recompute=full`` that is each block's input alone.
+With ``recompute=full`` these are only the inputs of the blocks.
 """
 
 from __future__ import annotations
@@ -14,7 +14,8 @@ from torch.autograd.graph import saved_tensors_hooks
 
 
 class _Mover:
-    """Copies to pinned memory on a stream of its own beside the computation, and back when backward asks."""
+    """Copies tensors to pinned memory on a separate stream, in parallel with forward, and back when backward needs
+    them."""
 
     def __init__(self) -> None:
         self.stream: torch.cuda.Stream | None = None
@@ -37,8 +38,8 @@ class _Mover:
 
 
 def apply_offload(blocks: Iterable[Any]) -> None:
-    """From now on each block's saved tensors are offloaded: all but weights and what every block shares (rotary angles,
-    masks), which are there anyway. Apply it after recomputation."""
+    """Offload each block's saved tensors, except weights and what all blocks share (rotary angles, masks), which stay
+    in memory anyway. Call it after ``apply_recompute``."""
     mover = _Mover()
     for block in blocks:
         block.forward = _offloaded(block.forward, mover)
@@ -65,7 +66,7 @@ def _offloaded(forward: Callable[..., Any], mover: _Mover) -> Callable[..., Any]
 
 
 def storage(tensor: Tensor) -> int:
-    """What tensors that share memory have in common."""
+    """The address of a tensor's storage: the same for tensors that share memory."""
     return tensor.untyped_storage().data_ptr()
 
 

@@ -10,13 +10,13 @@ from torch.utils.checkpoint import checkpoint
 
 
 def _recomputed(function: Callable[..., Any]) -> Callable[..., Any]:
-    # Dropout masks are keyed by place (distributed/random.py), so no generator state has to be put back.
+    # Dropout masks depend only on seeds (distributed/random.py), so no generator state has to be restored.
     return partial(checkpoint, function, use_reentrant=False, preserve_rng_state=False)
 
 
 def apply_recompute(blocks: Iterable[Any], mode: str) -> None:
-    """``full``: keep only each block's input. ``selective``: keep the linears' results, not what is cheap between them
-    (rotation, attention scores, activation). ``none``: keep everything."""
+    """``full``: save only each block's input. ``selective``: save the outputs of linears, but not what is between them
+    (rotation, attention scores, activation). ``none``: save everything."""
     for block in blocks:
         if mode == "full":
             block.forward = _recomputed(block.forward)

@@ -1,4 +1,4 @@
-"""Which part of a model a process holds: the seam at which pipeline parallelism cuts."""
+"""The part of a model that a process holds; pipeline parallelism would divide a model into these."""
 
 from __future__ import annotations
 
