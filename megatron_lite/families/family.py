@@ -1,7 +1,7 @@
-"""What a family of models is: which switches its block has, and what others call its parts. No torch.
+"""A model family: the switches of its block, and the names that others have for its parts. No torch.
 
-Whatever depends on the shape of a model derives from ``linears``: FLOPs, memory, what tensor parallelism can divide,
-the modules that PEFT adapts, merging, and conversions.
+Everything that depends on the shape of a model derives from ``linears``: FLOPs, memory, what tensor parallelism can
+divide, the modules that PEFT adapts, merging, and conversions.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ if TYPE_CHECKING:
 
 
 class Linear(NamedTuple):
-    """A linear of a block: its weight [rows, columns], which may hold several ``parts``, in order of their rows.
+    """A linear of a block with a weight [rows, columns], in which several ``parts`` may be fused by rows.
 
-    ``name``: in our blocks. ``parts``: the rows of each by the short name that users know it by. ``split``: the dim
-    that tensor parallelism divides, each part by itself.
+    ``name``: its name in our blocks. ``parts``: the rows of each part, by its short name for users. ``split``: the dim
+    that tensor parallelism splits, separately for each part.
     """
 
     name: str
@@ -46,14 +46,14 @@ class Linear(NamedTuple):
 
 @dataclass(frozen=True)
 class ModelType:
-    """What a ``model_type`` of Hugging Face's is here.
+    """How a ``model_type`` of Hugging Face maps to our config.
 
-    ``fields``: the keys that are honoured, by ours. ``defaults``: what their config class says where a folder says
-    nothing; its type is the key's. ``fixed``: keys that have to have one of these values, as the model knows nothing
-    else, the first where a folder says nothing. ``section``: what it is beside that, of our section. ``aliases``:
-    second names that their class has for a key. ``harmless``: keys that this family's code never reads.
-    ``contradictions``: what of the values cannot be honoured together. ``tokenizer``: the class that AutoTokenizer uses
-    for it, if any; ``tokenizer_wins``: whatever the folder names.
+    ``fields``: their key → ours, for keys that are honoured. ``defaults``: the values of their config class, for keys
+    that a folder leaves out; a key's type is that of its default. ``fixed``: keys with their only supported values, the
+    first being the default. ``section``: further keys of our ``model`` section. ``aliases``: alternative name → key, as
+    in their class. ``harmless``: keys that this family's code never reads. ``contradictions``: returns a message for
+    each combination of values that is not supported. ``tokenizer``: the class that AutoTokenizer uses for it, if any;
+    ``tokenizer_wins``: even if the folder names another one.
     """
 
     architecture: str
@@ -70,8 +70,9 @@ class ModelType:
 
 @dataclass(frozen=True)
 class TensorNames:
-    """Hugging Face's names of tensors: ``top`` of all but the head's, ``layers`` under it; the modules under these by
-    ours, for a linear of several parts one name for each or one for all. ``transposed``: weights lie as [in, out]."""
+    """Hugging Face's names of tensors. ``top``: the prefix of all but the head's; ``layers``: that of the blocks below
+    it. ``norms``, ``linears``: our module → theirs below these prefixes, where a linear of several parts has one name
+    for each or one for all. ``transposed``: weights are stored as [in, out]."""
 
     top: str
     layers: str
@@ -84,12 +85,12 @@ class TensorNames:
 
 @dataclass(frozen=True)
 class Family:
-    """A row of switches, and names. A new family is a file with one of these and a line in ``FAMILIES``.
+    """Switches and names of a family. A new family is a file with one of these and a line in ``FAMILIES``.
 
-    ``norm``, ``gated``, ``rotary``: the block's. ``bias``, ``tied``, ``ffn_size``: where a config does not say.
-    ``model_types``: Hugging Face's that it computes; ``model_type``: which of them a config is, as export writes it,
-    raising CheckpointError for none; ``written``: keys of its ``config.json`` beside those in ``fields``. ``buffers``:
-    a pattern of what their files hold that is no weight.
+    ``norm``, ``gated``, ``rotary``: switches of the block. ``bias``, ``tied``, ``ffn_size``: defaults of the config.
+    ``model_types``: those of Hugging Face that it can compute; ``model_type``: the one that export writes for a config,
+    raising CheckpointError if none fits; ``written``: keys of its ``config.json`` besides those in ``fields``.
+    ``buffers``: a pattern for tensors in their files that are not weights.
     """
 
     norm: Literal["rms", "layer"]
@@ -106,7 +107,7 @@ class Family:
 
     @property
     def norm_parameters(self) -> tuple[str, ...]:
-        """What a norm has."""
+        """The names of a norm's parameters."""
         return ("weight", "bias") if self.norm == "layer" else ("weight",)
 
 

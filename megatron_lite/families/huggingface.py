@@ -18,12 +18,12 @@ if TYPE_CHECKING:
     from megatron_lite.config.model import ModelConfig
 
 
-TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")  # not the model's: they go with its tokenizer
-_NULLABLE = ("num_key_value_heads", "sliding_window")  # null although their class has a default: as many as heads; none
+TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")  # these belong to the tokenizer
+_NULLABLE = ("num_key_value_heads", "sliding_window")  # null has a meaning of its own: num_attention_heads; no window
 # Every model type, and the family that computes it.
 MODEL_TYPES = {kind: row for family in FAMILIES.values() for kind, row in family.model_types.items()}
 _FAMILY = {kind: name for name, family in FAMILIES.items() for kind in family.model_types}
-# Of no consequence for what any of these models computes: what the folder is, classifiers, how to compute and return.
+# Without effect on what these models compute: what the folder is, classifiers, how to compute, what to return.
 _HARMLESS = set(
     """architectures model_type torch_dtype dtype transformers_version name_or_path _name_or_path _model_name_or_path
     _commit_hash tokenizer_class transformers.js_config use_cache n_ctx is_decoder pretraining_tp tie_encoder_decoder
@@ -33,7 +33,7 @@ _HARMLESS = set(
     finetuning_task classifier_dropout summary_type summary_use_proj summary_activation summary_proj_to_labels
     summary_first_dropout bos_token_id eos_token_id pad_token_id unk_token_id mask_token_id sep_token_id""".split()  # noqa: SIM905
 )
-# How to generate, which older folders say here and newer ones in generation_config.json.
+# Settings of generation, which older folders have here and newer ones in generation_config.json.
 _GENERATION = set(
     """max_length max_new_tokens min_length min_new_tokens early_stopping max_time stop_strings do_sample num_beams
     num_beam_groups diversity_penalty penalty_alpha temperature top_k top_p min_p top_h typical_p epsilon_cutoff
@@ -44,11 +44,11 @@ _GENERATION = set(
     return_dict_in_generate prefix cache_implementation prefill_chunk_size watermarking_config
     decoder_start_token_id num_assistant_tokens num_assistant_tokens_schedule""".split()  # noqa: SIM905
 )
-# Of a window over tokens, and of rotary positions.
+# Keys of sliding windows and of rotary positions.
 _WINDOW = {"sliding_window", "use_sliding_window", "max_window_layers", "layer_types"}
 _ROPE = {"rope_theta", "rope_scaling", "rope_parameters", "original_max_position_embeddings", "partial_rotary_factor"}
-# No code of theirs for these families reads any other key. One that is named as what changes numbers in some model is
-# refused all the same, where its value does something: whoever trained these weights may have meant it.
+# Their code for these families reads no other key. A key is refused nevertheless if its name suggests that it changes
+# the computation and its value is not neutral: whoever trained these weights may have relied on it.
 _NUMBERS = re.compile(
     "rope|rotary|yarn|ntk|norm|bias|scal|multipl|softcap|clip|clamp|quant|compress|expert|moe|window|chunk|spars|sink"
     "|alibi|resid|logit|softmax|parallel_block|multi_query|mup|causal|bidirectional|prun|per_layer|layer_types|lora"
@@ -103,7 +103,7 @@ def model_section(tree: Mapping[str, Any], where: str, *, strict: bool = False) 
 
 
 def _values(tree: Mapping[str, Any], row: ModelType) -> tuple[dict[str, Any], list[str]]:
-    """Every key that a model type has, from the folder or by default, and what is wrong with it."""
+    """Every key of a model type, from the folder or by default, and what is wrong with their values."""
     values, wrong = {**row.defaults, **tree}, []
     for alias, name in row.aliases.items():
         if alias in tree:
@@ -140,9 +140,9 @@ def _neutral(key: str, value: Any) -> bool:
 
 
 def _window(values: Mapping[str, Any], row: ModelType, refused: list[str]) -> int | None:
-    """Over how many tokens layers attend, if not over all."""
+    """The sliding window of the layers, in tokens; None for attention over all tokens."""
     layers, window, count = values.get("layer_types"), values.get("sliding_window"), values["num_hidden_layers"]
-    by_layer = "max_window_layers" in row.defaults  # others slide in all layers, whatever layer_types says
+    by_layer = "max_window_layers" in row.defaults  # other models have windows in all layers, ignoring layer_types
     if by_layer and not values["use_sliding_window"]:
         window = None
     if layers is None:
@@ -173,7 +173,7 @@ _SCALINGS: dict[str, dict[str, str]] = {
 
 
 def _rope(values: Mapping[str, Any], refused: list[str]) -> dict[str, Any]:
-    """Rotary frequencies, from either of the spellings that are in use, or from both where they agree."""
+    """The keys of rotary positions in our section, from either spelling in use, or from both if they agree."""
     said = {key: values[key] for key in ("rope_parameters", "rope_scaling") if values.get(key)}
     read = [_scaling(values, key, value, refused) for key, value in said.items()]
     if len(read) == 2 and read[0] != read[1]:
@@ -190,7 +190,7 @@ def _rope(values: Mapping[str, Any], refused: list[str]) -> dict[str, Any]:
 
 
 def _scaling(values: Mapping[str, Any], where: str, tree: Any, refused: list[str]) -> dict[str, Any] | None:
-    """The ``model.rope_scaling`` that one spelling means."""
+    """Our ``model.rope_scaling`` from one of the spellings; None for no scaling, or if it is refused."""
     if not isinstance(tree, dict):
         refused.append(f"{where}={tree!a:.100}")
         return None
@@ -204,7 +204,7 @@ def _scaling(values: Mapping[str, Any], where: str, tree: Any, refused: list[str
     names = _SCALINGS[kinds[0]]
     given = {key: value for key, value in tree.items() if key not in ("rope_type", "type", "rope_theta")}
     if kinds[0] == "llama3":
-        outside = values.get("original_max_position_embeddings")  # which transformers would take instead
+        outside = values.get("original_max_position_embeddings")  # transformers would prefer this one
         if outside is not None and outside != given.get("original_max_position_embeddings", outside):
             refused.append(f"{where}: original_max_position_embeddings differs from the {outside!a:.100} outside of it")
         given.setdefault("original_max_position_embeddings", outside or values["max_position_embeddings"])
@@ -218,11 +218,11 @@ def _scaling(values: Mapping[str, Any], where: str, tree: Any, refused: list[str
 
 
 def config_json(config: ModelConfig, dtype: str, token_ids: Mapping[str, Any]) -> dict[str, Any]:
-    """The ``config.json`` of a model, as ``model_section`` reads it. Raises CheckpointError where there is none."""
+    """The ``config.json`` of a model, as ``model_section`` reads it. Raises CheckpointError if no model type fits."""
     kind = config.traits.model_type(config)
     row, section = MODEL_TYPES[kind], config.model_dump()
     tree: dict[str, Any] = {"architectures": [row.architecture], "model_type": kind, "torch_dtype": dtype}
-    tree |= {name: token_ids.get(name) for name in TOKEN_IDS}  # what is left out would be some other model's
+    tree |= {name: token_ids.get(name) for name in TOKEN_IDS}  # missing ids would get the defaults of their class
     tree |= {theirs: section[ours] for theirs, ours in row.fields.items()} | config.traits.written(config)
     return tree | _rope_json(config) if config.traits.rotary else tree
 
@@ -238,7 +238,8 @@ def _rope_json(config: ModelConfig) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Part:
-    """Rows of one of our tensors that are a tensor of theirs. ``shape``: ours; ``transposed``: theirs is [in, out]."""
+    """Rows of one of our tensors that are one tensor of theirs. ``shape``: of these rows; ``transposed``: theirs is
+    [in, out]."""
 
     name: str
     shape: tuple[int, ...]
@@ -263,8 +264,8 @@ _MISTRAL = {
 
 
 def from_mistral(name: str) -> tuple[str, bool]:
-    """The name of a tensor that Mistral's own files name so, or an empty string, and whether it rotates pairs of
-    neighbours, not of halves."""
+    """Hugging Face's name for a tensor with this name in Mistral's own files, or an empty string, and whether its
+    rotary pairs are neighbouring dims instead of halves."""
     layer, stem = re.fullmatch(r"((?:layers\.\d+\.)?)(.*?)(?:\.weight)?", name, re.DOTALL).groups()  # type: ignore[union-attr]
     if stem not in _MISTRAL:
         return "", False
@@ -272,7 +273,7 @@ def from_mistral(name: str) -> tuple[str, bool]:
 
 
 def tensor_parts(config: ModelConfig) -> dict[str, list[Part]]:
-    """Every tensor of ours as those of theirs, in the order of their rows; the vocabulary in its true size."""
+    """For each of our tensors its parts, in row order; the vocabulary without padding."""
     assert config.vocab_size
     traits, hidden, vocabulary = config.traits, config.hidden_size, (config.vocab_size, config.hidden_size)
     names = traits.names

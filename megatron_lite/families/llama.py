@@ -1,4 +1,4 @@
-"""Llama, and what differs from it in a switch: Mistral, Qwen 2, Qwen 3."""
+"""Llama, and the models that differ from it only by switches: Mistral, Qwen 2, Qwen 3."""
 
 from __future__ import annotations
 

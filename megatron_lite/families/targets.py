@@ -1,4 +1,4 @@
-"""The linears of a model under the names that users know, and patterns that select some of them. No torch.
+"""Names of a model's linears for users, and patterns that select some of them. No torch.
 
 The model fuses q, k and v, and gate and up; here each has its own name: ``blocks.3.attention.q``.
 """
@@ -19,7 +19,7 @@ ENDS = ("embedding", "head")
 
 
 def linear_names(model: ModelConfig) -> list[str]:
-    """Every linear that can be adapted, from the embedding to the projection."""
+    """The names of all linears that can be adapted, in order, with the embedding and the head."""
     inside = [f"{linear.half}.{part}" for linear in linears(model) for part in linear.parts]
     return ["embedding", *(f"blocks.{i}.{name}" for i in range(model.num_layers) for name in inside), "head"]
 

@@ -9,7 +9,7 @@ if TYPE_CHECKING:
     from megatron_lite.config import Config
     from megatron_lite.tasks.task import Task
 
-TASKS = {"causal_lm": "megatron_lite.tasks.causal_lm:CausalLM"}  # train.task → where it is
+TASKS = {"causal_lm": "megatron_lite.tasks.causal_lm:CausalLM"}  # train.task → module:class
 
 
 def build_task(config: Config) -> Task:

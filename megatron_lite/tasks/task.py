@@ -1,4 +1,4 @@
-"""What a task is: the samples it learns from, its loss, and what is measured and shown of it."""
+"""The task base class: the samples, the loss, the metrics of an evaluation, and a sample to show."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ Forward = Callable[..., Tensor]  # a model, or the engine's call of it: (tokens,
 
 
 class Task(ABC):
-    """One for a run, on every rank. Losses are sums over targets, divided by the global count by the training step."""
+    """What a model is trained to do. Losses are sums over targets; the training step divides by the global count."""
 
     objective: Objective
 
@@ -41,12 +41,12 @@ class Task(ABC):
 
     @abstractmethod
     def metrics(self, loss: float) -> dict[str, float]:
-        """What an evaluation reports, by name, from the mean loss of a target."""
+        """The metrics of an evaluation by name, from the mean loss per target."""
 
     @abstractmethod
     def describe(self, metrics: Mapping[str, float]) -> str:
-        """The log's line of these."""
+        """The metrics as one line for the log."""
 
     def sample(self, model: Decoder, tokenizer: Tokenizer, files: Mapping[str, bytes], context: Context) -> str | None:
-        """A text that shows what the model has learnt; None: there is none to show. Every rank calls it."""
+        """A text that shows what the model has learnt, or None. Called on every rank. ``files``: the tokenizer's."""
         return None
