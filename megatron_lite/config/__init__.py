@@ -1,7 +1,7 @@
 """The config: one pydantic tree, read from YAML with ``--section.key=value`` overrides on top.
 
-No torch here: a mistake is reported in well under a second, every mistake at once, each with its key and the nearest
-valid one.
+No torch here, so mistakes are reported in well under a second: all at once, each with its key and the nearest valid
+one.
 """
 
 from megatron_lite.config.launch import SlurmConfig

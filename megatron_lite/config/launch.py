@@ -1,4 +1,4 @@
-"""How ``python -m launch`` starts a run: here alone, so that a config is checked as a whole."""
+"""How ``python -m launch`` starts a run. Defined here so that a config is checked as a whole."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from megatron_lite.section import Integer, Positive, Section
 
 
 def _as_written(value: Any) -> Any:
-    """A whole number where a text is wanted is its digits; of what else YAML reads, the text is lost."""
+    """Accepts an integer for a text, as its digits; the text of a bool or a float is lost once YAML has read it."""
     if isinstance(value, bool | float):
         raise ValueError("this is not a text: write it in quotes")
     return str(value) if isinstance(value, int) else value
@@ -48,8 +48,8 @@ _FORMS = {  # each number's unit in seconds
 
 
 def seconds(limit: str) -> int | None:
-    """A time limit as Slurm reads it: ``30`` is minutes, ``4:00`` minutes and seconds, ``1-12`` a day and 12 hours.
-    None for one that never comes."""
+    """The seconds of a Slurm time limit: ``30`` is minutes, ``4:00`` minutes and seconds, ``1-12`` a day and 12 hours.
+    None for any other text, such as ``UNLIMITED``."""
     for form, units in _FORMS.items():
         if found := re.fullmatch(form, limit, re.ASCII):
             return sum(int(number) * unit for number, unit in zip(found.groups(), units, strict=True))
@@ -57,7 +57,7 @@ def seconds(limit: str) -> int | None:
 
 
 _Text = Annotated[str, BeforeValidator(_as_written)]
-_Line = Annotated[_Text, Field(pattern=r"^[^\n\r\x00]*$")]  # what becomes a line of a script, or a word of a command
+_Line = Annotated[_Text, Field(pattern=r"^[^\n\r\x00]*$")]  # becomes a line of a script, or an argument of a command
 _Option = Annotated[_Line, AfterValidator(_option)]
 _Limit = Annotated[_Text, AfterValidator(_limit)]
 _Tasks = Annotated[_Text, AfterValidator(_tasks)]
@@ -71,15 +71,15 @@ class SshConfig(Section):
 
 
 class SlurmConfig(Section):
-    """The job that ``launch --via=slurm`` submits. ``srun``: a task for each rank, or a torchrun on each node.
+    """The job that ``launch --via=slurm`` submits. ``srun``: start one task per rank, or one torchrun per node.
 
-    ``signal_seconds`` before the time limit the run saves, ends with 75 and, with ``requeue``, is queued again; also
-    after a lost rank or node, if there is a new checkpoint. ``chain``: this many jobs, each of which goes on where
-    those before it have stopped. ``array``: as in ``sbatch --array``; with ``%1`` its tasks are parts of one run, else
-    runs of their own, ``NAME-I`` with seed I. ``setup``: lines of shell before the run (modules, environments),
-    without ``${…}``; one that fails ends the job. ``extra``, ``srun_extra``: further options of sbatch, as in
-    ``--mail-type=END``, and of srun, as in ``--gpu-bind=closest``. ``container``: as in ``srun --container-image``
-    (enroot with pyxis). ``time`` and ``mem`` as sbatch takes them: ``30`` is minutes, ``64`` megabytes.
+    ``signal_seconds`` before the time limit, the run saves, ends with 75 and, with ``requeue``, is queued again; it is
+    also requeued after a lost rank or node if there is a new checkpoint. ``chain``: the number of jobs, each of which
+    continues where the last one stopped. ``array``: as in ``sbatch --array``; with ``%1`` its tasks are parts of one
+    run, else separate runs, ``NAME-I`` with seed I. ``setup``: shell commands before the run (modules, environments),
+    without ``${…}``; if one fails, the job ends. ``extra``, ``srun_extra``: further options for sbatch, such as
+    ``--mail-type=END``, and for srun, such as ``--gpu-bind=closest``. ``container``: as in ``srun --container-image``
+    (enroot with pyxis). ``time`` and ``mem``: as in sbatch; ``30`` is minutes, ``64`` megabytes.
     """
 
     srun: Literal["tasks", "torchrun"] = "tasks"
@@ -115,10 +115,10 @@ class SlurmConfig(Section):
 
 class KubernetesConfig(Section):
     """The manifest that ``launch k8s`` prints. ``kind``: an indexed Job, a PyTorchJob of Kubeflow's training operator,
-    or a TrainJob of Kubeflow Trainer, whose ClusterTrainingRuntime is ``runtime``, or else torch-distributed.
+    or a TrainJob of Kubeflow Trainer, whose ClusterTrainingRuntime is ``runtime``, by default torch-distributed.
 
     ``volumes``: persistent volume claims and where they are mounted. ``resources``: of each pod. ``shm``: the size of
-    its /dev/shm. ``secrets``: Secrets whose keys become variables of the ranks.
+    its /dev/shm. ``secrets``: Secrets whose keys become environment variables of the ranks.
     """
 
     kind: Literal["Job", "PyTorchJob", "TrainJob"] = "Job"
@@ -132,10 +132,10 @@ class KubernetesConfig(Section):
 
 
 class LaunchConfig(Section):
-    """What ``python -m launch`` starts ranks with. ``env``: variables of every rank. ``forward``: names (or prefixes
-    with a ``*``) of this machine's variables that ranks on other hosts get, beside the usual ones.
+    """How ``python -m launch`` starts ranks. ``env``: environment variables of every rank. ``forward``: names (or
+    prefixes with a ``*``) of this machine's variables that are passed to ranks on other hosts, besides the usual ones.
 
-    ``tp_across_hosts`` allows tensor-parallel groups that span hosts, whose network is slow for them.
+    ``tp_across_hosts`` allows tensor-parallel groups that span hosts, although the network makes them slow.
     """
 
     env: dict[Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")], _Text] = {}

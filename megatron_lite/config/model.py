@@ -24,12 +24,12 @@ class RopeScaling(Section):
     original_max_seq_len: Positive = 8192
 
 
-# What decides which tensors there are, and their shapes; with learned positions max_seq_len, too.
+# The keys that determine the tensors and their shapes; with learned positions, max_seq_len does, too.
 _SHAPES = (
     *("family", "vocab_size", "hidden_size", "num_layers", "num_heads", "num_kv_heads", "head_dim", "ffn_size"),
     *("bias", "qkv_bias", "qk_norm", "tie_embeddings"),
 )
-# What trained weights compute the same without: where they came from, padding, and how far rotation could go.
+# The keys that do not change what trained weights compute.
 _WITHOUT_EFFECT = ("preset", "init_std", "vocab_multiple", "max_seq_len")
 _ROTARY = ("rope_theta", "rope_scaling")
 
@@ -99,8 +99,8 @@ class ModelConfig(Section):
         return self
 
     def differences(self, there: ModelConfig) -> tuple[list[str], list[str]]:
-        """The keys by which another model has other tensors, and those by which it computes something else with the
-        same ones: every key that is not known to change neither."""
+        """The keys that give another model other tensors, and those that make it compute something else with the same
+        tensors: all other keys that differ, unless they are known to have no effect."""
         rotary = self.traits.rotary
         shapes = _SHAPES if rotary else (*_SHAPES, "max_seq_len")
         without = _WITHOUT_EFFECT if rotary else (*_WITHOUT_EFFECT, *_ROTARY)
@@ -108,8 +108,8 @@ class ModelConfig(Section):
         return [k for k in unlike if k in shapes], [k for k in unlike if k not in shapes and k not in without]
 
     def computing_as(self, there: ModelConfig) -> tuple[ModelConfig, list[str]]:
-        """This model with what another computes otherwise with the same tensors, dropout apart, and the keys; for
-        sequences as long as it takes."""
+        """A copy of this model that computes what another does with the same tensors, dropout apart, and the keys that
+        changed. With rotary positions, ``max_seq_len`` is the larger of both."""
         keys = [key for key in self.differences(there)[1] if "dropout" not in key]
         longest = max(self.max_seq_len, there.max_seq_len) if self.traits.rotary else self.max_seq_len
         return self.model_copy(update={**{key: getattr(there, key) for key in keys}, "max_seq_len": longest}), keys

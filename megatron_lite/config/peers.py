@@ -1,5 +1,5 @@
-"""What others call our keys, for the hints alone: Hugging Face's TrainingArguments and model configs, the peft library,
-Megatron-LM, DeepSpeed, torchtitan, nanotron, LLaMA-Factory and axolotl.
+"""Names of our keys in other projects, used only for hints: Hugging Face's TrainingArguments and model configs, the
+peft library, Megatron-LM, DeepSpeed, torchtitan, nanotron, LLaMA-Factory and axolotl.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from megatron_lite.config.tree import Config
 from megatron_lite.peft import METHODS
 from megatron_lite.section import Section
 
-# Ours, with the value that says the same where theirs is a switch, and theirs.
+# Our key (with the equivalent value if theirs is a switch) → theirs.
 _THEIRS = {
     # A run and its files
     "run": "job general",
@@ -146,7 +146,7 @@ _THEIRS = {
 
 _METHODS = " or ".join(", ".join(METHODS).rsplit(", ", 1))  # as in a sentence
 
-# What is no key here, and what to do about it.
+# Their keys that have no equivalent here → what to do instead.
 _OTHERWISE = {
     "gradient_accumulation_steps gradient_accumulation batch_accumulation_per_replica accumulate_grad_batches": (
         "it follows: train.global_batch_size ÷ (train.micro_batch_size × dp)"
@@ -190,7 +190,7 @@ _OTHERWISE = {
     "per_device_eval_batch_size eval_batch_size eval_micro_batch_size": "as in training: train.micro_batch_size",
 }
 
-# What others call values of ours.
+# Hint about one of our values → other names for it.
 _VALUES = {
     "is peft.dora=true with peft.method=lora here": "dora",
     "is peft.base_dtype=nf4 with peft.method=lora here": "qlora",
@@ -208,7 +208,8 @@ _VALUE_HINTS = {name: f" ({told})" for told, names in _VALUES.items() for name i
 
 
 def meant(name: str) -> str:
-    """`` (is optim.lr here)`` for a key that is another's name of ours, or ours in another section; or nothing."""
+    """A hint such as `` (is optim.lr here)`` if this is another project's name of a key, or a key of ours in another
+    section; else an empty string."""
     name = name.lower().replace("-", "_")
     hint = "is a section here" if name in Config.model_fields else _HINTS.get(name)
     if hint is None and (places := _ours().get(name)):
@@ -217,13 +218,13 @@ def meant(name: str) -> str:
 
 
 def meant_value(name: str) -> str:
-    """`` (is nf4 here)`` for a value that is another's name of one of ours; or nothing."""
+    """A hint such as `` (is nf4 here)`` if this is another project's name of a value; else an empty string."""
     return _VALUE_HINTS.get(name.lower(), "")
 
 
 @cache
 def _ours() -> dict[str, list[str]]:
-    """Where in the config each key of ours stands, by its last part."""
+    """The dotted paths of all keys, by their last part."""
     found: dict[str, list[str]] = {}
     for path in dict.fromkeys(keys(Config)):
         found.setdefault(path.rpartition(".")[2], []).append(path)
@@ -231,7 +232,7 @@ def _ours() -> dict[str, list[str]]:
 
 
 def keys(section: type[Section], path: str = "") -> Iterator[str]:
-    """The keys of a section and of those in it, dotted, without the outermost sections themselves."""
+    """The dotted keys of a section and of the sections in it, without the outermost sections themselves."""
     for name, field in section.model_fields.items():
         inner = f"{path}{field.alias or name}"
         if path:
@@ -241,6 +242,6 @@ def keys(section: type[Section], path: str = "") -> Iterator[str]:
 
 
 def _sections(annotation: Any) -> list[type[Section]]:
-    """The section that a key holds, if it holds one, or may; what is in a list has no key of its own."""
+    """The section that a key holds, if it holds one, even an optional one; sections in a list do not count."""
     kinds = [annotation, *get_args(annotation)]
     return [kind for kind in kinds if isinstance(kind, type) and issubclass(kind, Section)]

@@ -1,4 +1,4 @@
-"""The ``peft`` section: that of one method, which ``peft.method`` names."""
+"""The ``peft`` section: the fields of the method that ``peft.method`` names."""
 
 from __future__ import annotations
 

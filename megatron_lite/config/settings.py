@@ -1,4 +1,4 @@
-"""Where a Config comes from: a YAML file, overrides, a preset, the model that ``init.from`` names, the tokenizer."""
+"""Builds a Config from a YAML file, overrides, a preset, the model that ``init.from`` names, and the tokenizer."""
 
 from __future__ import annotations
 
@@ -17,7 +17,8 @@ from megatron_lite.families import huggingface
 
 
 def find_file(name: str, folder: str = "") -> Path:
-    """A config by path, or by name among those that come with the package (``demo`` finds ``configs/demo.yaml``)."""
+    """A config by path, or by name among those that come with the package (``demo`` finds ``configs/demo.yaml``).
+    Raises ConfigError."""
     here = Path(__file__).parents[1]
     for root in (Path(), here / "configs" / folder, here.parent / "configs" / folder):
         for suffix in ("", ".yaml"):
@@ -49,15 +50,16 @@ def apply_overrides(tree: dict[str, Any], overrides: Mapping[str, str]) -> list[
 
 
 def _typed(text: str) -> Any:
-    """What was typed for a key: a YAML list or mapping, true, false or null, and otherwise the text as it stands (which
-    a key that wants a number reads as one)."""
+    """The value of a text from the command line: a YAML list or mapping, true, false or null, else the text itself
+    (validation converts it if the key is a number). Raises ConfigError."""
     if text.startswith(("[", "{")):
         return parse_yaml(f"value: {text}", text)["value"]
     return {"true": True, "false": False, "null": None}.get(text.lower(), text)
 
 
 def load_config(name: str, overrides: Mapping[str, str]) -> Config:
-    """Read, override, fill in the preset and the vocabulary, validate."""
+    """Read, override, fill in the preset, the model of ``init.from`` and the vocabulary size, validate. Raises
+    ConfigError."""
     tree = read_yaml(find_file(name))
     mistakes = apply_overrides(tree, overrides)
     mistakes += [f"{key}: no path, argument or variable can hold a NUL character" for key in _with_nul(tree)]
@@ -90,7 +92,7 @@ def load_config(name: str, overrides: Mapping[str, str]) -> Config:
 
 
 def _with_nul(value: Any, key: str = "") -> Iterator[str]:
-    """The keys of texts with a NUL, which YAML can write."""
+    """The keys of strings that contain a NUL, which YAML can express."""
     if isinstance(value, str) and "\0" in value:
         yield key
     elif isinstance(value, dict | list):
@@ -115,7 +117,7 @@ def model_section(source: str) -> dict[str, Any]:
             raise ConfigError(f"{path}/config.json: {error}") from None
     latest = (path / "latest", path / "checkpoints" / "latest")
     names = (file.parent / file.read_text(encoding="utf-8").strip()[:100] for file in latest if file.is_file())
-    for folder in (*names, path):  # a run's own config.yaml is that of its last start
+    for folder in (*names, path):  # checkpoints first: the run folder's config.yaml is that of the last start
         if (folder / "config.yaml").is_file() and isinstance(
             found := read_yaml(folder / "config.yaml").get("model"), dict
         ):

@@ -1,4 +1,4 @@
-"""What is trained on, how, on how many ranks, and what is kept of it."""
+"""The sections for the run, its data, optimizer, parallelism, training, initialisation and checkpoints."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ from megatron_lite.tasks import TASKS
 
 
 class RunConfig(Section):
-    """Where the run lives: ``dir/name``. ``seed`` fixes weights and sample order at every layout, and dropout at every
-    one of the same tp, sp and micro batch, which masks are drawn for."""
+    """The run folder is ``dir/name``. ``seed`` determines weights and sample order for all layouts, and dropout masks
+    for all layouts with the same tp, sp and micro batch size."""
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")] = "run"
     dir: str = "runs"
@@ -38,13 +38,13 @@ class SourceConfig(Section):
 
 
 class DataConfig(Section):
-    """What is trained on. Without ``validation``, ``split`` cuts train, validation and test out of ``train``.
+    """The data. Without ``validation``, ``split`` divides ``train`` into train, validation and test.
 
-    ``tokenizer``: a sentencepiece .model, a tokenizer.json, or a folder with one of them. ``packing``: of datasets that
-    ``data_tools chat`` made, samples are windows of whole conversations, masked from each other, and of longer ones the
-    beginning (``long_conversations: truncate``) or nothing (``drop``).
-    ``allow_change``: resume although the data is not what it was. ``force_tokenizer``: train, or resume, although the
-    tokenizer is not that which the data was made with, or which the run had, or has more entries than the model.
+    ``tokenizer``: a sentencepiece .model, a tokenizer.json, or a folder with one of them. ``packing: conversations``,
+    for datasets made by ``data_tools chat``: samples are windows of whole conversations, masked from each other; longer
+    conversations are truncated at the end or dropped (``long_conversations``).
+    ``allow_change``: resume although the data has changed. ``force_tokenizer``: train, or resume, although the data was
+    made with another tokenizer, or the run had another, or the tokenizer has more entries than the model.
     """
 
     tokenizer: str | None = None
@@ -63,9 +63,9 @@ class DataConfig(Section):
 class OptimConfig(Section):
     """The optimizer and its learning-rate schedule. ``decay_steps`` is the length of WSD's final decay.
 
-    ``adafactor`` keeps a row and a column of state for each matrix (Shazeer and Stern 2018); ``lr`` is relative to the
-    size of the weights there, and it takes neither ``betas`` nor ``eps``. ``muon`` updates the blocks' matrices by
-    their orthogonalised ``momentum`` (Jordan et al. 2024), scaled so that AdamW's ``lr`` fits, and the rest by AdamW.
+    ``adafactor`` keeps a row and a column of state for each matrix (Shazeer and Stern 2018); its ``lr`` is relative to
+    the size of the weights, and it uses neither ``betas`` nor ``eps``. ``muon`` updates the blocks' matrices by their
+    orthogonalised ``momentum`` (Jordan et al. 2024), scaled so that AdamW's ``lr`` fits, and the rest by AdamW.
     """
 
     name: Literal["adamw", "adafactor", "muon"] = "adamw"
@@ -81,7 +81,7 @@ class OptimConfig(Section):
     min_lr_ratio: Annotated[Number, Field(ge=0, le=1)] = 0.1
 
     def decay(self, steps: int) -> int:
-        """The steps of WSD's decay in a run of ``steps``: unless given, a tenth, or what warm-up leaves."""
+        """The length of WSD's decay in a run of ``steps``: by default a tenth of it, or what warm-up leaves if less."""
         if self.decay_steps is not None:
             return self.decay_steps
         return max(1, min(steps // 10, steps - self.warmup_steps))
@@ -91,7 +91,7 @@ class OptimConfig(Section):
         return self.schedule == "wsd" and step > steps - self.decay(steps)
 
     def mistakes(self, steps: int) -> list[str]:
-        """What does not fit a run of ``steps``."""
+        """A line for each setting that does not fit a run of ``steps``."""
         warmup, decay, left = self.warmup_steps, self.decay_steps, steps - self.warmup_steps
         if left < 0:
             return [f"optim.warmup_steps={warmup} is longer than train.steps={steps}; at most {steps}"]
@@ -109,13 +109,13 @@ class ParallelConfig(Section):
     """Degrees of parallelism; data parallelism follows from the number of ranks.
 
     ``zero``: what is divided over data-parallel ranks: 0 nothing, 1 the optimizer state, 2 gradients, 3 weights, too.
-    ``offload``: what DeepSpeed keeps in CPU memory: the optimizer's part, or the weights, too. ``deepspeed``: keys laid
-    over the DeepSpeed config that is made from this one.
-    ``bucket_mb``: gradients that are reduced together, under ddp and DeepSpeed. ``prefetch``: blocks that FSDP2 gathers
-    ahead of the one at work. ``reduce_once``: FSDP2 keeps gradients whole until the last micro batch and reduces once a
-    step, where it otherwise reduces, and divides, those of every micro batch.
-    ``dp_replicate`` groups of ranks each hold everything, divided among themselves (hybrid sharding).
-    ``offload_activations``: what backward needs of each block waits in CPU memory; with ``recompute: full`` its input.
+    ``offload``: what DeepSpeed keeps in CPU memory: the optimizer's part, or the weights, too. ``deepspeed``: keys of
+    DeepSpeed's config, which override those that follow from this one.
+    ``bucket_mb``: the size in MiB of gradients that are reduced together, under ddp and DeepSpeed. ``prefetch``: how
+    many blocks ahead FSDP2 gathers weights. ``reduce_once``: FSDP2 keeps whole gradients until the last micro batch and
+    reduces them once a step; otherwise it reduce-scatters those of every micro batch.
+    ``dp_replicate``: the number of replicas, each divided over its own group of ranks (hybrid sharding).
+    ``offload_activations``: keep what is saved for backward in CPU memory; with ``recompute: full``, blocks' inputs.
     """
 
     tp: Positive = 1
@@ -150,10 +150,10 @@ def _task(name: str) -> str:
 
 
 class TrainConfig(Section):
-    """How long and how much at a time. The gradient accumulation follows: global batch ÷ (micro batch × dp).
+    """Length, batch sizes, precision, evaluation. Gradient accumulation follows: global batch ÷ (micro batch × dp).
 
-    ``task``: what is learnt. ``eval_every`` so many steps, validation is over ``eval_steps`` global batches, or all
-    there is, each window once.
+    ``task``: what is learnt. ``eval_every``: validate after every so many steps (0: never) on ``eval_steps`` global
+    batches, or all of the data if it is less, each window once.
     """
 
     steps: Positive = 100
@@ -176,9 +176,9 @@ class TrainConfig(Section):
 class InitConfig(Section):
     """What a new run starts from (``from``): weights of a checkpoint, a run or a Hugging Face folder.
 
-    Its ``model`` section is this run's, too, where the config does not say otherwise. ``optimizer``: go on with its
-    optimizer, too. ``adapter``: what ``peft`` adds starts as this adapter, a checkpoint, a run or a folder of the peft
-    library's, of the same method, modules and sizes.
+    Its ``model`` section holds wherever the config does not set a key. ``optimizer``: load its optimizer state, too.
+    ``adapter``: the adapter that ``peft`` starts from, of the same method, modules and sizes: a checkpoint, a run or a
+    folder of the peft library.
     """
 
     source: str | None = Field(default=None, alias="from")
@@ -195,9 +195,9 @@ def _changeable(key: str) -> str:
 
 class CheckpointConfig(Section):
     """When to save (``every`` 0: only at the end), what to keep, and where to resume from: ``auto`` (the newest that
-    verifies, if there is one), ``none``, or a path. ``trust``: what is read is not hashed first. ``async``: what is
-    saved is copied while the next step computes, and written behind it. ``allow_change``: keys of the model (and
-    ``chat_template``) that may differ from the checkpoint's, which a resume otherwise refuses.
+    verifies, if there is one), ``none``, or a path. ``trust``: read without verifying hashes. ``async``: copy the state
+    while the next step computes, and write it in the background. ``allow_change``: keys of the model (and
+    ``chat_template``) that may differ from the checkpoint's; otherwise, a difference is an error.
     """
 
     every: Count = 0

@@ -1,4 +1,4 @@
-"""The whole config, and what has to fit between its sections."""
+"""The whole config, and the constraints between its sections."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from megatron_lite.section import Section
 
 
 class Config(Section):
-    """A whole run."""
+    """The config of a run."""
 
     run: RunConfig = RunConfig()
     model: ModelConfig

@@ -1,4 +1,4 @@
-"""From a tree to a section of the config: every mistake at once, a line each, with the nearest valid key."""
+"""Validates a tree as a section of the config: all mistakes at once, one line each, with the nearest valid key."""
 
 from __future__ import annotations
 
@@ -46,9 +46,9 @@ def parse_section(section: Any, name: str, tree: Any, where: str) -> Any:
 
 
 def _describe(error: Any) -> str:
-    """One line for one pydantic error: key, problem, what was given, nearest valid."""
+    """One line for one pydantic error: key, problem, given value, nearest valid one."""
     location = [str(part) for part in error["loc"]] or ["config"]
-    if location[0] == "peft":  # the method is named in between
+    if location[0] == "peft":  # pydantic inserts the method
         location[1:2] = []
     key = ".".join(location)
     given, message = error["input"], error["msg"].removeprefix("Value error, ")
@@ -96,6 +96,6 @@ def _keys(location: tuple[str | int, ...]) -> Mapping[str, Any]:
     for part in location:
         if isinstance(part, str):
             section = section.model_fields[part].annotation
-        while not hasattr(section, "model_fields"):  # a list of sections, or one that may be missing
+        while not hasattr(section, "model_fields"):  # a list of sections, or an optional one
             section = get_args(section)[0]
     return {field.alias or name: field for name, field in section.model_fields.items()}

@@ -1,5 +1,5 @@
-"""YAML as configs are written in it: what JSON knows, ``1e-4`` as the number that it is (PyYAML takes it for a string),
-no date that a run's name may look like, no number to base 60 or 8 (``4:00:00``, ``010``), and no key twice."""
+"""The YAML of configs: JSON's types only. ``1e-4`` is a number (PyYAML reads a string); there are no dates, as names of
+runs may look like them, no numbers in base 60 or 8 (``4:00:00``, ``010``), and no duplicate keys."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import yaml
 
 from megatron_lite.errors import ConfigError
 
-_DEEPEST = 100  # far deeper than any config; the parser recurses in C, where that ends the process
+_DEEPEST = 100  # far deeper than any config; the parser recurses in C, where too deep a tree crashes the process
 _TAG = "tag:yaml.org,2002:"
 _FLOAT = re.compile(
     r"([-+]?([0-9]+\.[0-9]*|\.[0-9]+)([eE][-+]?[0-9]+)?|[-+]?[0-9]+[eE][-+]?[0-9]+|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN))$"
@@ -22,7 +22,7 @@ _CONSTRUCTORS = {
     for tag, how in yaml.SafeLoader.yaml_constructors.items()
     if tag is None or tag.removeprefix(_TAG) in ("null", "bool", "int", "float", "str", "seq", "map")
 }
-_RESOLVERS = {  # by a plain word's first character, what it may be read as
+_RESOLVERS = {  # by the first character of a plain scalar: the types that it may have
     first: [(tag, how) for tag, how in pairs if tag.removeprefix(_TAG) in ("null", "bool")]
     + [(_TAG + "int", _INT), (_TAG + "float", _FLOAT)]
     for first, pairs in yaml.SafeLoader.yaml_implicit_resolvers.items()
@@ -34,7 +34,7 @@ class _Loader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):  # type: ignore[mi
     yaml_implicit_resolvers = _RESOLVERS
 
     def flatten_mapping(self, node: yaml.MappingNode) -> None:
-        """Called for every mapping before its values are made."""
+        """Refuses duplicate keys; called for every mapping before its values are constructed."""
         seen = set()
         for key, _ in node.value:
             if isinstance(key, yaml.ScalarNode):
@@ -45,7 +45,7 @@ class _Loader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):  # type: ignore[mi
 
 
 class _Dumper(getattr(yaml, "CSafeDumper", yaml.SafeDumper)):  # type: ignore[misc]
-    yaml_implicit_resolvers = {  # a text that would be read as something else, here or elsewhere, is quoted
+    yaml_implicit_resolvers = {  # quotes strings that this or another parser would read as another type
         first: [*pairs, (_TAG + "float", _FLOAT)] for first, pairs in yaml.SafeLoader.yaml_implicit_resolvers.items()
     }
 
@@ -54,7 +54,7 @@ class _Dumper(getattr(yaml, "CSafeDumper", yaml.SafeDumper)):  # type: ignore[mi
 
 
 def load(text: str) -> Any:
-    """What ``text`` says. Raises YAMLError, most with a ``problem_mark``, and RecursionError for too many levels."""
+    """Parse YAML. Raises YAMLError, usually with a ``problem_mark``, and RecursionError for too many levels."""
     depth = 0
     for event in yaml.parse(text, Loader=_Loader):
         depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
@@ -79,7 +79,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
 
 
 def parse_yaml(text: str, name: str) -> dict[str, Any]:
-    """The mapping in a YAML text that comes from ``name``. Raises ConfigError."""
+    """The mapping in a YAML text; ``name``: where it is from, for errors. Raises ConfigError."""
     if re.search(r"[\s\[{,:-][&*]\w", text):  # no config needs aliases, and nested ones can fill the memory
         raise ConfigError(f"{name}: YAML anchors and aliases (& and *) are not allowed in a config")
     if "${" in text:
@@ -88,7 +88,7 @@ def parse_yaml(text: str, name: str) -> dict[str, Any]:
         tree = load(text)
     except RecursionError:
         raise ConfigError(f"{name}: nested too deeply") from None
-    except Exception as error:  # the YAML reader raises many kinds; each means the text is wrong
+    except Exception as error:  # of many types, all about the text
         mark = getattr(error, "problem_mark", None)
         place = f"{name}:{mark.line + 1}:{mark.column + 1}" if mark else name
         said = [getattr(error, "context", None), getattr(error, "problem", None)] if mark else [str(error)]

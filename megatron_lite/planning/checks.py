@@ -1,4 +1,4 @@
-"""What cannot be: the layouts that a model, its format or an engine does not allow. No torch."""
+"""Checks of a layout: what a model, the packing of its weights or an engine does not support. No torch."""
 
 from __future__ import annotations
 
@@ -83,22 +83,22 @@ def _deepspeed_mistakes(config: Config, dp: int) -> list[str]:
     return mistakes
 
 
-_OURS = {  # what DeepSpeed's config says twice
+_OURS = {  # keys of DeepSpeed's config that follow from ours
     *("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping"),
     *("gradient_allreduce_op", "optimizer", "scheduler", "fp16", "bf16", "data_types", "communication_data_type"),
 }
 
-# What an engine cannot do, for so many data-parallel ranks: a new engine's line, beside that in engines/registry.py.
+# What an engine does not support, for ``dp`` ranks; a new engine adds a line here and in engines/registry.py.
 _ENGINES = {"fsdp": _fsdp_mistakes, "deepspeed": _deepspeed_mistakes}
 
 
 def _called(linear: Linear) -> str:
-    """As users call it: a linear of one part by the part."""
+    """A linear's name for users: that of its part if it has only one."""
     return linear.name if len(linear.parts) > 1 else f"{linear.half}.{next(iter(linear.parts))}"
 
 
 def packing_mistakes(model: ModelConfig, tp: int, packing: str | None) -> list[str]:
-    """The linears whose rows, or this rank's parts of them, are no whole blocks."""
+    """A line for each linear whose rows, or a tp rank's parts of them, are not a whole number of blocks."""
     if packing is None:
         return []
     mistakes = []
@@ -117,7 +117,7 @@ def packing_mistakes(model: ModelConfig, tp: int, packing: str | None) -> list[s
 
 
 def _cut_blocks(config: Config, dp: int) -> list[str]:
-    """DeepSpeed's stage 3 divides bytes, wherever that cuts."""
+    """A line if DeepSpeed's stage 3, which divides a tensor's bytes evenly, would cut within a block."""
     tp, model = config.parallel.tp, config.model
     blocks = {_called(linear): linear.rows * linear.columns // tp // PACKED_BLOCK for linear in linears(model)}
     cut = [name for name, count in blocks.items() if count % dp]
@@ -152,7 +152,7 @@ def _peft_mistakes(config: Config, dp: int) -> list[str]:
 
 
 def mistakes(config: Config, world_size: int) -> list[str]:
-    """Every reason why so many ranks cannot train this config."""
+    """Every reason why ``world_size`` ranks cannot train this config."""
     parallel, train = config.parallel, config.train
     tp, replicate = parallel.tp, parallel.dp_replicate
     found = []

@@ -1,4 +1,4 @@
-"""What a layout takes: a rank's memory for each parameter, and a checkpoint's bytes on disk. No torch."""
+"""Estimates for a layout: a rank's memory per parameter, and a checkpoint's bytes on disk. No torch."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from megatron_lite.planning.plan import Plan
 
 
 def bytes_per_parameter(config: Config, plan: Plan) -> dict[str, float]:
-    """What a rank keeps from step to step, in bytes for each parameter of its tp shard; activations, buckets and what
-    is gathered for a moment come on top, and with Muon the moments of what AdamW updates. After Rajbhandari et al. 2020
-    (ZeRO), but with gradients in float32."""
+    """Persistent memory of a rank by kind, in bytes per parameter of its tp shard. Not included are activations,
+    buckets, temporarily gathered tensors and, with Muon, the moments of parameters that AdamW updates. After
+    Rajbhandari et al. 2020 (ZeRO), but gradients have the dtype of the masters."""
     deepspeed, zero, shards = config.parallel.engine == "deepspeed", config.parallel.zero, plan.dp_shard
     master = 8.0 if config.train.precision == "float64" else 4.0
     compute = 2.0 if config.train.precision == "bfloat16" else master
@@ -26,8 +26,8 @@ def bytes_per_parameter(config: Config, plan: Plan) -> dict[str, float]:
 
 
 def bytes_per_frozen_parameter(config: Config, plan: Plan, packing: str | None = None) -> float:
-    """What a rank keeps of each parameter of its tp shard that stays as it is, and is packed or not: nothing but the
-    weight."""
+    """Persistent memory of a rank in bytes per frozen parameter of its tp shard: only the weight, packed as ``packing``
+    or not."""
     parallel, train, peft = config.parallel, config.train, config.peft
     sizes = {"float64": 8.0, "float32": 4.0, "bfloat16": 2.0}
     if packing is not None:
@@ -40,8 +40,8 @@ def bytes_per_frozen_parameter(config: Config, plan: Plan, packing: str | None =
 
 
 def checkpoint_bytes(config: Config) -> int:
-    """What a checkpoint takes on disk, within some percent: weights and moments; small tensors are left out,
-    and so is an adapter, which has but a few MB."""
+    """The size of a checkpoint on disk, within a few percent: weights and moments, without small tensors. 0 for an
+    adapter, which has only a few MB."""
     if config.peft is not None:
         return 0
     model = config.model

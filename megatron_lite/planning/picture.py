@@ -8,7 +8,8 @@ from megatron_lite.planning.plan import Plan
 
 
 def picture(plan: Plan, limit: int = 8) -> str:
-    """Which rank stands where on the mesh: a line for each data-parallel rank, tensor-parallel peers side by side."""
+    """The ranks by their place on the mesh: a row for each data-parallel rank, a column for each tensor-parallel rank,
+    at most ``limit`` of either."""
 
     def some(count: int) -> list[int | None]:
         return list(range(count)) if count <= limit else [*range(limit - 2), None, count - 1]

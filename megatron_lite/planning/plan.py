@@ -1,4 +1,4 @@
-"""Degrees → batch arithmetic, checked before any process group exists. No torch."""
+"""Degrees of parallelism and batch sizes, checked before any process group exists. No torch."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from megatron_lite.planning import checks
 
 @dataclass(frozen=True)
 class Plan:
-    """A layout that works. ``accumulation``: micro batches of a step on each data-parallel rank."""
+    """A valid layout. ``accumulation``: micro batches per step on each data-parallel rank."""
 
     tp: int
     dp: int
