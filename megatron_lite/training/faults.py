@@ -1,13 +1,13 @@
-"""Faults on request: what the tests of recovery break a run with.
+"""Fault injection for tests of recovery.
 
-A run takes them from one variable (``distributed/env.py`` reads it), ``kind:key=value:…`` with ``;`` between::
+Faults come from one environment variable (``distributed/env.py``) as ``kind:key=value:…``, separated by ``;``::
 
     kill:rank=1:step=7:phase=bwd ; enospc:step=100:op=3 ; sleep:rank=0:seconds=0.2
 
 Kinds: kill (SIGKILL), stop (SIGSTOP), term (SIGTERM), sleep, raise, nan (poisons the loss), enospc (the disk is full).
-``phase`` is fwd, bwd, optim, save or copy (what a save in the background begins with); ``op`` the n-th file operation
-of a save, from 1; ``attempt`` the restart it belongs to (0, the first start, unless given). A key left out matches
-everything; a fault with a ``step`` strikes once.
+``phase`` is fwd, bwd, optim, save or copy (the first part of a background save); ``op`` the n-th file operation of a
+save, from 1; ``attempt`` the number of the restart (default 0, the first start). Other keys match everything if they
+are left out; a fault with a ``step`` strikes once.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ class Faults:
         return cls(fault for fault in faults if fault.rank in (None, rank) and fault.attempt == attempt)
 
     def at(self, phase: str, step: int) -> None:
-        """A phase of a step begins; a save begins to count its file operations here."""
+        """Called when a phase of a step begins; ``save`` also resets the count of file operations."""
         if phase == "save":
             self._save_step, self._operations = step, 0
         for fault in self._faults[:]:
@@ -68,14 +68,14 @@ class Faults:
                 self._strike(fault, step, phase)
 
     def file_operation(self, name: str) -> None:
-        """A save is about to write, fsync, rename or replace ``name``."""
+        """Called before a save writes, fsyncs, renames or replaces ``name``."""
         self._operations += 1
         for fault in self._faults[:]:
             if fault.op == self._operations:
                 self._strike(fault, self._save_step, name)
 
     def poison(self, loss: Any, step: int) -> Any:
-        """``loss`` itself, or a NaN of its kind (its graph kept) where a ``nan`` fault says so."""
+        """``loss`` itself, or NaN with the same graph if a ``nan`` fault strikes."""
         for fault in self._faults[:]:
             if fault.kind == "nan" and fault.step in (None, step):
                 self._use_up(fault)

@@ -1,4 +1,4 @@
-"""The life of a rank's process: who may use the run folder, what asks it to stop, and how it ends."""
+"""The life of a rank's process: the lock of the run folder, requests to stop, and how it ends."""
 
 from __future__ import annotations
 
@@ -25,12 +25,13 @@ from megatron_lite.distributed.mesh import peer_failure
 from megatron_lite.errors import ConfigError, MegatronLiteError, PeerError, Preempted, StorageError
 
 _STOP = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
-_ONE_WISH_S = 0.5  # between the signals to two processes of one job, at most
+_ONE_WISH_S = 0.5  # the longest time between one request's signals to two processes of a job
 
 
 @contextlib.contextmanager
 def locked(folder: Path, rank: Rank) -> Iterator[None]:
-    """Hold the run folder's lock on rank 0; the kernel drops it when the process dies, however it dies."""
+    """Hold the run folder's lock on rank 0; the kernel releases it when the process ends, however it ends. Raises
+    ConfigError if another process holds it, StorageError for an OSError."""
     if rank.rank != 0:
         yield
         return
@@ -52,7 +53,7 @@ def locked(folder: Path, rank: Rank) -> Iterator[None]:
 
 
 def identity(config: Config) -> dict[str, str]:
-    """What has to be the same on all ranks of a run: versions, our own code, every key of the config."""
+    """What must be the same on all ranks of a run: versions, a hash of our code, every key of the config."""
     versions = {}
     for package in ("torch", "deepspeed"):
         with contextlib.suppress(metadata.PackageNotFoundError):
@@ -78,23 +79,23 @@ def identity(config: Config) -> dict[str, str]:
 
 
 def _die_with_parent(wanted: bool) -> None:
-    """Ask the kernel to kill this process when its parent goes, as long as the calling thread, whose wish it is, wants
-    that."""
+    """Ask the kernel to kill this process when its parent dies, or take that back. The setting belongs to the calling
+    thread."""
     ctypes.CDLL(None).prctl(1, signal.SIGKILL if wanted else 0)  # PR_SET_PDEATHSIG
 
 
 class StopRequest:
-    """SIGTERM, SIGINT, SIGUSR1 or SIGHUP ask to save and stop after the current step; a second wish ends the process
-    now, and before training has begun (``begun``) the first one does.
+    """SIGTERM, SIGINT, SIGUSR1 or SIGHUP ask to save and stop after the current step; a second request ends the process
+    at once, and so does the first one before training has begun (``begun``).
 
-    One wish may come more than once: a scheduler signals every process of a job, one after another, and those above
-    this one pass it on. What the shim passes on is no second wish; it says so with a byte in the pipe ``relay``.
-    Without a shim nothing tells what a launcher passed on, and no second wish is what comes while a scheduler may still
-    be on its way through this host's launcher and ``local_size`` ranks. Signals are read by a thread: their time is
-    that of their coming, also while a collective or a rendezvous keeps the main thread.
+    One request may arrive as several signals: a scheduler signals every process of a job, one after another, and the
+    processes above this one pass the signal on. The shim (``launch/watch/rank.py``) marks a signal that it passes on
+    with a byte in the pipe ``relay``, so it does not count as a second request. Without a shim, a signal does not count
+    as one while the scheduler may still be signalling this host's launcher and its ``local_size`` ranks. A thread reads
+    the signals, so their times are right even while a collective or a rendezvous blocks the main thread.
 
-    No rank (``attached``) trains on after its launcher has died. One that was asked to save does save: of the two it is
-    often the launcher that signals end first.
+    No rank (``attached``) trains on after its launcher has died. But a rank that was asked to stop does save first: its
+    launcher, which gets the same signals, often dies before it.
     """
 
     def __init__(self, relay: int | None = None, *, attached: bool = False, local_size: int = 1) -> None:
@@ -114,7 +115,7 @@ class StopRequest:
     def _listen(self, reader: int) -> None:
         _die_with_parent(self._attached)
         while received := os.read(reader, 1):
-            if received[0] in _STOP:  # others have handlers, too
+            if received[0] in _STOP:  # other signals with handlers arrive here, too
                 self._receive(received[0], time.monotonic())
 
     def _receive(self, number: int, now: float) -> None:
@@ -136,7 +137,8 @@ class StopRequest:
 
 
 def die(error: BaseException) -> NoReturn:
-    """Report and leave at once: with peers gone, an orderly shutdown of the process group could block."""
+    """Print the error and exit at once with its exit code: if peers are gone, an orderly shutdown of the process group
+    could block."""
     if isinstance(error, MegatronLiteError):
         failure: MegatronLiteError = error
     elif peer_failure(error):

@@ -1,6 +1,6 @@
-"""What a run goes on from: its last checkpoint, else ``init.from``; with PEFT always a base, and an adapter perhaps.
+"""What a run starts from: its last checkpoint, else ``init.from``; with PEFT always a base, and perhaps an adapter.
 
-All of it is found and checked against the config before a model is made, and read by each rank in its own parts.
+All of it is found and checked against the config before the model is built; then each rank reads only its own parts.
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ logger = logging.getLogger("megatron_lite")
 
 
 class Origin:
-    """Raises CheckpointError, ConfigError and DataError for what does not fit the run.
+    """The sources that a run starts from. Raises CheckpointError, ConfigError or DataError if they do not fit the run.
 
-    ``resumed``: the checkpoint of this run. ``source``: the weights of ``init.from``, where they are needed.
-    ``base_fingerprint``: of the base under an adapter, once it was loaded. ``extras``: the small files that a
-    checkpoint of this run carries.
+    ``resumed``: the checkpoint of this run. ``source``: the weights of ``init.from``, if they are needed.
+    ``base_fingerprint``: that of an adapter's base, after loading. ``extras``: the small files that a checkpoint of
+    this run contains.
     """
 
     def __init__(
@@ -50,7 +50,7 @@ class Origin:
         self.base_fingerprint: str | None = None
         if config.init.source is not None and (self.resumed is None or config.peft is not None):
             self.source = checkpoint.open_source(Path(config.init.source), world, trust=config.checkpoint.trust)
-            # What the config says otherwise than its source is meant to be so: it is noted, no more.
+            # Differences that allow_change would have to permit in a resume are intended here: they are only logged.
             note(resume.check_model(config.model, self.source.model, self.source.path, CHANGEABLE))
         self.adapter = self._open_adapter() if self.resumed is None else None
         self.extras = self._extras()
@@ -59,7 +59,7 @@ class Origin:
         resume.check_tokenizers(config, datasets, tokenizer, start)
 
     def _find(self, *, lazy: bool) -> checkpoint.Checkpoint | None:
-        """The checkpoint to go on from. ``lazy``: its tensors are verified when they are loaded."""
+        """The checkpoint to resume from. ``lazy``: its tensors are verified when they are loaded."""
         wanted, trust = self.config.checkpoint.resume, self.config.checkpoint.trust
         resumed = None
         if wanted == "auto":
@@ -77,7 +77,7 @@ class Origin:
         return resumed
 
     def _open_adapter(self) -> checkpoint.Source | None:
-        """What ``peft`` adds is to start as."""
+        """The adapter that ``peft`` starts from, if any."""
         config = self.config
         if config.init.adapter is None or config.peft is None:
             return None
@@ -85,15 +85,15 @@ class Origin:
         path, trust = Path(config.init.adapter), config.checkpoint.trust
         adapter = checkpoint.open_adapter(path, self.source, self.world, trust=trust)
         assert adapter.peft is not None
-        allowed = [*config.checkpoint.allow_change, "model.dropout", "model.attention_dropout"]  # which are training's
+        allowed = [*config.checkpoint.allow_change, "model.dropout", "model.attention_dropout"]  # only used in training
         note(resume.check_model(config.model, adapter.model, adapter.path, allowed))
         if told := config.peft.differences(adapter.peft, config.model):
             raise CheckpointError(f"{adapter.path}: {'; '.join(told)}")
         return adapter
 
     def _extras(self) -> dict[str, bytes]:
-        """The tokenizer, and what came with it in the checkpoint or folder that this run goes on from, such as a chat
-        template; that of another tokenizer stays behind. What the data ends answers with ends a text from now on."""
+        """The tokenizer's files and, if the checkpoint or folder that this run starts from has the same tokenizer, the
+        files beside it, such as a chat template. Tokens that end answers in the data become end tokens."""
         name = self.config.data.tokenizer
         own = tokenizer_files(name) if name else {}
         source = checkpoint.CheckpointSource(self.resumed) if self.resumed is not None else self.source
@@ -109,7 +109,7 @@ class Origin:
         return extras
 
     def load(self, engine: Engine) -> TrainState:
-        """Give the engine's parameters their values where they come from elsewhere; where the run has come to."""
+        """Load the engine's weights and optimizer state, unless they are new; returns the run's state. Collective."""
         state = TrainState()
         if self.config.peft is not None:
             self._load_base(engine)
@@ -126,7 +126,7 @@ class Origin:
         return state
 
     def _load_weights(self, engine: Engine, opened: checkpoint.Source) -> int:
-        """Read the weights that a new run starts from, perhaps with their optimizer; the updates that this made."""
+        """Load the weights that a new run starts from. Returns the updates of their optimizer, or 0 if it is new."""
         optimizer = self.config.init.optimizer
         wanted = {n: p for n, p in engine.pieces().items() if optimizer or n.startswith("model.")}
         with contextlib.closing(opened) as source:
@@ -140,7 +140,7 @@ class Origin:
         return source.num_updates if optimizer else 0
 
     def _load_checkpoint(self, engine: Engine) -> None:
-        """Load this run's checkpoint; where it is damaged, say so and load the last sound one instead."""
+        """Load this run's checkpoint; if it is damaged, load the newest valid one instead, with a warning."""
         assert self.resumed is not None
         pieces = engine.pieces()
         self.resumed.check(pieces, self.world)
@@ -153,7 +153,7 @@ class Origin:
             self.extras = self._extras()
 
     def _load_base(self, engine: Engine) -> None:
-        """Read what an adapter is trained on, and refuse another than it was trained on so far."""
+        """Load an adapter's base, and refuse another one than it was trained on so far."""
         assert self.source is not None
         path = self.source.path
         with contextlib.closing(self.source) as source:
@@ -166,7 +166,7 @@ class Origin:
         note([f"adapting {path} ({self.base_fingerprint[:12]})", *self.source.notes])
 
     def _load_adapter(self, adapter: checkpoint.Source, pieces: Mapping[str, Piece], base: Path) -> None:
-        """Start as an existing adapter, and refuse it where it is another base's."""
+        """Load the adapter to start from, and refuse one of another base."""
         assert self.base_fingerprint is not None
         if isinstance(adapter, checkpoint.CheckpointSource):
             checkpoint.check_base(adapter.checkpoint, self.base_fingerprint, base)
@@ -183,7 +183,7 @@ class Origin:
 
 
 def _state(resumed: checkpoint.Checkpoint) -> TrainState:
-    """Where a run has come to, as its checkpoint says."""
+    """The training state in a checkpoint. Raises CheckpointError."""
     tree = resumed.state().get("train")
     known = [field.name for field in dataclasses.fields(TrainState)]
     if not isinstance(tree, dict) or any(type(tree.get(name)) is not int or tree[name] < 0 for name in known):
@@ -192,6 +192,6 @@ def _state(resumed: checkpoint.Checkpoint) -> TrainState:
 
 
 def note(lines: Sequence[str]) -> None:
-    """Say what a user should know; only rank 0's log has this level."""
+    """Log lines for the user; only rank 0 logs at this level."""
     for line in lines:
         logger.info("%s", line)

@@ -1,4 +1,4 @@
-"""What a run tells of itself: how it is divided and what it needs at the start, its numbers at every step."""
+"""What a run reports: its layout and memory at the start, its metrics at every step."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ logger = logging.getLogger("megatron_lite")
 
 
 class Progress:
-    """On every rank, since all measure their peak at once, as they will compute; only rank 0 tells anything."""
+    """One on every rank, since all measure their peak FLOP/s together, as they will compute; only rank 0 reports."""
 
     def __init__(self, config: Config, plan: Plan, trainer: Trainer, data: Sequence[str], hosts: Sequence[str]) -> None:
         self.config, self.trainer, self.mesh = config, trainer, trainer.mesh
@@ -64,11 +64,11 @@ class Progress:
         logger.info("%s parameters; peak %.3g FLOP/s a rank (%s)", f"{parameters:,}", self.peak, self.peak_source)
 
     def step(self, result: StepResult, seconds: float) -> None:
-        """The numbers of one step."""
+        """Report one step, which took ``seconds``."""
         if self.reporter is None:
             return
         train, step = self.config.train, self.trainer.state.step
-        # All that is computed on: of conversations, targets are the lesser part.
+        # All tokens that are computed on: in conversations, only a smaller part of them are targets.
         rate = train.global_batch_size * self.config.data.seq_len / seconds
         mfu = rate * self.flops / (self.peak * self.mesh.world.size)
         scalars = {
@@ -91,13 +91,13 @@ class Progress:
             logger.warning("warning: step %d: %s", step, late)
 
     def evaluation(self, metrics: Mapping[str, float], line: str) -> None:
-        """What a validation found."""
+        """Report the metrics of an evaluation, and log ``line``."""
         if self.reporter is not None:
             self.reporter.scalars(self.trainer.state.step, metrics)
             logger.info("%s", line)
 
     def sample(self, text: str | None) -> None:
-        """A text that shows what was learnt."""
+        """Report a text that shows what was learnt."""
         if self.reporter is not None and text is not None:
             self.reporter.text(self.trainer.state.step, "sample", text)
 
@@ -108,7 +108,7 @@ class Progress:
 
 
 def _memory(config: Config, plan: Plan, engine: Engine) -> tuple[dict[str, float], float]:
-    """MiB a rank keeps from step to step, by kind; and those that the frozen part would take if it were trained."""
+    """MiB of a rank's persistent memory by kind; and what the frozen part would take if it were trained."""
     sizes = {name: math.prod(spec.local_shape(plan.tp)) for name, spec in engine.specs.items()}
     costs = bytes_per_parameter(config, plan)
     held = sum(sizes[name] for name in engine.trained)
@@ -121,7 +121,7 @@ def _memory(config: Config, plan: Plan, engine: Engine) -> tuple[dict[str, float
 
 
 def describe_data(train: Dataset, validation: Dataset | None, limit: int) -> list[str]:
-    """What a user should know of the data."""
+    """Lines for the log about the data."""
     lines = train.notes
     if validation is not None:
         there = sum(source.num_samples for source in validation.sources)

@@ -1,6 +1,6 @@
 """What a run reports: metrics.jsonl, TensorBoard, a progress line; and model FLOPs utilisation.
 
-Only rank 0 reports. A full or vanished disk under the logs is said once and never stops training.
+Only rank 0 reports. An I/O error, such as a full disk, is reported once and never stops training.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from megatron_lite.families.family import block_weights
 
 logger = logging.getLogger("megatron_lite")
 
-# Dense peak FLOP/s by the name the driver gives and the dtype computed in; the makers' figures.
+# The makers' figures for dense peak FLOP/s, by part of the driver's device name and by compute dtype.
 _PEAKS: dict[str, dict[torch.dtype, float]] = {
     "H200": {torch.bfloat16: 989e12, torch.float32: 67e12, torch.float64: 67e12},
     "H100": {torch.bfloat16: 989e12, torch.float32: 67e12, torch.float64: 67e12},
@@ -40,8 +40,8 @@ def flops_per_token(config: ModelConfig, seq_len: int, *, frozen: bool = False) 
     """Forward and backward FLOPs of one token, after Chowdhery et al. 2022 (PaLM), appendix B.
 
     6 for each weight that takes part in a product (the output projection counts, the embedding lookup does not) plus
-    12 · layers · heads · head_dim · seq_len for attention scores and values, of which a causal mask uses half. Weights
-    that are ``frozen`` need no gradient of their own: 4 for each.
+    12 · layers · heads · head_dim · seq_len for attention scores and values, halved because of the causal mask. With
+    ``frozen`` weights, which need no gradient of their own: 4 for each.
     """
     assert config.vocab_size
     width = config.num_heads * config.head_dim
@@ -52,7 +52,7 @@ def flops_per_token(config: ModelConfig, seq_len: int, *, frozen: bool = False) 
 def peak_flops(device: torch.device, dtype: torch.dtype) -> tuple[float, str]:
     """The device's peak FLOP/s for matrix products in ``dtype``, and where the number comes from.
 
-    A known GPU's by name; anything else is measured for a moment with a product of two square matrices.
+    Known GPUs are looked up by name; on other devices, a product of two square matrices is timed.
     """
     if device.type == "cuda":
         name = torch.cuda.get_device_name(device)
@@ -81,7 +81,8 @@ def memory_bytes(device: torch.device) -> int:
 
 
 class Reporter:
-    """Writes a run's numbers where people look for them. ``append`` continues the files of a resumed run."""
+    """Writes a run's metrics to metrics.jsonl and TensorBoard, and to a progress line. ``done``: the steps before this
+    start; the files of a resumed run are continued."""
 
     def __init__(self, folder: Path, steps: int, done: int) -> None:
         from torch.utils.tensorboard import SummaryWriter
@@ -114,7 +115,7 @@ class Reporter:
             self.writer.add_text(name, f"```\n{text}\n```", step)
 
     def advance(self, step: int, summary: str, *, log: bool) -> None:
-        """Move the progress line on a terminal; print a plain line elsewhere when ``log`` is due."""
+        """Update the progress line on a terminal; elsewhere, log a plain line if ``log``."""
         if self.progress is not None:
             self.progress.update(self.task, completed=step, description=summary)
         elif log:

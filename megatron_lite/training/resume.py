@@ -1,4 +1,4 @@
-"""What a run that goes on from a checkpoint has to have in common with it, and what is said of the rest."""
+"""Checks a run against the checkpoint that it resumes: what must be the same, and lines for the log about the rest."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from megatron_lite.engines.optim import learning_rate
 from megatron_lite.errors import CheckpointError, ConfigError, DataError
 
 _ALLOW = "checkpoint.allow_change"
-_ELSEWHERE = ("launch", "checkpoint", "init", "run.name", "run.dir")  # what has no part in what is computed
+_ELSEWHERE = ("launch", "checkpoint", "init", "run.name", "run.dir")  # without effect on what is computed
 
 
 def check_model(ours: ModelConfig, theirs: ModelConfig, path: Path, allowed: Collection[str]) -> list[str]:
-    """Refuse weights of other shapes than our model's, and those that it would compute something else with, beyond
-    ``allowed`` keys; of these, a line each. Raises CheckpointError."""
+    """Refuse weights of other shapes than our model's, and weights that it would compute something else with, except
+    by ``allowed`` keys. Returns a line for each of these. Raises CheckpointError."""
 
     def told(keys: Collection[str]) -> str:
         return ", ".join(f"model.{key} {getattr(theirs, key)} there, {getattr(ours, key)} here" for key in keys)
@@ -40,8 +40,8 @@ def check_model(ours: ModelConfig, theirs: ModelConfig, path: Path, allowed: Col
 def check_template(
     theirs: Mapping[str, bytes], ours: Mapping[str, bytes], path: Path, allowed: Collection[str]
 ) -> list[str]:
-    """Refuse another chat template than the one among a checkpoint's small files, unless it is allowed; a line for each
-    of the tokenizer's files that is not as it was, for the log. Raises CheckpointError."""
+    """Refuse another chat template than the one among a checkpoint's small files, unless it is allowed. Returns a line
+    for the log for each of the tokenizer's files that has changed. Raises CheckpointError."""
     notes = [f"changed since the checkpoint: {n}" for n in TOKENIZER_FILES if theirs.get(n) != ours.get(n)]
     found = [_template(files) for files in (theirs, ours)]
     if found[0] == found[1]:
@@ -56,15 +56,15 @@ def check_template(
 
 
 def _template(files: Mapping[str, bytes]) -> str:
-    with contextlib.suppress(DataError):  # what is none cannot be used either
+    with contextlib.suppress(DataError):  # an invalid template cannot have been used
         return find_template(files, "")
     return ""
 
 
 def check_tokenizers(config: Config, datasets: Iterable[Dataset], ours: Tokenizer | None, start: Source | None) -> None:
-    """Refuse data that was made with another tokenizer than the run's, or with several, and a tokenizer with tokens
-    that the model has not, unless ``data.force_tokenizer``. ``start``: what the run goes on from, whose tokenizer it
-    has if none is configured. Raises DataError."""
+    """Refuse data that was made with another tokenizer than the run's, or with several, and a tokenizer with more
+    entries than the model, unless ``data.force_tokenizer``. ``start``: the source that the run starts from; if no
+    tokenizer is configured, the run's is the one in it. Raises DataError."""
     sources = [source for dataset in datasets for source in dataset.sources if source.card.get("tokenizer_sha256")]
     vocab = config.model.vocab_size or 0
     too_large = ours is not None and ours.vocab_size > vocab
@@ -72,7 +72,7 @@ def check_tokenizers(config: Config, datasets: Iterable[Dataset], ours: Tokenize
         return
     goes_on, theirs = "data.force_tokenizer=true goes on with it", None
     if start is not None and (ours is None or too_large) and (carried := start.extras()).keys() & {*MAIN}:
-        with contextlib.suppress(DataError):  # one that cannot be read was no part of the run so far
+        with contextlib.suppress(DataError):  # one that cannot be read was not used so far
             theirs = read_tokenizer(carried, str(start.path))
     if ours is not None and too_large and (theirs is None or theirs.sha256 != ours.sha256):
         told = f"{config.data.tokenizer} has {ours.vocab_size} entries, the model's vocabulary {vocab}"
@@ -94,7 +94,7 @@ def check_tokenizers(config: Config, datasets: Iterable[Dataset], ours: Tokenize
 
 
 def check_optimizer(source: Source, wanted: Collection[str], name: str) -> None:
-    """Refuse ``init.optimizer`` of a source that lacks some of the state that is ``wanted``. Raises CheckpointError."""
+    """Refuse ``init.optimizer`` if the source lacks some of the ``wanted`` state. Raises CheckpointError."""
     if not any(tensor.startswith("optimizer.") for tensor in source.tensors):
         raise CheckpointError(f"init.optimizer: {source.path} has no optimizer state")
     if missing := next((tensor for tensor in wanted if tensor not in source.tensors), None):
@@ -104,10 +104,9 @@ def check_optimizer(source: Source, wanted: Collection[str], name: str) -> None:
 def check_run(
     config: Config, found: Checkpoint, fingerprint: str, tokenizer: str | None, validation: str | None = None
 ) -> list[str]:
-    """Refuse a checkpoint of another model, vocabulary, tokenizer, adapter or optimizer, and training data, of this
-    ``fingerprint``, that changed under it; a line for each thing else that is not as it was, for the log, the
-    ``validation`` data among them. Raises CheckpointError, DataError, and ConfigError for a schedule that does not fit
-    what is left."""
+    """Refuse a checkpoint of another model, vocabulary, tokenizer, adapter, optimizer or of other training data
+    (``fingerprint``). Returns a line for the log for every other difference, also of the ``validation`` data. Raises
+    CheckpointError, DataError, and ConfigError for a schedule that does not fit the remaining steps."""
     path, content, vocab = found.path, found.state(), config.model.vocab_size
     if "train" not in content:
         raise CheckpointError(f"{path} holds weights, no run to resume; start one with --init.from={path}")
@@ -151,7 +150,7 @@ def check_run(
 
 
 def _changes(saved: Mapping[str, Any], config: Config) -> Iterator[tuple[str, tuple[Any, Any]]]:
-    """By key, what a saved config has another value for."""
+    """Each key with another value in the saved config: the key, and both values (saved, ours)."""
     for name, section in config.model_dump(mode="json").items():
         there = saved.get(name)
         if name in _ELSEWHERE or not isinstance(section, dict) or not isinstance(there, dict):
@@ -162,7 +161,8 @@ def _changes(saved: Mapping[str, Any], config: Config) -> Iterator[tuple[str, tu
 
 
 def _schedule(config: Config, saved: CheckpointSource, step: int) -> list[str]:
-    """What another schedule, or a run of another length, means for the learning rate after ``step``."""
+    """A line for the log if another schedule or length changes the learning rate after ``step``. Raises ConfigError if
+    the decay does not fit the remaining steps."""
     where, optim, steps = f"{saved.path}/config.yaml", config.optim, config.train.steps
     try:
         old: OptimConfig = parse_section(OptimConfig, "optim", saved.config.get("optim"), where)

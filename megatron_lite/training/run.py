@@ -31,7 +31,7 @@ from megatron_lite.training.watchdog import Watchdog
 
 logger = logging.getLogger("megatron_lite")
 _COLLECT_EVERY = 50  # steps
-_GRACE_S = 0.5  # how much longer than hang_timeout a collective waits: for the watchdog to leave its record first
+_GRACE_S = 0.5  # collectives time out this much after hang_timeout, so that the watchdog writes its record first
 
 
 class Run:
@@ -67,13 +67,13 @@ class Run:
         return self.config.train.eval_steps * self.config.train.global_batch_size
 
     def start(self) -> Progress:
-        """Load what the run goes on from, and say what begins here."""
+        """Load the state that the run starts from, and log what begins."""
         config, trainer = self.config, self.trainer
         trainer.state = self.origin.load(trainer.engine)
         data = describe_data(self.train_data, self.validation_data, self._validation_limit)
         self.progress = Progress(config, self.plan, trainer, data, self.hosts)
         if self.mesh.world.rank == 0:
-            # Here, since a start that was refused is not to be mistaken for the run.
+            # Only now: a start that was refused must not overwrite the run's config.
             (config.folder / "config.yaml").write_text(to_yaml(config), encoding="utf-8")
             step, steps = trainer.state.step, config.train.steps
             if step >= steps:
@@ -81,13 +81,14 @@ class Run:
         return self.progress
 
     def loop(self) -> None:
-        """Train to the last step, pausing every so often to evaluate, to sample and to save."""
+        """Train to the last step, pausing every so often to evaluate, to sample and to save. Raises Preempted after a
+        requested stop, once the run is saved."""
         train, trainer, every = self.config.train, self.trainer, self.config.checkpoint.every
         progress = self.start()
         saved = trainer.state.step
         profiler = self._profiler()
         gc.freeze()
-        gc.disable()  # all ranks collect at the same steps: each at a time of its own would keep the others waiting
+        gc.disable()  # all ranks collect at the same steps; otherwise the others would wait for each that collects
         with contextlib.closing(self._loader(trainer.state.samples)) as loader:
             while trainer.state.step < train.steps:
                 step = trainer.state.step + 1
@@ -124,7 +125,7 @@ class Run:
             self.progress.close()
 
     def evaluate(self, progress: Progress) -> None:
-        """The task's metrics over the same validation windows every time, each of which counts once."""
+        """Report the task's metrics on the validation windows: the same ones every time, each counted once."""
         assert self.validation_data is not None
         batches = once(
             self.validation_data,

@@ -19,7 +19,7 @@ logger = logging.getLogger("megatron_lite")
 
 
 class Saver:
-    """Commits checkpoints of a trainer, at once or, with ``checkpoint.async``, beside the steps that follow."""
+    """Commits checkpoints of a trainer, at once or, with ``checkpoint.async``, during the next steps."""
 
     def __init__(self, config: Config, plan: Plan, mesh: Mesh, folder: Path, origin: Origin, trainer: Trainer) -> None:
         self.config, self.plan, self.mesh, self.folder = config, plan, mesh, folder
@@ -31,11 +31,11 @@ class Saver:
 
     @property
     def failed(self) -> bool:
-        """Whether a checkpoint could not be written beside training."""
+        """Whether a checkpoint could not be written in the background."""
         return self.background is not None and self.background.failed
 
     def save(self) -> None:
-        """Commit a checkpoint of the current step, then prune older ones."""
+        """Commit a checkpoint of the current step, then prune older ones. Collective."""
         config, origin, state = self.config, self.origin, self.trainer.state
         validation, tokenizer = origin.validation_data, origin.tokenizer
         content = {
@@ -60,12 +60,12 @@ class Saver:
             self._saved(checkpoint.save(self.folder, state.step, pieces, content, extras, world, faults))
 
     def wait(self) -> None:
-        """Until what is being written is committed."""
+        """Wait until a checkpoint that is being written in the background is committed."""
         if self.background is not None:
             self.background.wait()
 
     def _saved(self, path: Path) -> None:
-        """A checkpoint is committed; with ``checkpoint.async`` this runs beside training."""
+        """Called after a checkpoint is committed; with ``checkpoint.async`` in the background thread."""
         if self.mesh.world.rank:
             return
         logger.info("saved %s", path)

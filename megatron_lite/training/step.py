@@ -31,10 +31,10 @@ from megatron_lite.training.faults import Faults
 
 @dataclass
 class TrainState:
-    """Every number that a resumed run continues from, beside weights and optimizer state.
+    """Every number that a resumed run continues from, besides weights and optimizer state.
 
-    ``step``: steps done. ``updates``: those that changed the weights (a skipped batch does not).
-    ``samples``: samples consumed, the loader's whole position.
+    ``step``: steps done. ``updates``: those that changed the weights. ``samples``: samples consumed, which determines
+    the loader's position. ``skipped``: steps skipped because loss or gradient norm was not finite.
     """
 
     step: int = 0
@@ -45,7 +45,8 @@ class TrainState:
 
 @dataclass(frozen=True)
 class StepResult:
-    """What one step reports: mean loss per target token, global gradient norm before clipping, learning rate."""
+    """What one step reports: mean loss per target token, global gradient norm before clipping, learning rate, number of
+    target tokens; ``stop``: whether any rank was asked to stop; ``skipped``: whether the weights are unchanged."""
 
     loss: float
     grad_norm: float
@@ -53,7 +54,7 @@ class StepResult:
     tokens: int
     stop: bool
     skipped: bool = False
-    busy: tuple[float, ...] = ()  # what each rank said it was, where it was asked
+    busy: tuple[float, ...] = ()  # the ``busy`` that each rank gave to ``train_step``
 
 
 class Trainer:
@@ -77,7 +78,7 @@ class Trainer:
                 block.compile()
         self.engine = build_engine(self.model, config, mesh)
         self.state = TrainState()
-        self.before_update: Callable[[], None] = lambda: None  # called when weights and optimizer state are to change
+        self.before_update: Callable[[], None] = lambda: None  # called before weights and optimizer state change
 
     def loss(self, batch: Batch, *, training: bool) -> Tensor:
         """Sum of the losses of one micro batch's targets."""
@@ -93,8 +94,8 @@ class Trainer:
         """One step over this rank's micro batches: forward, backward, reduce, clip, update.
 
         ``stop``: this rank was asked to stop; the result says whether any rank was. ``busy``: a number to share
-        with all ranks, given by all of them or none. Raises NonFiniteError on every rank, before the update, when the
-        global loss or gradient norm is not finite.
+        with all ranks, given by all of them or none. If the global loss or gradient norm is not finite, every rank
+        skips the update or, after ``train.skip_bad_batches`` skipped steps, raises NonFiniteError.
         """
         state, mesh, step = self.state, self.mesh, self.state.step + 1
         counts = torch.stack([self.task.count(batch) for batch in micro_batches]).sum()
@@ -109,7 +110,7 @@ class Trainer:
             total += loss.detach()
 
         norm = self.engine.finish_gradients()
-        # One all-reduce for all: divided by its copies, the loss's sum over the world is that over the data axis.
+        # One all-reduce over the world for all numbers; the loss is divided by its copies: a sum over the data axis.
         said = total.new_zeros(2 + (mesh.world.size if busy is not None else 0))
         said[0], said[1] = total / mesh.copies, float(stop)
         if busy is not None:
@@ -133,7 +134,7 @@ class Trainer:
         return StepResult(loss_value, norm_value, lr, int(tokens), stops > 0, not finite, tuple(everyone))
 
     def _refuse(self, step: int, loss: float, norm: float) -> None:
-        """A step that must not touch the weights: count it as skipped where the config allows, else stop the run."""
+        """Drop the gradients of a step that is not finite; count it as skipped or, at the limit, raise the error."""
         state, size = self.state, self.config.train.global_batch_size
         self.engine.drop_gradients()
         if state.skipped >= self.config.train.skip_bad_batches:
@@ -146,7 +147,8 @@ class Trainer:
 
     @torch.no_grad()
     def evaluate(self, steps: Iterable[list[Batch]]) -> float:
-        """Mean loss per target token over validation batches, as many on every rank; the same on every rank."""
+        """Mean loss per target token over validation batches, equally many on every rank; one all-reduce over the data
+        axis, so the result is the same on every rank."""
         sums = torch.zeros(2, dtype=torch.float64, device=self.mesh.device)
         for micro_batches in steps:
             for batch in micro_batches:
@@ -161,7 +163,7 @@ class Trainer:
 
 
 def _name_axes(model: nn.Module) -> None:
-    """Give each module a copy of its axes under its own name, so that a collective that hangs tells whose it is."""
+    """Give each module a copy of its axes with its own name, so that a hanging collective can be attributed to it."""
     for name, module in model.named_modules():
         for attribute, axis in list(vars(module).items()):
             if isinstance(axis, Axis):

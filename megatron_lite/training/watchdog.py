@@ -1,8 +1,8 @@
-"""Looks from a thread beside training, at where training stands: for ranks that hang, and for ranks that lag.
+"""A thread that observes training to find ranks that hang and ranks that are slow.
 
 A step that makes no progress for ``train.hang_timeout`` leaves two files in the log folder: ``rank_N.stacks.txt``,
-every thread's stack, and ``rank_N.flight.json``, the last collectives of every group of this rank with the layer each
-was started for. The launcher compares those of all ranks (``launch/watch/hang.py``) and names whom they wait for.
+every thread's stack, and ``rank_N.flight.json``, the last collectives of every group of this rank with the layer that
+started each. The launcher compares those of all ranks (``launch/watch/hang.py``) and names the rank that hangs.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from megatron_lite.distributed.mesh import Axis, Mesh
 logger = logging.getLogger("megatron_lite")
 
 _TICK_S = 0.05
-_GIL_S = 2.0  # how much longer than hang_timeout this thread may be kept from looking, before C code dumps the stacks
+_GIL_S = 2.0  # if this thread cannot run, C code dumps the stacks this much after hang_timeout
 _KEPT = 20  # collectives of each group in a flight record, besides those that have not ended
 _WAITS = (comm.wait.__code__, comm.read.__code__)
 _PACKAGE = Path(__file__).parents[1]
@@ -58,23 +58,23 @@ class Watchdog(threading.Thread):
         self.start()
 
     def watch(self, step: int) -> None:
-        """``step`` begins; it may take ``hang_timeout``."""
+        """Called when ``step`` begins; it may take ``hang_timeout``."""
         self._step, self._since, self._training = step, time.monotonic(), True
-        # For native code that keeps the interpreter's lock, so that no thread of Python's can look: this dump takes no
-        # lock, and may crash where another thread's frames change under it.
+        # For native code that holds the GIL, so that the watchdog thread cannot run: this dump needs no lock, and may
+        # crash if another thread's frames change meanwhile.
         faulthandler.dump_traceback_later(self.hang_timeout + _GIL_S, file=self.stacks)
 
     def pause(self) -> None:
-        """What comes now (evaluating, saving, reporting) is no part of a step: its time is not taken."""
+        """Called when a step ends: evaluating, saving and reporting do not count as busy time."""
         self._training = False
 
     def take_busy(self) -> float:
-        """Seconds since the last call that training, in a step, did anything but wait for other ranks."""
+        """Seconds since the last call that were spent in steps, without the time spent waiting for other ranks."""
         busy, self._busy = self._busy, 0.0
         return busy
 
     def close(self) -> None:
-        """Stop watching. The thread ends here: its hold on process groups must not last until the interpreter ends."""
+        """Stop watching and join the thread: its references to process groups must go before the interpreter exits."""
         self._ended.set()
         self.join()
         faulthandler.cancel_dump_traceback_later()
@@ -103,7 +103,7 @@ class Watchdog(threading.Thread):
             self._record(list(_places(frame)), waiting=waiting)
 
     def lost(self, error: BaseException) -> None:
-        """A collective has failed because of another rank: leave a record of it, if there is none yet."""
+        """Write a record of a collective that failed because of another rank, unless there is one already."""
         if not self._recorded:
             frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
             self._record([_place(frame) for frame in reversed(frames)], waiting=True, failed=True)
@@ -131,8 +131,8 @@ def flight_record(mesh: Mesh, *, failed: bool = False) -> dict[str, Any]:
     """The process groups of this rank by torch's name for them, the number of collectives that each has entered, and
     the last of these, oldest first. ``failed``: the very last one ended in an error.
 
-    From torch's flight recorder, which is on unless TORCH_FR_BUFFER_SIZE is 0. gloo leaves an entry's state at
-    "scheduled" for ever; that it was retired tells that it has ended.
+    From torch's flight recorder, which is on unless TORCH_FR_BUFFER_SIZE is 0. With gloo, an entry's state stays
+    "scheduled"; once it has ended, it is marked as retired.
     """
     if not torch_dist.is_initialized():
         return {"groups": {}, "entered": {}, "collectives": []}
@@ -174,7 +174,7 @@ def flight_record(mesh: Mesh, *, failed: bool = False) -> dict[str, Any]:
 
 
 def waits(frame: FrameType) -> bool:
-    """Whether a thread whose innermost frame this is stands in a collective, waiting for other ranks.
+    """Whether a thread with this innermost frame is in a collective, waiting for other ranks.
 
     On a GPU, where collectives are only queued, the wait shows where the host reads a number (``comm.read``).
     """
@@ -201,10 +201,10 @@ def _place(frame: FrameType) -> str:
 
 
 class Stragglers:
-    """Finds, on rank 0, a rank that has everybody wait for it, from how long each was busy.
+    """Finds, on rank 0, a rank that all others wait for, from the busy times of all ranks.
 
-    One rank is told of when in two windows in a row it was busy ``_RATIO`` times as long as the median rank and the
-    difference is worth ``_SHARE`` of the window; and told of again after ``_QUIET_S`` at the earliest.
+    A rank is reported if in two windows in a row it was busy ``_RATIO`` times as long as the median rank and the
+    difference was over ``_SHARE`` of the window; it is reported again after ``_QUIET_S`` at the earliest.
     """
 
     _WINDOW_S, _RATIO, _SHARE, _QUIET_S = 3.0, 1.3, 0.15, 600.0
@@ -217,7 +217,8 @@ class Stragglers:
         self._told: dict[int, float] = {}
 
     def add(self, busy: Sequence[float], now: float) -> str:
-        """How many seconds each rank was busy since the last call; returns the warning that is due, if one is."""
+        """Add the seconds that each rank was busy since the last call; returns a warning if one is due, else an empty
+        string."""
         if self._began is None:  # what came before, start-up and compilation, does not count
             self._began = now
             return ""
