@@ -39,16 +39,16 @@ def prove(
     timeout: float = 600.0,
     prepare_b: Callable[[Trainer], None] | None = None,
 ) -> list[Row]:
-    """Run both sides and compare them; prints a table. ``tolerance`` None: what the number format allows.
+    """Run both sides and compare them; prints a table. ``tolerance`` None: that of the dtype (``TOLERANCES``).
 
     Raises LayoutsDifferError naming the first tensor beyond it. ``prepare_b`` may change the second side's trainer.
     """
     dtype = sides[0].config.train.precision
-    # Muon orthogonalises in bfloat16, whatever it is given.
+    # Muon orthogonalises in bfloat16 for every dtype.
     muon = dtype == "float32" and sides[0].config.optim.name == "muon"
     judged_as = "bfloat16" if muon else dtype
     limit = TOLERANCES[judged_as] if tolerance is None else tolerance
-    console = Console(width=None if sys.stdout.isatty() else 120)  # names whole in a log
+    console = Console(width=None if sys.stdout.isatty() else 120)  # a log must not truncate names
     rows: list[Row] = []
     with tempfile.TemporaryDirectory(prefix="mlite-prove-") as folder:
         for label, side, prepare in zip("ab", sides, (None, prepare_b), strict=True):

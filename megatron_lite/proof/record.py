@@ -1,5 +1,5 @@
-"""What a layout computes, whole and in the order it comes to be: the size of every block's output, the loss, every
-gradient before and after clipping, every weight after the update; and how far two such records are apart."""
+"""Records what a layout computes, as whole tensors in the order of computation: the squared norm of every block's
+output, the loss, every gradient before and after clipping, every weight after the update. Compares two records."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ from megatron_lite.training.faults import Faults
 from megatron_lite.training.step import Trainer
 
 TOLERANCES = {"float64": 1e-10, "float32": 1e-3, "bfloat16": 1e-1}
-# Of the kind's largest element: what a tensor's differences are judged by at least. A tolerance of it is some roundings
-# of the largest, which is what sums that cancel are left with.
+# The smallest scale by which a tensor's differences are judged, relative to the largest element of its kind. A
+# tolerance times this scale is a few rounding errors of that element, which remain where sums cancel.
 FLOORS = {"float64": 1e-6, "float32": 1e-3, "bfloat16": 1e-1}
 KINDS = ("block outputs", "loss", "gradients", "clipped gradients", "weights")
 
@@ -45,11 +45,11 @@ class Row:
 
 
 class _RecordingEngine:
-    """An engine that notes gradients and weights at the moments the trainer passes them.
+    """Wraps an engine and records gradients and weights during the trainer's calls.
 
-    Its optimizer's moments start as what gradients of the first step's sizes leave behind. From zeros, Adam's first
-    update is a sign, and Muon's has one length in every direction: a vanishing gradient's rounding comes out as large
-    as any other gradient (docs/adr/0008).
+    The optimizer's moments start as if earlier gradients had been as large as those of the first step. From zeros,
+    Adam's first update is the gradient's sign, and Muon's has the same length in every direction: rounding errors of a
+    vanishing gradient would become as large an update as any other gradient (docs/adr/0008).
     """
 
     def __init__(self, engine: Engine, note: Callable[[str, dict[str, Piece]], Record], floor: float | None) -> None:
@@ -73,8 +73,8 @@ class _RecordingEngine:
         self.note("weights", self.engine.weights())
 
     def _start(self, scales: dict[str, float]) -> None:
-        """Fill the moments by what their gradients are judged by: the squares in second ones, and in Muon's momentum
-        waves that are orthogonal to each other (the discrete cosine transform), which its next update hardly turns."""
+        """Fill the moments from the scales of the gradients: second moments with their squares, Muon's momentum with
+        rows of the discrete cosine transform, which are orthogonal, so that its next update hardly rotates them."""
         for key, piece in self.engine.optimizer_state().items():
             name, moment = key.rsplit(".", 1)
             if moment == "momentum_buffer":
@@ -88,14 +88,14 @@ class _RecordingEngine:
             for tile in piece.tiles:
                 tile.put(0, start[tile.place])
         if self.engine.matrices is not None:
-            self.engine.matrices.loaded(1)  # Adafactor's first update forgets what it finds
+            self.engine.matrices.loaded(1)  # Adafactor's first update would ignore the state
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.engine, name)
 
 
 def batches(trainer: Trainer) -> Loader:
-    """What a new run trains on, from its first step, nothing prefetched."""
+    """The training batches of a new run from its first step, without prefetching."""
     config, mesh = trainer.config, trainer.mesh
     return Loader(
         trainer.task.dataset("train"),
@@ -114,9 +114,9 @@ def record(
 ) -> Iterator[Record]:
     """Train ``steps`` steps on this mesh and yield each step's record, whole on every rank. Collective.
 
-    Where ranks disagree about a tensor that they should share, the copy that is furthest from this rank's is recorded.
-    ``prepare`` may change the trainer first: tests plant their bugs with it. ``moments``: whether the optimizer starts
-    with some.
+    Where ranks disagree about a tensor that they should share, the copy that is furthest from the first rank's is
+    recorded. ``prepare`` may change the trainer first: tests inject bugs with it. ``moments``: whether the optimizer's
+    moments start filled (``_RecordingEngine``).
     """
     trainer = Trainer(config, mesh, make_plan(config, mesh.world.size), Faults.none())
     if prepare is not None:
@@ -161,7 +161,7 @@ def _measure(size: Tensor) -> Callable[..., None]:
 
 
 def gathered(names: Iterable[str], pieces: Mapping[str, Piece], world: Axis) -> Iterator[tuple[str, Tensor]]:
-    """The named tensors in their order, each whole, from the pieces of all ranks, of which none has to have all.
+    """Yield the named tensors in order, each whole, from the pieces of all ranks; a rank may lack some names.
     Collective."""
     empty: dict[str, Piece] = {}
     for kinds in comm.gather_objects({name: (piece.shape, piece.dtype) for name, piece in pieces.items()}, world):
@@ -174,7 +174,7 @@ def gathered(names: Iterable[str], pieces: Mapping[str, Piece], world: Axis) -> 
 
 
 def _batches(names: Iterable[str], pieces: Mapping[str, Piece]) -> Iterator[list[str]]:
-    """The names in order, a few megabytes of tensors at a time: a gather costs more than what a small one carries."""
+    """The names in order, a few megabytes of tensors at a time: gathering small tensors one by one would be slow."""
     some: list[str] = []
     size = 0
     for name in names:
@@ -188,7 +188,7 @@ def _batches(names: Iterable[str], pieces: Mapping[str, Piece]) -> Iterator[list
 
 
 def _as_bytes(numbers: Tensor) -> Any:
-    """A tensor as an array of bytes, which is pickled some ten times as fast."""
+    """A tensor as an array of bytes, which is pickled about ten times as fast."""
     return numbers.cpu().reshape(-1).view(torch.uint8).numpy()
 
 
@@ -206,15 +206,15 @@ def _whole(piece: Piece, parts: Iterable[tuple[Any, Any]]) -> Tensor:
 
 
 def _scales(tensors: Record, floor: float) -> dict[str, float]:
-    """What each tensor of a kind is judged by: its largest element, or ``floor`` times the kind's largest where it is
-    that small (a gradient that is zero but for rounding)."""
+    """The scale of each tensor of a kind: its largest element, but at least ``floor`` times the largest of the kind
+    (for gradients that are zero except for rounding)."""
     peaks = {name: float(tensor.abs().max()) for name, tensor in tensors.items()}
     least = floor * max(peaks.values(), default=0.0) or 1.0
     return {name: max(peak, least) for name, peak in peaks.items()}
 
 
 def compare(a: Record, b: Record, step: int, tolerance: float, floor: float = FLOORS["float64"]) -> list[Row]:
-    """One row for each kind, differences as parts of each tensor's scale."""
+    """One row for each kind; differences are relative to each tensor's scale."""
     assert list(a) == list(b), "the layouts recorded different tensors"
     rows = []
     for kind in KINDS:
