@@ -1,7 +1,7 @@
 """Parameter-efficient fine-tuning: the model's own weights stay frozen, a method adds the few that are trained.
 
 ``METHODS`` is the only list of methods. The config's ``peft`` section, ``apply``, merging and the peft library's
-folders all go by it. No torch at import (``method.py`` says why).
+folders all use it. No torch at import (``method.py`` says why).
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ METHODS: dict[str, type[PeftMethod]] = {
 
 
 def apply(model: nn.Module, config: PeftMethod | None, compute: torch.dtype) -> None:
-    """Prepare what is trained. With a method: freeze the model, stored in ``base_dtype`` or ``compute``, and insert the
+    """Prepare a model for training. With a method: freeze the weights, in ``base_dtype`` or ``compute``, and insert the
     method's parameters, the only ones with a gradient, in float32 or better. Without: all weights in float32 or better.
     """
     import torch
@@ -46,7 +46,7 @@ def apply(model: nn.Module, config: PeftMethod | None, compute: torch.dtype) -> 
 
 
 def pack_base(model: Any, packing: str | None) -> None:
-    """Store the frozen linears inside the blocks in 8 or 4 bits, where ``packing`` says so, before they are filled."""
+    """Store the frozen linears inside the blocks in 8 or 4 bits, if ``packing`` is given. Call it before loading."""
     from megatron_lite.layers.linear import ColumnParallelLinear, RowParallelLinear
 
     if packing is None:

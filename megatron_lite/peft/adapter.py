@@ -1,4 +1,5 @@
-"""Bottlenecks between frozen layers: Houlsby et al. 2019, Pfeiffer et al. 2021; beside them: He et al. 2022."""
+"""Bottleneck adapters after frozen layers (Houlsby et al. 2019, Pfeiffer et al. 2021) or parallel to them (He et al.
+2022)."""
 
 from __future__ import annotations
 
@@ -12,10 +13,10 @@ if TYPE_CHECKING:
 
 
 class AdapterConfig(PeftMethod):
-    """Bottlenecks of ``size`` units between the frozen layers, which start as the identity.
+    """Bottlenecks of ``size`` units between the frozen layers, initialised as the identity.
 
-    ``placement``: ``houlsby`` after attention and after the MLP (Houlsby et al. 2019), ``pfeiffer`` after the MLP alone
-    (Pfeiffer et al. 2021), ``parallel`` beside the MLP (He et al. 2022). ``scale``: of what they add.
+    ``placement``: ``houlsby`` after attention and after the MLP (Houlsby et al. 2019), ``pfeiffer`` only after the MLP
+    (Pfeiffer et al. 2021), ``parallel`` to the MLP (He et al. 2022). ``scale``: the factor of their output.
     """
 
     method: Literal["adapter"]

@@ -14,7 +14,7 @@ from megatron_lite.peft.adapter import AdapterConfig
 class Bottleneck(nn.Module):
     """``added + scale · up(gelu(down(x)))``; x is ``added`` or, with placement ``parallel``, the half's input.
 
-    Both [tokens (/ tp under sp), hidden] → the same. ``up`` starts at zero, so the whole starts as the identity.
+    Both [tokens (/ tp under sp), hidden] → the same. ``up`` starts at zero, so the module starts as the identity.
     ``down`` is column-parallel, ``up`` row-parallel; the collectives are theirs.
     """
 

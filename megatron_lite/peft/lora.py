@@ -22,8 +22,8 @@ class LoRAConfig(PeftMethod):
     2023).
 
     ``targets``: q, k, v, o, gate, up, down, embedding, head, or globs over whole names (``blocks.[0-3].mlp.*``).
-    ``ranks``, ``alphas``: another r or alpha for what a pattern matches; the first match counts. ``dropout``: on the
-    input of A. ``dora``: train direction and magnitude apart (Liu et al. 2024).
+    ``ranks``, ``alphas``: another r or alpha for linears that a pattern matches; the first match counts. ``dropout``:
+    on the input of A. ``dora``: train direction and magnitude separately (Liu et al. 2024).
     """
 
     vocabulary: ClassVar[tuple[str, ...]] = ("embedding.lora_embedding_a", "head.lora_head_b")
@@ -56,7 +56,7 @@ class LoRAConfig(PeftMethod):
         return [name for name in names if any(targets.matches(pattern, name) for pattern in self.targets)]
 
     def differences(self, there: PeftMethod, model: ModelConfig) -> list[str]:
-        """Compares what the patterns match, not how they are written; dropout matters to training alone."""
+        """Compares what the patterns match, not how they are written; ignores dropout, which only training uses."""
         if not isinstance(there, LoRAConfig):
             return super().differences(there, model)
         found = unlike(("dora", "rslora"), there, self)
@@ -75,7 +75,7 @@ class LoRAConfig(PeftMethod):
         return self.unfit(config.model)
 
     def unfit(self, model: ModelConfig) -> list[str]:
-        """What does not fit a model."""
+        """A line for each thing that does not fit a model."""
         names = targets.linear_names(model)
         listed = self.targets
         if "targets" not in self.model_fields_set:

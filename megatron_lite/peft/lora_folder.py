@@ -1,7 +1,7 @@
 """LoRA and DoRA adapters in folders of the peft library.
 
 Its factors equal ours, under its module names, with three exceptions. An embedding's A is transposed. DoRA's magnitudes
-are lengths of rows, where ours are relative to those of the base. And GPT-2's queries, keys and values are one linear
+are L2 norms of rows, where ours are relative to those of the base. And GPT-2's queries, keys and values are one linear
 there, with one A: three of our updates are written as one whose rank is the sum of theirs, with a block-diagonal B; one
 of the library's is read as three with the same A.
 """
@@ -40,8 +40,8 @@ _CHOICE = ("target_modules", "exclude_modules", "layers_to_transform", "layers_p
 
 
 class Module(NamedTuple):
-    """A module of the library's: the ``names`` of our linears in it, by rows, and the row of our ``weight`` where its
-    own [rows, columns] starts; without the padding of the vocabulary."""
+    """A module of the peft library, with a weight [rows, columns] without the padding of the vocabulary. ``names``: our
+    linears in it, in row order. ``start``: the row of our ``weight`` where its own begins."""
 
     names: list[str]
     weight: str
@@ -79,8 +79,8 @@ def _updates(config: LoRAConfig, model: ModelConfig) -> dict[str, Update]:
 
 
 class _Part(NamedTuple):
-    """Where a tensor of ours lies in the tensor ``theirs``: ``known`` rows from ``first`` on; the rest is padding.
-    ``start``: its first row in the base's ``weight``."""
+    """The position of one of our tensors in the tensor ``theirs``: ``known`` rows from ``first`` on; our other rows are
+    padding. ``start``: its first row in the base's ``weight``."""
 
     theirs: str
     first: int
@@ -112,7 +112,7 @@ class LoRASource(PeftSource):
                 r, rows, columns = self.peft.rank_of(update.name), update.length, module.columns
                 first = update.start - module.start
                 known = min(rows, module.rows - first)
-                # Its shape, our shape, our first row in it, our rows that are not padding.
+                # The shape there, our shape, our first row there, our rows that are not padding.
                 kinds = {
                     "a": ((r, columns), (r, columns), 0, r),
                     "b": ((module.rows, r), (rows, r), first, known),
@@ -211,7 +211,7 @@ class LoRASource(PeftSource):
                 written[f"{top}.{_TABLE['a']}"] = factor(some[0], "a", module.rows, r).t().contiguous()
                 written[f"{top}.{_TABLE['b']}"] = factor(some[0], "b", module.columns, r)
                 continue
-            # One alpha for all of them; B absorbs the ratio where their scales differ.
+            # The module has one alpha; B absorbs the ratio where the updates' scales differ.
             scale = some[0].scale
             alpha = scale * (math.sqrt(r) if config.rslora else r)
             found[name] = r, config.alpha_of(some[0].name) if len(some) == 1 else alpha
@@ -239,7 +239,7 @@ class LoRASource(PeftSource):
             "use_dora": config.dora,
             "bias": "none",
             "fan_in_fan_out": model.traits.names.transposed,
-            # One pattern that matches exactly these modules, and none of the same name in another block.
+            # A pattern that matches exactly these modules, and none of the same name in other blocks.
             "target_modules": "|".join(map(re.escape, found)),
             "rank_pattern": {f"^{re.escape(name)}$": r for name, (r, _) in found.items() if r != config.r},
             "alpha_pattern": {
@@ -312,7 +312,7 @@ def _first(patterns: Mapping[tuple[bool, str], tuple[int, Any]], module: str, de
 
 
 def _lengths(base: Source, weight: str, start: int, count: int) -> Tensor:
-    """The lengths of ``count`` rows of a base's weight."""
+    """The L2 norms of ``count`` rows of a base's weight."""
     block = torch.empty((count, base.tensors[weight].shape[1]))
     base.read(weight, Tile(block, (start, 0)))
     return torch.linalg.vector_norm(block, dim=1)

@@ -1,12 +1,12 @@
 """The linears and the embedding of LoRA and DoRA, split over tensor-parallel ranks.
 
-``W + s B A``, A [r, in] and B [out, r] sharded as W is: where W's rows are split, so are B's, and A is replicated;
-where W's columns are split, so are A's, and B is replicated. ``low = x A^T`` [tokens, r] travels as r more columns of
-the tensor that the linear gathers or reduces anyway. So an adapted linear adds only two collectives: under sequence
-parallelism the gradient of the replicated factor is summed over tp, as that of a norm is; and DoRA sums the squares of
-a row's parts. The base's weight gets no gradient, and its input is not kept for one.
+``W + s B A``, with A [r, in] and B [out, r] sharded like W: where W's rows are split, so are B's, and A is replicated;
+where W's columns are split, so are A's, and B is replicated. ``low = x A^T`` [tokens, r] is appended as r columns to
+the tensor that the linear gathers or reduces anyway. So an adapted linear adds only these all-reduces over tp: of the
+gradients of replicated parameters under sequence parallelism, as for a norm; and, with DoRA on a row-parallel linear,
+of the squared norms of rows. The base's weight gets no gradient, and its input is not saved for one.
 
-The model fuses q, k, v and gate, up; each has factors of its own, which add to its own columns of the output.
+The model fuses q, k, v and gate, up; each has its own factors, which add to its own columns of the output.
 """
 
 from __future__ import annotations
@@ -42,14 +42,14 @@ class LocalUpdate(NamedTuple):
 
 
 class _Adapted(nn.Module):
-    """What adapted linears and embeddings share. ``site`` numbers each one's dropout masks."""
+    """What adapted linears and embeddings share. ``site``: the module's number in the seeds of dropout masks."""
 
     updates: list[LocalUpdate]
     weight: nn.Parameter
     matrix: Callable[[torch.dtype], Tensor]
 
     def adapt(self, name: str, updates: list[LocalUpdate], config: LoRAConfig) -> None:
-        """Keep the updates and what the config says of all of them."""
+        """Store the updates and the settings that they share."""
         self.updates, self.dropout, self.dora = updates, config.dropout, config.dora
         self.site = int.from_bytes(hashlib.sha256(name.encode()).digest()[:6], "little")
 
@@ -73,7 +73,8 @@ class _Adapted(nn.Module):
         return scaled[0] if len(scaled[0]) == len(self.weight) else torch.block_diag(*self._filled(scaled, (0,)))
 
     def _filled(self, parts: Sequence[Tensor], shape: tuple[int, ...], value: float = 0.0) -> Iterator[Tensor]:
-        """``parts``, each for the rows of its update, with rows of ``value`` [``shape``] between for those without."""
+        """``parts``, one for the rows of each update, and between them blocks of ``value`` for rows without an update:
+        [rows, *``shape``]."""
         row = 0
         for update, part in zip(self.updates, parts, strict=True):
             yield part.new_full((update.start - row, *shape), value)
@@ -82,22 +83,22 @@ class _Adapted(nn.Module):
         yield parts[0].new_full((len(self.weight) - row, *shape), value)
 
     def dropped(self, x: Tensor, seed: int | None, split: int) -> Tensor:
-        """``x`` after dropout, for A. ``split``: this rank, where ranks hold different parts of x."""
+        """``x`` after dropout, for A. ``split``: the tp rank if ranks hold different parts of x, else 0."""
         if self.dropout == 0.0 or seed is None:
             return x
         return random.dropout(x, self.dropout, random.mix(seed, self.site, split))
 
     @torch.no_grad()
     def lengths(self, a: Tensor, b: Tensor) -> Tensor:
-        """The squared lengths of this rank's part of the rows of W and of W + s B A, [2, rows], computed without B A or
-        the sum in memory."""
+        """The squared L2 norms of this rank's part of the rows of W and of W + s B A, [2, rows], computed without B A
+        or the sum in memory."""
         weight = self.matrix(a.dtype)
         plain = torch.linalg.vector_norm(weight, dim=1, dtype=torch.promote_types(a.dtype, torch.float32)).square()
         return torch.stack((plain, plain + (b * (2 * matmul.linear(weight, a) + b @ (a @ a.t()))).sum(1)))
 
     def magnitude(self, lengths: Tensor, trained: Sequence[Tensor]) -> Tensor:
-        """The factor of each row's output, [rows]: the trained magnitude, relative to the frozen row's length, over the
-        length of the updated row, which is a constant in backward (Liu et al., section 4.3)."""
+        """The factor of each row's output, [rows]: the trained magnitude (relative to the norm of the frozen row) times
+        the norm of the frozen row over that of the updated row, a constant in backward (Liu et al., section 4.3)."""
         ratio = (lengths[0] / lengths[1]).sqrt().to(trained[0].dtype)
         return ratio * torch.cat(list(self._filled(trained, (), 1.0)))
 
@@ -147,7 +148,7 @@ class UpdatedProduct(VocabProduct):
 
 
 class LoRAColumnLinear(_Adapted, ColumnParallelLinear):
-    """A column-parallel linear with updates: A replicated, B split as W's rows are.
+    """A column-parallel linear with updates: A replicated, B split by rows like W.
 
     Forward: ``low`` of this rank's tokens joins x in its all-gather (``sp``). Backward: their gradients are
     reduce-scattered (``sp``) or all-reduced together.
@@ -168,7 +169,7 @@ class LoRAColumnLinear(_Adapted, ColumnParallelLinear):
                 self.add(f"lora_{update.name}_m", ShardSpec((rows,), dim=0), size, "ones")
 
     def low(self, x: Tensor, seed: int | None) -> Tensor:
-        """x A^T of this rank's tokens."""
+        """x A^T of this rank's tokens, [tokens (/ tp under sp), sum of r]."""
         a = self.a(x.dtype)
         split = self.tp.rank if self.sp else 0
         return product(self.dropped(x, seed, split), comm.copy_to(a, self.tp) if self.sp else a)
@@ -192,10 +193,10 @@ class LoRAColumnLinear(_Adapted, ColumnParallelLinear):
 
 
 class LoRARowLinear(_Adapted, RowParallelLinear):
-    """A row-parallel linear with an update: A split as W's columns are, B replicated.
+    """A row-parallel linear with an update: A split by columns like W, B replicated.
 
-    This rank's share of ``low`` joins its share of y in the all-reduce or reduce-scatter (``sp``), and their gradients
-    return in one all-gather (``sp``).
+    This rank's partial ``low`` joins its partial y in the all-reduce or reduce-scatter (``sp``), and their gradients
+    join in one all-gather (``sp``).
     """
 
     def __init__(self, base: RowParallelLinear, name: str, updates: list[LocalUpdate], config: LoRAConfig) -> None:
@@ -208,9 +209,9 @@ class LoRARowLinear(_Adapted, RowParallelLinear):
         if self.dora:
             self.add(f"lora_{update.name}_m", ShardSpec((rows,)), self.tp.size, "ones")
 
-    @torch._disable_dynamo  # as in comm.apply: a collective that a compiled block must not take in
+    @torch._disable_dynamo  # as in comm.apply: a collective must stay outside of compiled code
     def lengths(self, a: Tensor, b: Tensor) -> Tensor:
-        """Of the whole rows: the sums over tp."""
+        """The squared L2 norms of whole rows: all-reduce over tp."""
         return comm.all_reduce(super().lengths(a, b), self.tp)
 
     def forward(self, x: Tensor, seed: int | None = None) -> Tensor:
@@ -228,8 +229,8 @@ class LoRARowLinear(_Adapted, RowParallelLinear):
 
 
 class LoRAEmbedding(_Adapted, VocabParallelEmbedding):
-    """An embedding with an update: A [vocab, r] split by vocabulary as the table is, B [hidden, r] replicated. Rows of
-    A are looked up and reduced together with rows of the table."""
+    """An embedding with an update: A [vocab, r] split by vocabulary like the table, B [hidden, r] replicated. Rows of A
+    are looked up and reduced together with rows of the table."""
 
     def __init__(self, base: VocabParallelEmbedding, name: str, updates: list[LocalUpdate], config: LoRAConfig) -> None:
         nn.Module.__init__(self)

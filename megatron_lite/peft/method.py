@@ -1,7 +1,7 @@
-"""What a PEFT method is: a section of the config, with what it does to models and to checkpoints.
+"""The base class of PEFT methods: a section of the config, with hooks for models and checkpoints.
 
-Nothing here or in a method's own file imports torch at its top: the config's union is made of these classes, and a
-mistake in a config is told before torch could be imported. What computes is imported where it is called.
+Neither this file nor a method's own file imports torch at its top: the config is built from these classes, and mistakes
+in a config are reported in less time than torch takes to import. Code that computes is imported where it is called.
 """
 
 from __future__ import annotations
@@ -30,11 +30,11 @@ PACKED_BYTES = {"int8": 64 + 4, "nf4": 32 + 4}
 class PeftMethod(Section, ABC):
     """Parameter-efficient fine-tuning of the model that ``init.from`` names, whose own weights stay frozen.
 
-    ``base_dtype``: what the base is stored in; None: what is computed in (``train.precision``). ``int8``, ``nf4``: the
-    linears inside the blocks in 8 or 4 bits (QLoRA, Dettmers et al. 2023), the rest in what is computed in.
+    ``base_dtype``: the dtype that the base is stored in; None: the compute dtype (``train.precision``). ``int8``,
+    ``nf4``: the linears inside the blocks in 8 or 4 bits (QLoRA, Dettmers et al. 2023), the rest in the compute dtype.
 
     A method defines ``insert`` and ``matched``; the other hooks have defaults that do nothing. ``vocabulary``: names of
-    its parameters with a row for each entry of the vocabulary, padded as the embedding is.
+    its parameters with a row for each entry of the vocabulary, padded like the embedding.
     """
 
     vocabulary: ClassVar[tuple[str, ...]] = ()
@@ -44,12 +44,12 @@ class PeftMethod(Section, ABC):
 
     @property
     def packing(self) -> str | None:
-        """How the base's linears are packed, if they are."""
+        """The format in which the base's linears are packed, or None."""
         return self.base_dtype if self.base_dtype in PACKED_BYTES else None
 
     @property
     def num_positions(self) -> int:
-        """How many positions it takes ahead of the first token."""
+        """The number of positions that it occupies before the first token."""
         return 0
 
     @abstractmethod
@@ -57,20 +57,20 @@ class PeftMethod(Section, ABC):
         """The parts of a model that it adapts, by name."""
 
     def mistakes(self, config: Config) -> list[str]:
-        """What does not fit the rest of the config."""
+        """A line for each thing that does not fit the rest of the config."""
         return []
 
     def differences(self, there: PeftMethod, model: ModelConfig) -> list[str]:
-        """By key, why an adapter trained with the section ``there`` cannot continue as this one."""
+        """A line for each key that keeps an adapter trained with the section ``there`` from continuing as this one."""
         keys = ["method"] if type(there) is not type(self) else type(self).model_fields.keys() - {"base_dtype"}
         return unlike(sorted(keys), there, self)
 
     @abstractmethod
     def insert(self, model: Any) -> None:
-        """Put its modules into a frozen model on the meta device; every parameter has a ``ShardSpec``."""
+        """Put its modules into a frozen model on the meta device, every parameter with a ``ShardSpec``."""
 
     def fold(self, model: Any, dtype: torch.dtype) -> None:
-        """Replace what only training needs, before ``model`` generates."""
+        """Replace modules that only training needs, before ``model`` generates."""
 
     def merged(self, base: Source, adapter: CheckpointSource, *, sign: int) -> Source:
         """``base`` with ``adapter`` added to its weights, or taken out again (``sign`` -1). Raises CheckpointError."""
@@ -78,7 +78,7 @@ class PeftMethod(Section, ABC):
 
     @classmethod
     def peft_folder(cls) -> type[PeftSource] | None:
-        """What reads and writes its folders of Hugging Face's peft library; None if that lacks the method."""
+        """The class that reads and writes folders of Hugging Face's peft library; None if that lacks the method."""
         return None
 
 

@@ -1,7 +1,7 @@
 """Prefix-Tuning (Li and Liang 2021): trained keys and values that come before the tokens in every layer.
 
-The prefix takes the first positions: tokens stand where they would stand after a prompt of that length, as in the peft
-library. Every query sees the whole prefix, whatever else is masked. Prefix keys are not rotated.
+The prefix takes the first positions: tokens have the positions that they would have after a prompt of that length, as
+in the peft library. Every query sees the whole prefix, whatever else is masked. Prefix keys are not rotated.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ if TYPE_CHECKING:
 
 
 class PrefixConfig(PeftMethod):
-    """``length`` trained keys and values ahead of the tokens in every layer (Li and Liang 2021), which take the first
-    ``length`` positions. ``reparameterize``: train them as the output of an MLP with this many hidden units, which is
-    left out of what is exported.
+    """``length`` trained keys and values before the tokens in every layer (Li and Liang 2021), which take the first
+    ``length`` positions. ``reparameterize``: train them as the output of an MLP with this many hidden units; only its
+    output is exported.
     """
 
     method: Literal["prefix"]
@@ -39,7 +39,7 @@ class PrefixConfig(PeftMethod):
         return self.unfit(config.model, config.data.seq_len, "data.seq_len")
 
     def unfit(self, model: ModelConfig, tokens: int = 1, called: str = "a token") -> list[str]:
-        """What does not fit a model that reads this many tokens."""
+        """A line if the prefix and this many tokens do not fit a model's positions."""
         needed, limit = self.length + tokens, model.max_seq_len
         if needed <= limit:
             return []
@@ -56,7 +56,7 @@ class PrefixConfig(PeftMethod):
             block.attention.prefix = Prefix(block.attention, self)
 
     def fold(self, model: Any, dtype: torch.dtype) -> None:
-        """Replace the MLP that makes the prefix by the prefix it makes, in ``dtype``."""
+        """Replace the MLP that computes the prefix by its output, in ``dtype``."""
         import torch
 
         with torch.no_grad():

@@ -1,6 +1,6 @@
 """Prefixes in folders of the peft library: one tensor, [length, layers × (keys, values) × kv heads × head_dim].
 
-A prefix that an MLP makes is written as what the MLP makes, without the MLP, as the library does.
+A prefix that an MLP computes is written as the output of the MLP, as the library does.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ _NAME = "prompt_embeddings"
 
 
 def _sizes(model: ModelConfig) -> dict[str, int]:
-    """What the library's config says of the model."""
+    """The sizes of the model, by the keys of the library's config."""
     heads = model.num_kv_heads
     return {"num_layers": model.num_layers, "num_attention_heads": heads, "token_dim": heads * model.head_dim}
 
@@ -34,7 +34,7 @@ class PrefixSource(PeftSource):
     peft_type = "PREFIX_TUNING"
     known = (
         *("num_virtual_tokens", "num_layers", "num_attention_heads", "token_dim", "num_transformer_submodules"),
-        *("prefix_projection", "encoder_hidden_size", "init_weights"),  # of training
+        *("prefix_projection", "encoder_hidden_size", "init_weights"),  # only used in training
     )
 
     def __init__(self, folder: Path, base: Source) -> None:
@@ -70,7 +70,7 @@ class PrefixSource(PeftSource):
     def write(adapter: Source, base: Source, folder: Path) -> dict[str, Tensor]:
         config, model = adapter.peft, adapter.model
         assert isinstance(config, PrefixConfig)
-        model.traits.model_type(model)  # there is such a model
+        model.traits.model_type(model)  # raises CheckpointError if Hugging Face has no such model
 
         def whole(name: str) -> Tensor:
             data = torch.empty(adapter.tensors[f"model.{name}"].shape)

@@ -13,7 +13,7 @@ from megatron_lite.layers.attention import Attention
 from megatron_lite.layers.linear import product
 from megatron_lite.peft.prefix import PrefixConfig
 
-_STD = 0.02  # small values and nearly even attention: the prefix starts out as little as it can
+_STD = 0.02  # small values and nearly uniform attention: the prefix has little effect at first
 
 
 def _parameter(spec: ShardSpec, size: int, init: float) -> nn.Parameter:
@@ -21,8 +21,8 @@ def _parameter(spec: ShardSpec, size: int, init: float) -> nn.Parameter:
 
 
 class Stem(nn.Module):
-    """What the prefixes of all layers are made from: with ``reparameterize`` the hidden layer of their MLP, [length,
-    hidden units], replicated; else None. Backward all-reduces its gradient over tp."""
+    """The input of all layers' prefixes: with ``reparameterize`` the hidden layer of their MLP, [length, hidden units],
+    replicated; else None. Backward all-reduces its gradient over tp."""
 
     def __init__(self, model: Any, config: PrefixConfig) -> None:
         super().__init__()
@@ -42,7 +42,7 @@ class Stem(nn.Module):
 
 
 class Prefix(nn.Module):
-    """One layer's keys and values, each [local kv heads, length, head_dim]: parameters, or made from the stem.
+    """One layer's keys and values, each [local kv heads, length, head_dim]: parameters, or projected from the stem.
 
     Split over tp by kv head. With fewer kv heads than ranks, every rank holds all heads and takes the one that its
     queries attend to; backward all-reduces the gradients over tp.
