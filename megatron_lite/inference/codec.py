@@ -17,10 +17,11 @@ logger = logging.getLogger("megatron_lite")
 
 
 class Codec:
-    """Text to a model's tokens and back: its tokenizer, its chat template and what ends a text, from its small files.
+    """Text to a model's tokens and back: its tokenizer, chat template and end tokens, from its small files.
 
-    ``vocab_size``: of the model. ``add``: bos and eos around a prompt, None what the tokenizer puts there, which is
-    nothing around what a model's own template writes. ``ends``: the tokens that end a text. Raises CheckpointError.
+    ``vocab_size``: of the model. ``add``: whether to put bos and eos around a prompt; None: as the tokenizer does, but
+    neither around the text of a model's own chat template. ``ends``: the tokens that end a text. Raises
+    CheckpointError.
     """
 
     def __init__(
@@ -42,7 +43,7 @@ class Codec:
 
     @cached_property
     def template(self) -> ChatTemplate:
-        """The chat template, with ``PLAIN`` for none. Raises ConfigError, DataError."""
+        """The chat template, ``PLAIN`` if the model has none. Raises ConfigError, DataError."""
         return ChatTemplate(find_template(self.files, str(self.where)), self.tokenizer, f"{self.where}'s chat template")
 
     @cached_property
@@ -51,8 +52,8 @@ class Codec:
         return {*self.ends, self.template.end()} - {-1}
 
     def read(self, prompt: str | Sequence[Message], *, chat: bool) -> list[int]:
-        """The tokens of a prompt or, in a ``chat``, of a conversation, perhaps one that the prompt begins as the user's
-        message. Raises ConfigError, and CheckpointError for tokens that the model does not have."""
+        """The tokens of a prompt or, in a ``chat``, of a conversation; a text is then the user's first message. Raises
+        ConfigError, and CheckpointError for tokens that the model does not have."""
         try:
             text = self.template.prompt(self._messages(prompt)) if chat else str(prompt)
             text.encode()
@@ -74,13 +75,13 @@ class Codec:
         return tokens
 
     def _messages(self, prompt: str | Sequence[Message]) -> list[Message]:
-        """As the template takes them, and as training has them."""
+        """The messages in the form that the template takes, the same as in training."""
         given = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
         calls = self.template.calls
         return [read_message(present(each), f"message {i}: ", calls)[0] for i, each in enumerate(given, 1)]
 
     def write(self, prompt: list[int], produced: list[int], *, chat: bool) -> tuple[str, str]:
-        """The text of a prompt and the text that follows it, which join into one; in a ``chat`` the latter alone."""
+        """The text of a prompt and the text that continues it; in a ``chat``, an empty text and the answer."""
         if chat:
             return "", self.tokenizer.decode(produced)
         before, whole = self.tokenizer.decode(prompt), self.tokenizer.decode([*prompt, *produced])

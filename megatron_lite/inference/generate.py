@@ -28,13 +28,13 @@ def generate_text(
     packing: str | None = None,
     add: tuple[bool | None, bool | None] = (None, None),
 ) -> Iterator[Answer]:
-    """Load a checkpoint and adapters on it, split over as many ranks as were started, and answer each request, on every
-    rank. A request in a file that cannot be answered is answered with its error.
+    """Load a checkpoint and adapters on it, with all ranks of the job as tp ranks, and answer each request. Collective:
+    every rank gets the answers. A request from a file that cannot be answered is answered with its error.
 
-    ``chat``: take a prompt for a user's message, through the chat template that the checkpoint has.
-    ``packing``: the model's own linears in memory in 8 or 4 bits. ``add``: as ``Codec`` has it.
-    Raises CheckpointError for a checkpoint that does not verify or has no tokenizer, ConfigError for bad numbers, an
-    adapter that there is not, or a prompt that is too long.
+    ``chat``: a prompt is a user's message, formatted with the checkpoint's chat template.
+    ``packing``: keep the model's own linears in 8 or 4 bits. ``add``: see ``Codec``.
+    Raises CheckpointError for a checkpoint that does not verify or has no tokenizer, ConfigError for invalid numbers,
+    an unknown adapter, or a prompt that is too long.
     """
     sampling.check()
     rank = read_rank()

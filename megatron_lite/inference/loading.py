@@ -23,9 +23,9 @@ from megatron_lite.planning.checks import check_tp, packing_mistakes
 
 
 class Models:
-    """A base in memory once and, by name, the adapters on it, each a model of its own whose frozen weights are the
-    base's very tensors. So every request may name another adapter, which costs nothing; what is computed together, in
-    one call of a model, has one adapter. ``packing``: of the base in memory, whatever they were trained on.
+    """A base and, by name, the adapters on it: each is a model of its own that shares the frozen weights of the base.
+    So every request may name another adapter at no cost, but one call of a model uses one adapter. ``packing``: of the
+    base in memory, whatever the adapters were trained on. Raises ConfigError, CheckpointError.
     """
 
     def __init__(
@@ -42,7 +42,7 @@ class Models:
         self.mesh, self.compute, self.packing = mesh, compute, packing
         model = self._build(base.model)
         if adapters or packing:
-            model.requires_grad_(False).to(compute)  # as it was when they were trained on it
+            model.requires_grad_(False).to(compute)  # as when the adapters were trained on it
             peft.pack_base(model, packing)
         else:
             peft.apply(model, None, compute)
@@ -64,7 +64,7 @@ class Models:
 
     def _adapted(self, base: Source, adapter: CheckpointSource) -> Decoder:
         assert adapter.peft is not None
-        model = self._build(base.model.computing_as(adapter.model)[0])  # which it was trained with
+        model = self._build(base.model.computing_as(adapter.model)[0])  # as when the adapter was trained
         peft.apply(model, adapter.peft.model_copy(update={"base_dtype": self.packing}), self.compute)
         adapter.check_adapter(trained_shapes(model))
         materialize(model, self.mesh.device, dict(self.by_name[None].named_parameters()))
@@ -95,10 +95,10 @@ def open_models(
     base: Path | None,
     packing: str | None = None,
 ) -> Iterator[tuple[Models, dict[str | None, dict[str, bytes]], str | None]]:
-    """The models of a checkpoint, the small files of each, and the adapter that is meant where none is named.
+    """The models of a checkpoint, the small files of each, and the name of the adapter for requests that name none.
 
-    ``path`` may be an adapter's: then its base is loaded, from where it was at training or from ``base``, and itself as
-    the adapter ``default``. Raises CheckpointError, also for adapters of another base.
+    ``path`` may be an adapter: then its base is loaded, from ``base`` or from its path in training, and the adapter is
+    named ``default``. Raises ConfigError, and CheckpointError, also for adapters of another base.
     """
     with contextlib.ExitStack() as stack:
 
@@ -129,18 +129,18 @@ def open_models(
         files: dict[str | None, dict[str, bytes]] = {None: source.extras()}
         for name, adapter in sources.items():
             files[name] = own = adapter.extras()
-            if not own.keys() & {*MAIN}:  # its texts are the base's
+            if not own.keys() & {*MAIN}:  # it has no tokenizer: use the base's
                 files[name] = with_ends(files[None] | own, named_ends(files[None]))
         yield models, files, default
 
 
 def trained_shapes(model: Decoder) -> dict[str, tuple[int, ...]]:
-    """The global shapes of what a PEFT method has put into a model, under their names in a checkpoint."""
+    """The global shapes of a model's trained parameters, by their names in a checkpoint."""
     return {f"model.{name}": spec_of(p).shape for name, p in model.named_parameters() if p.requires_grad}
 
 
 def load_model(source: Source) -> Decoder:
-    """The whole model on the CPU, in float32, to compute with."""
+    """The whole model on the CPU, in float32."""
     with torch.device("meta"):
         model = Decoder(source.model, Axis("tp"), sp=False)
     materialize(model, torch.device("cpu"))

@@ -1,4 +1,4 @@
-"""Logits of what is on disk, by our model and by the library that owns a format: what a converter is judged by."""
+"""The check of a conversion: logits of our model against those of the library that owns the format."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ _MOST_ELEMENTS = 2 << 30
 
 
 def some_tokens(model: ModelConfig, most: int) -> Tensor:
-    """Tokens to compare logits by, [1, seq], at most so many."""
+    """Tokens to compare logits for, int64 [1, seq] with seq at most ``most``."""
     return torch.arange(min(32, most)).unsqueeze(0) * 7919 % (model.vocab_size or 1)
 
 
 def too_large(source: Source) -> str:
-    """Why logits are not compared, if so: a model is held twice, in float32."""
+    """Why logits are not compared, or an empty string: a comparison holds the model twice, in float32."""
     elements = sum(math.prod(info.shape) for name, info in source.tensors.items() if name.startswith("model."))
     lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
     free = next(int(line.split()[1]) << 10 for line in lines if line.startswith("MemAvailable:"))
@@ -40,7 +40,7 @@ def too_large(source: Source) -> str:
 
 @contextlib.contextmanager
 def in_silence() -> Iterator[None]:
-    """Without the progress bars and warnings of the libraries that logits are compared with."""
+    """Suppress the progress bars and warnings of the libraries that logits are compared with."""
     with warnings.catch_warnings(action="ignore"), contextlib.redirect_stderr(io.StringIO()):
         yield
 
@@ -52,15 +52,15 @@ def cannot_read(library: str, error: Exception) -> str:
 
 
 def relative_gap(ours: Tensor, want: Tensor) -> float:
-    """How far logits are apart, as a part of the largest."""
+    """The largest difference of logits, relative to the largest logit."""
     return float((ours - want).abs().max() / want.abs().max())
 
 
 def same_as_transformers(source: Source, folder: Path, dtype: torch.dtype | None = None) -> str:
     """Compare the logits of ``source``, its weights rounded to ``dtype``, with those that transformers computes from a
-    Hugging Face folder: what was compared, for the user. No code of the folder runs, and nothing pickled is read.
+    Hugging Face folder. Returns the result as a text for the user. No code from the folder runs, no pickle is read.
 
-    Raises CheckpointError where they differ.
+    Raises CheckpointError if they differ.
     """
     if importlib.util.find_spec("transformers") is None:
         return "its logits were not compared: transformers is not installed"

@@ -1,4 +1,4 @@
-"""What is asked of a model and what it answers: one prompt, or a file of requests, each a line of JSON. No torch."""
+"""Requests to a model and its answers: one prompt, or a file of requests, each a line of JSON. No torch."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from megatron_lite.errors import ConfigError, DataError
 
 @dataclass(frozen=True)
 class Sampling:
-    """``temperature`` 0 is greedy. ``top_k`` 0 and ``top_p`` 1 leave the distribution whole."""
+    """``temperature`` 0 is greedy. ``top_k`` 0 and ``top_p`` 1 do not restrict the distribution."""
 
     max_new_tokens: int = 128
     temperature: float = 0.0
@@ -27,7 +27,7 @@ class Sampling:
     seed: int = 0
 
     def mistakes(self) -> list[str]:
-        """Every number that makes no sense, and what would."""
+        """A line for each invalid number, with its valid range."""
         found = []
         if self.max_new_tokens < 1:
             found.append(f"max_new_tokens={self.max_new_tokens}: must be at least 1")
@@ -42,7 +42,7 @@ class Sampling:
         return found
 
     def check(self) -> None:
-        """Raises ConfigError with every number that makes no sense."""
+        """Raises ConfigError with every invalid number."""
         if found := self.mistakes():
             raise ConfigError("\n".join(f"--{mistake}" for mistake in found))
 
@@ -51,8 +51,8 @@ class Sampling:
 class Request:
     """A text to be continued, or a conversation to be answered, by the model as it is or with one of its adapters.
 
-    ``own``: numbers of its own, by their names in ``Sampling``. In a file of requests, ``line`` is where it stands, and
-    ``id`` what it is called.
+    ``own``: its own values for fields of ``Sampling``, by name. In a file of requests, ``line`` is its line number, and
+    ``id`` an optional name.
     """
 
     prompt: str | Sequence[Message]
@@ -63,8 +63,8 @@ class Request:
 
 
 class Answer(NamedTuple):
-    """What became of a request: the text that was read and the text that was produced, which join into one; how many
-    tokens that took, and whether it came to its end (``stop``) or to a limit (``length``). Or the ``error``."""
+    """The result of a request: the text of the prompt and the text that continues it, the number of tokens produced,
+    and whether an end token (``stop``) or a limit (``length``) ended it. Or the ``error``."""
 
     adapter: str | None = None
     prompt: str = ""
@@ -74,7 +74,7 @@ class Answer(NamedTuple):
     error: str | None = None
 
     def to_json(self, index: int, request: Request) -> str:
-        """One line about the answer to the request of that number."""
+        """The answer to request number ``index``, as a line of JSON."""
         told = ("adapter", "text", "num_tokens", "finish_reason") if self.error is None else ("error",)
         named = {} if request.id is None else {"id": request.id}
         return json.dumps({"index": index, "line": request.line, **named, **{key: getattr(self, key) for key in told}})
@@ -86,8 +86,8 @@ _SHOWN = 20  # mistakes
 
 
 def read_requests(path: Path, adapters: Collection[str] | None = None) -> list[Request]:
-    """One JSON object a line: ``prompt`` or ``messages`` and, perhaps, ``adapter``, ``id`` and numbers of ``Sampling``;
-    blank lines count as none. ``adapters``: the names that there are. Raises DataError naming every line that is wrong.
+    """Read one JSON object per line: ``prompt`` or ``messages`` and optionally ``adapter``, ``id`` and numbers of
+    ``Sampling``; blank lines are skipped. ``adapters``: the known names. Raises DataError naming every invalid line.
     """
     try:
         lines = path.read_bytes().removeprefix(codecs.BOM_UTF8).split(b"\n")
@@ -109,7 +109,7 @@ def read_requests(path: Path, adapters: Collection[str] | None = None) -> list[R
 
 
 def _request(line: bytes, adapters: Collection[str] | None) -> Request:
-    """Raises ValueError for what is none."""
+    """The request in a line. Raises ValueError."""
     tree = json.loads(line.decode(), object_pairs_hook=_once)
     if not isinstance(tree, dict):
         raise ValueError("expected an object with prompt or messages")

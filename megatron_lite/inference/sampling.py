@@ -18,7 +18,7 @@ from megatron_lite.models.decoder import Decoder
 
 
 def choose(logits: Tensor, sampling: Sampling, position: int) -> Tensor:
-    """The next token of each row of ``logits`` [batch, vocab]. The draw depends on (seed, position) alone.
+    """The next token, int64 [batch], for each row of ``logits`` [batch, vocab]. Draws depend only on (seed, position).
 
     Nucleus sampling is Holtzman et al. 2020: the smallest set of tokens whose probability reaches ``top_p``.
     Raises NonFiniteError.
@@ -42,8 +42,8 @@ def choose(logits: Tensor, sampling: Sampling, position: int) -> Tensor:
 
 
 def of_request(sampling: Sampling, index: int, own: Mapping[str, Any]) -> Sampling:
-    """That of request number ``index``, which draws unlike the others, the first of them as one alone. What it has of
-    its ``own`` counts; with a seed of its own it draws as one alone."""
+    """The settings of request number ``index``: its ``own`` values, else those of ``sampling``. Requests get different
+    seeds; the first one, and one with its own seed, draw the same tokens as a single prompt would."""
     seed = random.mix(sampling.seed, index) if index else sampling.seed
     return replace(sampling, **{"seed": seed, **own})
 
@@ -61,9 +61,9 @@ def generate(
     """The tokens that follow ``prompt``, up to ``max_new_tokens``, the model's length, or one of the tokens ``stop``.
 
     ``known``: only tokens below it are produced. Under tensor parallelism every rank calls this and gets the same
-    tokens: logits are gathered, and all draw alike.
+    tokens: logits are gathered, and all ranks draw with the same seed.
     """
-    assert all(0 <= token < (model.config.vocab_size or 0) for token in prompt)  # beyond are rows that only pad
+    assert all(0 <= token < (model.config.vocab_size or 0) for token in prompt)  # rows beyond are padding
     device, most = model.projection.weight.device, most_tokens(model, prompt, sampling)
     context = Context(dtype=dtype, cache=KeyValueCache(1, len(prompt) + most))
     tokens = torch.tensor([prompt], device=device)
@@ -80,7 +80,7 @@ def generate(
 
 
 def longest_prompt(model: Decoder) -> int:
-    """How many tokens a prompt may have so that there is room for one more."""
+    """The most tokens that a prompt may have so that there is room for one more."""
     return model.config.max_seq_len - (0 if model.prefix is None else model.prefix.length) - 1
 
 
