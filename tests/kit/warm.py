@@ -21,6 +21,7 @@ import faulthandler
 import fcntl
 import gc
 import importlib
+import inspect
 import io
 import logging
 import os
@@ -49,7 +50,7 @@ PROGRAMS = {  # what ``python -m`` names, and the module that this runs
 }
 _MORE = (
     *("torch.utils.tensorboard", "megatron_lite.training.run", "megatron_lite.inference.generate"),
-    *("megatron_lite.engines.ddp", "megatron_lite.engines.fsdp"),
+    *("megatron_lite.engines.ddp", "megatron_lite.engines.fsdp", "torch._dynamo"),  # the last by torch's optimizers
 )
 # What ranks import one by one under DeepSpeed, with what it asks torch.compile for when it is asked for ZeRO.
 DEEPSPEED = (
@@ -324,6 +325,8 @@ def _become(start: Start) -> None:
     warnings.filters[:] = _Loaded.filters  # type: ignore[index]
     warnings._filters_mutated()  # type: ignore[attr-defined]
     tempfile.tempdir = None
+    for nameless in ("<frozen runpy>", "<string>"):  # for which torchrun's logging searches all modules
+        inspect.modulesbyfile[str(Path.cwd() / nameless)] = ""
     random.seed()
     sys.modules["numpy"].random.seed()
 
