@@ -157,6 +157,7 @@ def test_mpich_spans_hosts(cluster, tmp_path):
     assert sorted(told.split("\n")) == ["", "0 2 0 MPICH", "1 2 0 MPICH"]
 
 
+@pytest.mark.slow
 def test_torchrun_by_hand_reduces_across_two_hosts(cluster, tmp_path):
     (tmp_path / "reduce.py").write_text(ALL_REDUCE)
     endpoint = f"--rdzv-endpoint={cluster.addresses[0]}:29400"

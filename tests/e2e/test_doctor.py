@@ -262,7 +262,7 @@ def test_a_checkpoint_that_does_not_fit_is_told_before_the_run(hosts: Cluster, t
 
 def test_an_all_reduce_that_fails_is_told_in_its_own_words(tmp_path: Path) -> None:
     argv = [PYTHON, "-m", "launch", "doctor", "--nproc=2"]
-    env = {"PYTHONPATH": str(REPOSITORY), "GLOO_SOCKET_IFNAME": "nope0"}
+    env = {"GLOO_SOCKET_IFNAME": "nope0"}
     result = run_job(argv, timeout=60, env=env, cwd=tmp_path).expect(exit_code=5, stdout="bandwidth +ERROR\n$")
     (error,) = errors(result)
     assert re.match(r"error: all-reduce: rank \d \(.*\) ended with exit code 1 .*nope0.*; is it the interface", error)
@@ -275,7 +275,7 @@ def test_more_threads_than_cores_are_told(tmp_path: Path, where: str) -> None:
     if where == "config":
         variables = {"OMP_NUM_THREADS": "5000"}
         argv.insert(4, str(tiny_config(tmp_path, tiny_data(tmp_path), launch__env=variables)))
-    env = {"PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "5000" if where == "environment" else "1"}
+    env = {"OMP_NUM_THREADS": "5000" if where == "environment" else "1"}
     result = run_job(argv, timeout=60, env=env, cwd=tmp_path).expect(exit_code=0, stdout="threads +warning")
     told = (
         r"warning: OMP_NUM_THREADS=5000 in 2 ranks: 10000 threads share \d+ cores?; --launch.env.OMP_NUM_THREADS=\d+ is"

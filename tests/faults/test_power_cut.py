@@ -9,14 +9,14 @@ from tests.kit.tiny import TinyRuns, assert_same_run
 
 
 def test_a_cold_restart_ends_like_a_run_that_nothing_happened_to(tiny: TinyRuns, tmp_path: Path) -> None:
-    with tiny.start(tmp_path, slow=0.1, cold=True) as job:
+    with tiny.start(tmp_path, slow=0.1) as job:
         job.wait_for("step 7 ")
         family = job.family()
         assert len(family) >= 4  # launcher, agent, two ranks
         for process in family:
             os.kill(process.pid, signal.SIGKILL)
         job.wait_gone(5)
-    tiny.run(tmp_path, cold=True).expect(exit_code=0, stdout=r"resumed \S+step_00000006")
+    tiny.run(tmp_path).expect(exit_code=0, stdout=r"resumed \S+step_00000006")
     assert_same_run(tmp_path / "run", tiny.reference)
 
 

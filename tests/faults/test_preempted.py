@@ -17,7 +17,7 @@ def test_whoever_is_asked_all_ranks_save_the_same_step(tiny: TinyRuns, tmp_path:
 
     requests = [(1, signal.SIGTERM, 0), (4, signal.SIGTERM, 1), (7, signal.SIGUSR1, 2)]
     for step, signum, target in requests if tiny.thorough else requests[-1:]:
-        with tiny.start(tmp_path, slow=0.2, cold=target == 0) as job:
+        with tiny.start(tmp_path, slow=0.2) as job:
             job.wait_for(f"step {step} ")
             os.kill(asked(job)[target], signum)
             job.finish().expect(exit_code=75)

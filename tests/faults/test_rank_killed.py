@@ -9,7 +9,7 @@ from tests.kit.tiny import TinyRuns, assert_same_run, every_engine
 
 @every_engine
 def test_the_job_ends_at_once_and_names_the_rank(tiny: TinyRuns, tmp_path: Path) -> None:
-    result = tiny.run(tmp_path, faults="kill:rank=1:step=7:phase=bwd", cold=True)
+    result = tiny.run(tmp_path, faults="kill:rank=1:step=7:phase=bwd")
     ended = time.time()
     result.expect(
         exit_code=5, stderr=r"error: rank 1 \(\S+, pid \d+\) was killed by SIGKILL \(out of memory\?\); log: "

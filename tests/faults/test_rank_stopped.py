@@ -11,9 +11,7 @@ from tests.kit.tiny import TinyRuns, every_engine
 @every_engine
 def test_it_is_found_named_and_killed_in_time(tiny: TinyRuns, tmp_path: Path) -> None:
     hang_timeout = 4.0
-    result = tiny.run(
-        tmp_path, f"--train.hang_timeout={hang_timeout}", faults="stop:rank=1:step=5:phase=bwd", cold=True
-    )
+    result = tiny.run(tmp_path, f"--train.hang_timeout={hang_timeout}", faults="stop:rank=1:step=5:phase=bwd")
     ended = time.time()
     result.expect(
         exit_code=5,

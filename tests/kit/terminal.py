@@ -1,14 +1,17 @@
 """Run a command on a terminal of its own, and type at it."""
 
 import contextlib
+import fcntl
 import os
 import pty
 import select
-import signal
+import subprocess
+import termios
 import time
 import uuid
 from collections.abc import Mapping, Sequence
 
+from tests.kit import warm
 from tests.kit.jobs import MARK, REPOSITORY, Result, heed_signals, kill_marked
 
 CTRL_C = b"\x03"
@@ -23,14 +26,19 @@ def run_on_terminal(
     counts from the last.
     """
     began, mark = time.monotonic(), uuid.uuid4().hex
-    pid, terminal = pty.fork()
-    if pid == 0:
-        try:
-            os.chdir(REPOSITORY)
-            heed_signals()
-            os.execve(argv[0], list(argv), {**os.environ, **(env or {}), MARK: mark})
-        finally:
-            os._exit(127)
+    terminal, theirs = pty.openpty()
+    with warm.starts():
+        process = subprocess.Popen(
+            argv,
+            cwd=REPOSITORY,
+            env={**os.environ, **(env or {}), MARK: mark},
+            stdin=theirs,
+            stdout=theirs,
+            stderr=theirs,
+            start_new_session=True,
+            preexec_fn=take_terminal,
+        )
+    os.close(theirs)
     screen, waiting, struck = b"", list(typed), began
     with contextlib.suppress(OSError):  # raised when the job has closed the other side
         while time.monotonic() - began < timeout:
@@ -40,12 +48,17 @@ def run_on_terminal(
                 time.sleep(0.6)
                 struck = time.monotonic()
                 os.write(terminal, waiting.pop(0)[1])
-    ended, status = os.waitpid(pid, os.WNOHANG if time.monotonic() - began >= timeout else 0)
-    seconds, exit_code = time.monotonic() - struck, os.waitstatus_to_exitcode(status) if ended else None
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        process.wait(max(0.0, began + timeout - time.monotonic()))
+    seconds, exit_code = time.monotonic() - struck, process.poll()
     orphans = kill_marked(mark)
-    if not ended:
-        os.kill(pid, signal.SIGKILL)
-        os.waitpid(pid, 0)
+    process.wait()
     os.close(terminal)
     text = screen.decode(errors="replace").replace("\r\n", "\n")
-    return Result(list(argv), exit_code, text, "", seconds, orphans if ended else [])
+    return Result(list(argv), exit_code, text, "", seconds, orphans if exit_code is not None else [])
+
+
+def take_terminal() -> None:
+    """Make the standard input this session's terminal."""
+    heed_signals()
+    fcntl.ioctl(0, termios.TIOCSCTTY, 0)

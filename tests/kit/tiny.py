@@ -69,8 +69,8 @@ def tiny_config(folder: Path, data: Path, **changes: Any) -> Path:
 
 
 def short_config(folder: Path, data: Path) -> Path:
-    """Three steps of ZeRO 3 without a save: enough to compare launches by."""
-    return tiny_config(folder, data, train__steps=3, checkpoint__every=0, parallel__zero=3)
+    """Three steps without a save: enough to compare launches by."""
+    return tiny_config(folder, data, train__steps=3, checkpoint__every=0)
 
 
 def train_argv(config: Path) -> list[str]:

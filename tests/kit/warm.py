@@ -46,7 +46,8 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 MARK = "MLITE_TEST_JOB"  # in the environment of everything a job starts, so that orphans are found wherever they are
 PROGRAMS = {  # what ``python -m`` names, and the module that this runs
     **{name: f"{name}.__main__" for name in ("launch", "megatron_lite", "data_tools")},
-    **{name: name for name in ("launch.watch.rank", "torch.distributed.run", "tests.kit.world", "tests.kit.probe")},
+    **{name: name for name in ("launch.watch.rank", "torch.distributed.run", "megatron_lite.distributed.bandwidth")},
+    **{name: name for name in ("tests.kit.world", "tests.kit.probe")},
 }
 _MORE = (
     *("torch.utils.tensorboard", "megatron_lite.training.run", "megatron_lite.inference.generate"),

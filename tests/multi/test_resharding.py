@@ -46,13 +46,13 @@ MODELS = {
     "gpt2": {"vocab_size": 99, "family": "gpt2", "tie_embeddings": False},
 }
 MATRICES = {  # the optimizer, the model, the layouts, and of how many pairs of them one is tried
-    "adamw, llama": ("adamw", "llama", list(LAYOUTS), 3),
+    "adamw, llama": ("adamw", "llama", list(LAYOUTS), 5),
     "adamw, llama, every pair": ("adamw", "llama", list(LAYOUTS), 1),
-    "adamw, gpt2": ("adamw", "gpt2", list(LAYOUTS), 3),
+    "adamw, gpt2": ("adamw", "gpt2", list(LAYOUTS), 5),
     "muon, llama": ("muon", "llama", WHOLE_MATRICES, 3),
     "adafactor, llama": ("adafactor", "llama", WHOLE_MATRICES, 3),
-    "lora": ("adamw", "llama", list(LAYOUTS), 3),
-    "prefix": ("adamw", "llama", list(LAYOUTS), 3),
+    "lora": ("adamw", "llama", list(LAYOUTS), 5),
+    "prefix": ("adamw", "llama", list(LAYOUTS), 5),
 }
 
 

@@ -33,7 +33,8 @@ def model(tmp_path):
 def test_a_huge_line_passes_within_bounded_memory(tmp_path, model, megabytes, limit):
     text = "\n".join(documents(40)) + "\n"
     with (tmp_path / "x.jsonl").open("w") as file:
-        file.write(json.dumps({"text": text * (megabytes * 1_000_000 // len(text))}) + "\n" + json.dumps({"text": "next"}) + "\n")
+        huge = text * (megabytes * 1_000_000 // len(text))
+        file.write(json.dumps({"text": huge}) + "\n" + json.dumps({"text": "next"}) + "\n")
         for _ in range(200):  # a line above --max_line_bytes is never held in memory
             file.write("x" * 1_000_000)
         file.write("\n" + json.dumps({"text": "last"}) + "\n")
