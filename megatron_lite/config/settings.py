@@ -110,7 +110,7 @@ def model_section(source: str) -> dict[str, Any]:
     path = Path(source)
     if (path / "config.json").is_file():
         try:
-            return huggingface.model_section(
+            return huggingface.from_config_json(
                 json.loads((path / "config.json").read_text(encoding="utf-8")), f"{path}/config.json"
             )[0]
         except (OSError, ValueError, RecursionError) as error:

@@ -58,7 +58,7 @@ _NO_NUMBERS = re.compile("^_|fuse|flash|implementation|memory_efficient|drop|che
 _SCALE = re.compile("multipl|scal|factor|ratio|pct|percent")
 
 
-def model_section(tree: Mapping[str, Any], where: str, *, strict: bool = False) -> tuple[dict[str, Any], list[str]]:
+def from_config_json(tree: Mapping[str, Any], where: str, *, strict: bool = False) -> tuple[dict[str, Any], list[str]]:
     """The ``model`` section that a ``config.json`` describes, and what the user should know about it.
 
     Raises CheckpointError naming every field that cannot be honoured; with ``strict``, every unknown one, too.
@@ -218,7 +218,7 @@ def _scaling(values: Mapping[str, Any], where: str, tree: Any, refused: list[str
 
 
 def config_json(config: ModelConfig, dtype: str, token_ids: Mapping[str, Any]) -> dict[str, Any]:
-    """The ``config.json`` of a model, as ``model_section`` reads it. Raises CheckpointError if no model type fits."""
+    """The ``config.json`` of a model, read by ``from_config_json``. Raises CheckpointError if no model type fits."""
     kind = config.traits.model_type(config)
     row, section = MODEL_TYPES[kind], config.model_dump()
     tree: dict[str, Any] = {"architectures": [row.architecture], "model_type": kind, "torch_dtype": dtype}

@@ -27,7 +27,14 @@ from megatron_lite.data.hf_tokenizer import named, settled
 from megatron_lite.data.tokenizer import GENERATION, MAIN, TOKENIZER_FILES, carried_tokenizer
 from megatron_lite.distributed.shard import Tile
 from megatron_lite.errors import CheckpointError, ConfigError, DataError
-from megatron_lite.families.huggingface import TOKEN_IDS, Part, config_json, from_mistral, model_section, tensor_parts
+from megatron_lite.families.huggingface import (
+    TOKEN_IDS,
+    Part,
+    config_json,
+    from_config_json,
+    from_mistral,
+    tensor_parts,
+)
 from megatron_lite.layers.positions import rope_frequencies
 from megatron_lite.training.faults import Faults
 
@@ -77,7 +84,7 @@ def read_model(
 ) -> tuple[ModelConfig, list[str]]:
     """The model that a folder's ``config.json`` describes, and notes about it. Raises CheckpointError; with ``strict``,
     also for unknown keys."""
-    section, notes = model_section(read_json(folder, CONFIG), str(folder / CONFIG), strict=strict)
+    section, notes = from_config_json(read_json(folder, CONFIG), str(folder / CONFIG), strict=strict)
     if vocab_multiple is not None:
         section["vocab_multiple"] = vocab_multiple
     try:

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_lite.checkpoint.formats.megatron_args import model_section, of_the_model
+from megatron_lite.checkpoint.formats.megatron_args import from_args, of_the_model
 from megatron_lite.checkpoint.formats.pickles import SafeUnpickler, StoredTensor, load_torch
 from megatron_lite.checkpoint.source import Info, Source, refuse_quantized
 from megatron_lite.checkpoint.storage import open_regular
@@ -63,7 +63,7 @@ class MegatronSource(Source):
 
     def __init__(self, path: Path, args: Mapping[str, Any], vocab_size: int | None) -> None:
         self.path = path
-        section, self.notes = model_section(args, path, vocab_size)
+        section, self.notes = from_args(args, path, vocab_size)
         try:
             self.model = parse_model(section, str(path))
         except ConfigError as error:

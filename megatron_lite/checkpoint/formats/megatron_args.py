@@ -88,7 +88,7 @@ _ABOUT_THE_MODEL = re.compile(
 )
 
 
-def model_section(args: Mapping[str, Any], where: Path, vocab_size: int | None) -> tuple[dict[str, Any], list[str]]:
+def from_args(args: Mapping[str, Any], where: Path, vocab_size: int | None) -> tuple[dict[str, Any], list[str]]:
     """Our ``model`` section for Megatron's arguments, and notes for the user. Raises CheckpointError naming every
     argument that cannot be honoured."""
     missing = [n for n in ("num_layers", "hidden_size", "num_attention_heads", "padded_vocab_size") if not args.get(n)]

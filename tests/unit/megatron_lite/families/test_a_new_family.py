@@ -61,7 +61,7 @@ import torch
 import torch.nn.functional as F
 from megatron_lite import convert
 from megatron_lite.checkpoint.formats.hf import HuggingFaceSource
-from megatron_lite.checkpoint.formats.megatron_args import model_section
+from megatron_lite.checkpoint.formats.megatron_args import from_args
 from megatron_lite.checkpoint.tensor_file import TensorFile
 from megatron_lite.training.report import flops_per_token
 from tests.kit.alone import run_alone
@@ -84,7 +84,7 @@ found["adapted"] = sorted(n for n in run_alone(config, *flags)[0].trainer.engine
 convert.merge_adapter(tuned, config.parent / "merged", None, "ours", "stored", unmerge=False, trust=False)
 sizes = {"num_layers": 2, "hidden_size": 32, "num_attention_heads": 4, "padded_vocab_size": 128}
 args = {**sizes, "normalization": "RMSNorm", "bias_gelu_fusion": True}
-found["megatron"] = model_section(args, Path("there"), None)[0]["family"]
+found["megatron"] = from_args(args, Path("there"), None)[0]["family"]
 print()
 json.dump(found, sys.stdout)
 """

@@ -7,7 +7,7 @@ import pytest
 
 from megatron_lite.checkpoint.formats.hf import HuggingFaceSource, read_model
 from megatron_lite.errors import CheckpointError
-from megatron_lite.families.huggingface import MODEL_TYPES, model_section
+from megatron_lite.families.huggingface import MODEL_TYPES, from_config_json
 from tests.kit.foreign import assert_read_as_theirs, owner_of, random_folder, small_config
 
 pytest.importorskip("transformers", reason="transformers is not installed (pip install '.[hf]')")
@@ -53,17 +53,17 @@ def test_every_key_of_the_owners_class(tmp_path, kind, key):
     tree = {**small_config(kind), key: value}
     if group is REFUSED:
         with pytest.raises(CheckpointError, match=key):
-            model_section(tree, "config.json")
+            from_config_json(tree, "config.json")
         return
     theirs = random_folder(tmp_path, tree)
     assert_read_as_theirs(tmp_path, theirs)
-    changed = model_section(tree, "config.json")[0] != model_section(small_config(kind), "config.json")[0]
+    changed = from_config_json(tree, "config.json")[0] != from_config_json(small_config(kind), "config.json")[0]
     assert changed == (group is HONOURED)
 
 
 @pytest.mark.parametrize("kind", MODEL_TYPES)
 def test_what_is_missing_is_what_their_class_says(kind):
-    theirs, (section, _) = owner_of(kind)[0](), model_section({"model_type": kind}, "config.json")
+    theirs, (section, _) = owner_of(kind)[0](), from_config_json({"model_type": kind}, "config.json")
     for key, ours in MODEL_TYPES[kind].fields.items():
         want = getattr(theirs, key, None)
         if key == "max_position_embeddings" and kind == "mistral":
@@ -76,7 +76,7 @@ def test_what_is_missing_is_what_their_class_says(kind):
 
 
 def test_what_a_window_cuts_is_said():
-    section, notes = model_section({**small_config("mistral"), "sliding_window": 9}, "config.json")
+    section, notes = from_config_json({**small_config("mistral"), "sliding_window": 9}, "config.json")
     assert section["max_seq_len"] == 9
     assert notes == ["model.max_seq_len is cut to sliding_window=9: attention over all tokens is the same there"]
 
@@ -188,7 +188,7 @@ CONTRADICTIONS += [
 @pytest.mark.parametrize(("kind", "changes", "said"), CONTRADICTIONS)
 def test_what_is_not_is_refused_by_name(kind, changes, said):
     with pytest.raises(CheckpointError, match=said):
-        model_section({**small_config(kind), **changes}, "config.json")
+        from_config_json({**small_config(kind), **changes}, "config.json")
 
 
 def test_unknown_keys_are_one_note_and_an_error_where_asked_to(tmp_path):

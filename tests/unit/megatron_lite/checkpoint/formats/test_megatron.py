@@ -9,7 +9,7 @@ import torch
 
 from megatron_lite import convert
 from megatron_lite.checkpoint.formats.megatron import open_megatron
-from megatron_lite.checkpoint.formats.megatron_args import model_section
+from megatron_lite.checkpoint.formats.megatron_args import from_args
 from megatron_lite.errors import CheckpointError
 from tests.kit.foreign import GPT2, LLAMA, megatron_logits, megatron_model, run_megatron
 from tests.kit.world import run_ranks
@@ -268,28 +268,28 @@ OF_OTHER_MODELS = {
 def test_an_argument_of_another_model_is_refused_by_name(name):
     base = {**BASE, "swiglu": name != "gated_linear_unit", "untie_embeddings_and_output_weights": True}
     with pytest.raises(CheckpointError, match=name):
-        model_section({**base, name: OF_OTHER_MODELS[name]}, Path("x"), None)
+        from_args({**base, name: OF_OTHER_MODELS[name]}, Path("x"), None)
 
 
 def test_two_spellings_that_disagree_are_refused():
     with pytest.raises(CheckpointError, match="norm_epsilon=1e-05 but layernorm_epsilon=1e-06"):
-        model_section({**BASE, "layernorm_epsilon": 1e-6}, Path("x"), None)
+        from_args({**BASE, "layernorm_epsilon": 1e-6}, Path("x"), None)
     with pytest.raises(CheckpointError, match="interpolation_factor=2 with use_rope_scaling"):
         both = {"use_rope_scaling": True, "rotary_seq_len_interpolation_factor": 2}
-        model_section({**BASE, **both}, Path("x"), None)
+        from_args({**BASE, **both}, Path("x"), None)
 
 
 def test_gelu_is_the_one_that_is_computed():
     """Megatron's core knows nothing of openai_gelu, and without the fusion its gelu is exact."""
     with pytest.raises(CheckpointError, match="gelu without the tanh approximation"):
         exact = {"bias_gelu_fusion": False, "openai_gelu": True}
-        model_section({**BASE, "gated_linear_unit": False, **GPT2, **exact}, Path("x"), None)
+        from_args({**BASE, "gated_linear_unit": False, **GPT2, **exact}, Path("x"), None)
 
 
 def test_dropout_is_honoured_or_said():
-    section, _ = model_section({**BASE, **GPT2, "hidden_dropout": 0.1, "attention_dropout": 0.2}, Path("x"), None)
+    section, _ = from_args({**BASE, **GPT2, "hidden_dropout": 0.1, "attention_dropout": 0.2}, Path("x"), None)
     assert (section["dropout"], section["attention_dropout"]) == (0.1, 0.2)
-    section, notes = model_section({**BASE, "hidden_dropout": 0.1}, Path("x"), None)
+    section, notes = from_args({**BASE, "hidden_dropout": 0.1}, Path("x"), None)
     assert section["dropout"] == 0.0
     assert notes == ["trained with hidden_dropout=0.1; to go on with it, set model.dropout=0.1"]
 
@@ -298,11 +298,11 @@ def test_every_setting_of_their_config_is_honoured_harmless_or_refused():
     """One that their next release adds, about the model, is refused until it is known here."""
     from megatron.core.transformer.transformer_config import MLATransformerConfig
 
-    plain, found = model_section(BASE, Path("x"), None), {}
+    plain, found = from_args(BASE, Path("x"), None), {}
     for field in dataclasses.fields(MLATransformerConfig):
         own = {int: 7, float: 0.3, bool: field.default is False, str: "x"}.get(type(field.default), 3)
         try:
-            section = model_section({**BASE, field.name: own}, Path("x"), None)
+            section = from_args({**BASE, field.name: own}, Path("x"), None)
             found.setdefault("harmless" if section == plain else "honoured", set()).add(field.name)
         except CheckpointError as error:
             assert field.name in str(error)
