@@ -140,7 +140,7 @@ def test_an_option_that_srun_refuses_is_a_mistake_in_the_config(slurm: Slurm, ti
     argv = ["salloc", "--nodes=1", "--ntasks=2", PYTHON, "-m", "launch", "run", str(config), "--via=slurm"]
     for option, said in (
         ("--bogus", "srun: unrecognized option '--bogus'"),
-        ("--ntasks=1", "--ntasks is this program's"),
+        ("--ntasks=1", "--ntasks is set by the launcher"),
     ):
         result = slurm.run([*argv, "--max_restarts=1", f"--launch.slurm.srun_extra=[{option}]"], timeout=60)
         result.expect(exit_code=2, stderr=rf"\nerror: launch\.slurm\.srun_extra: {said}")

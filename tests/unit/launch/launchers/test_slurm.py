@@ -309,7 +309,7 @@ def test_the_hosts_are_the_allocations(monkeypatch: pytest.MonkeyPatch) -> None:
         ({"nodes": (4, 4)}, env, "--nodes=4: this allocation has 3"),
         ({"nodes": (1, 4)}, env, "ask for one number"),
         ({"hostfile": Path("h"), "exclude": "n1"}, env, "--hostfile, --exclude: Slurm chooses the nodes"),
-        ({}, {**env, "SLURM_STEP_ID": "0"}, "a task of srun's"),
+        ({}, {**env, "SLURM_STEP_ID": "0"}, "a task of srun: leave out"),
         ({}, {**env, "SLURM_HET_SIZE": "2"}, "a heterogeneous job"),
     ):
         with pytest.raises(UsageError, match=message):
@@ -382,13 +382,13 @@ def test_a_container_brings_its_own_python_and_sees_the_run_folder(monkeypatch: 
     ("changes", "run_dir", "message"),
     [
         ({"array": "1-3", "chain": 2}, "runs/x", "give one of them"),
-        ({"extra": ["--array=1-3"]}, "runs/x", "extra: --array is this .* use launch.slurm.array"),
-        ({"extra": ["--mem-per-cpu=4G", "-o x"]}, "runs/x", "extra: -o is this .* logs are in the run folder"),
-        ({"extra": ["-t7"]}, "runs/x", "extra: -t7 is this .* use launch.slurm.time"),
-        ({"extra": ["-vN3"]}, "runs/x", "extra: -vN3 is this .* use --nodes=N"),
+        ({"extra": ["--array=1-3"]}, "runs/x", "extra: --array is set .* use launch.slurm.array"),
+        ({"extra": ["--mem-per-cpu=4G", "-o x"]}, "runs/x", "extra: -o is set .* logs are in the run folder"),
+        ({"extra": ["-t7"]}, "runs/x", "extra: -t7 is set .* use launch.slurm.time"),
+        ({"extra": ["-vN3"]}, "runs/x", "extra: -vN3 is set .* use --nodes=N"),
         ({"extra": ["-o/tmp/zz"]}, "runs/x", "logs are in the run folder"),
-        ({"extra": ["--arra=1-3"]}, "runs/x", "extra: --arra is this .* use launch.slurm.array"),
-        ({"extra": ["--hold --sig=B:9"]}, "runs/x", "extra: --sig is this"),
+        ({"extra": ["--arra=1-3"]}, "runs/x", "extra: --arra is set .* use launch.slurm.array"),
+        ({"extra": ["--hold --sig=B:9"]}, "runs/x", "extra: --sig is set"),
         ({"extra": ["--test-only"]}, "runs/x", "--dry_run shows what"),
         ({"extra": ["--wait"]}, "runs/x", "launch logs JOB --follow"),
         ({}, "runs\\/x", "does not take a backslash"),
