@@ -107,8 +107,8 @@ class SlurmConfig(Section):
         limit = seconds(self.time or "")
         if limit and self.signal_seconds >= limit:  # a limit of 0 is none
             raise ValueError(
-                f"signal_seconds={self.signal_seconds} before the end of time={self.time} ({limit} s) is before the "
-                "start: give less of it, or more time"
+                f"signal_seconds={self.signal_seconds} must be less than time={self.time} ({limit} s); "
+                "lower it or raise time"
             )
         return self
 

@@ -155,14 +155,14 @@ _OTHERWISE = {
         "it follows: ranks ÷ parallel.tp; parallel.zero says what is divided over them"
     ),
     "num_train_epochs num_epochs epochs max_epochs train_samples num_train_samples": (
-        "a length is given in train.steps: samples × epochs ÷ train.global_batch_size"
+        "give the length in train.steps: samples × epochs ÷ train.global_batch_size"
     ),
     "warmup_ratio lr_warmup_fraction warmup_samples lr_warmup_samples": "given in steps: optim.warmup_steps",
     "lr_decay_iters decay_ratio lr_decay_samples": (
         "a schedule ends with train.steps; optim.decay_steps is the length of WSD's decay"
     ),
     "min_lr lr_min min_learning_rate min_lr_factor min_decay_lr cosine_min_lr_ratio": (
-        "given as a part of optim.lr: optim.min_lr_ratio"
+        "given as a fraction of optim.lr: optim.min_lr_ratio"
     ),
     "eval_steps": "how often: train.eval_every; over how many global batches: train.eval_steps",
     "fp16 half float16 fp16_opt_level": "there is no float16; train.precision=bfloat16",
@@ -171,11 +171,11 @@ _OTHERWISE = {
         "there are no pipeline stages; parallel.tp and parallel.zero divide a model"
     ),
     "context_parallel_size context_parallel_degree cp cp_size ulysses_parallel_size sequence_parallel_size": (
-        "sequences are divided over tensor-parallel ranks alone: parallel.tp with parallel.sp"
+        "sequences are split over tensor-parallel ranks only: parallel.tp with parallel.sp"
     ),
     "expert_model_parallel_size expert_parallel_degree num_experts num_moe_experts ep": "there are no experts",
     "flash_attn flash_attention use_flash_attn use_flash_attention attn_implementation attention_backend": (
-        "torch chooses among its kernels for attention"
+        "torch chooses the attention kernel"
     ),
     "swiglu normalization position_embedding_type hidden_act activation_function": "it comes with model.family",
     "template chat_template prompt_template": "the tokenizer's is used; data_tools chat --template=FILE takes another",
@@ -184,9 +184,9 @@ _OTHERWISE = {
     "nproc_per_node num_gpus gpus_per_node num_processes devices": "launch run --nproc=N starts N ranks on each host",
     "distributed_backend ddp_backend backend": "it follows from the device",
     "num_nodes nnodes num_machines": "launch run --nodes=N takes N hosts",
-    "optimizer": "the section is optim here, and what it is optim.name",
+    "optimizer": "the section is optim here, and the optimizer is optim.name",
     "adapter": f"a method is peft.method={_METHODS}; an adapter to start from is init.adapter",
-    "batch_size": "of a rank train.micro_batch_size, of all and a step train.global_batch_size",
+    "batch_size": "per rank: train.micro_batch_size; per step, over all ranks: train.global_batch_size",
     "per_device_eval_batch_size eval_batch_size eval_micro_batch_size": "as in training: train.micro_batch_size",
 }
 

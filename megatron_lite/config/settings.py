@@ -38,7 +38,7 @@ def apply_overrides(tree: dict[str, Any], overrides: Mapping[str, str]) -> list[
                 node[part] = {}
             node = node[part]
             if not isinstance(node, dict):
-                kind = "a list, which is given as a whole" if isinstance(node, list) else "not a section"
+                kind = "a list, and a list can only be given as a whole" if isinstance(node, list) else "not a section"
                 mistakes.append(f"{dotted}: {part} is {kind}")
                 break
         else:
@@ -74,15 +74,15 @@ def load_config(name: str, overrides: Mapping[str, str]) -> Config:
         except ConfigError as error:
             raise ConfigError(f"init.from: {error}") from None
     if tree.get("peft") is not None and source is None:
-        mistakes.append("peft: init.from is missing: the model that is to be adapted")
+        mistakes.append("peft: init.from is missing; it names the model to adapt")
     try:
         config = parse_config(tree)
     except ConfigError as error:
         raise ConfigError("\n".join([*mistakes, str(error)])) from None
     if config.peft is not None and config.init.optimizer:
-        mistakes.append("init.optimizer: what peft trains is new, and that optimizer knows nothing of it")
+        mistakes.append("init.optimizer: peft trains new parameters, for which that optimizer has no state")
     if config.peft is None and config.init.adapter is not None:
-        mistakes.append("init.adapter: peft is missing: the method that it is of")
+        mistakes.append("init.adapter: needs a peft section with the adapter's method")
     if mistakes:
         raise ConfigError("\n".join(mistakes))
     if config.model.vocab_size is None:

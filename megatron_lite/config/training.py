@@ -96,11 +96,11 @@ class OptimConfig(Section):
         if left < 0:
             return [f"optim.warmup_steps={warmup} is longer than train.steps={steps}; at most {steps}"]
         if decay is not None and self.schedule != "wsd":
-            return [f"optim.decay_steps={decay}: optim.schedule={self.schedule} has no such decay; wsd has"]
+            return [f"optim.decay_steps={decay}: optim.schedule={self.schedule} has no separate decay; wsd has"]
         if decay is not None and decay > left:
             return [
-                f"optim.decay_steps={decay} is longer than the {left} steps that optim.warmup_steps={warmup} leaves of "
-                f"train.steps={steps}; at most {left}"
+                f"optim.decay_steps={decay} exceeds the {left} steps of train.steps={steps} that remain after "
+                f"optim.warmup_steps={warmup}; at most {left}"
             ]
         return []
 

@@ -83,7 +83,7 @@ def parse_yaml(text: str, name: str) -> dict[str, Any]:
     if re.search(r"[\s\[{,:-][&*]\w", text):  # no config needs aliases, and nested ones can fill the memory
         raise ConfigError(f"{name}: YAML anchors and aliases (& and *) are not allowed in a config")
     if "${" in text:
-        raise ConfigError(f"{name}: ${{…}} is not filled in; write the value, or give it as --section.key=value")
+        raise ConfigError(f"{name}: ${{…}} is not substituted; write the value, or give it as --section.key=value")
     try:
         tree = load(text)
     except RecursionError:

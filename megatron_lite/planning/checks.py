@@ -42,15 +42,15 @@ def check_tp(model: ModelConfig, tp: int) -> None:
 def _fsdp_mistakes(config: Config, dp: int) -> list[str]:
     mistakes, parallel = [], config.parallel
     if parallel.offload != "none":
-        mistakes.append(f"parallel.offload={parallel.offload} takes parallel.engine=deepspeed")
+        mistakes.append(f"parallel.offload={parallel.offload} requires parallel.engine=deepspeed")
     if parallel.reduce_once and parallel.zero == 0:
         mistakes.append("parallel.reduce_once: with parallel.zero=0 gradients are reduced once a step anyway")
     if parallel.deepspeed:
-        mistakes.append("parallel.deepspeed: these keys take parallel.engine=deepspeed")
+        mistakes.append("parallel.deepspeed: these keys require parallel.engine=deepspeed")
     if parallel.zero == 1:
         mistakes.append(
-            "parallel.zero=1: FSDP2 divides gradients wherever it divides optimizer state; parallel.zero=2 does both, "
-            "sends as many bytes and needs less memory; or parallel.engine=deepspeed"
+            "parallel.zero=1: FSDP2 shards gradients whenever it shards optimizer state; use parallel.zero=2, which "
+            "sends as many bytes and needs less memory, or parallel.engine=deepspeed"
         )
     return mistakes
 
@@ -60,26 +60,30 @@ def _deepspeed_mistakes(config: Config, dp: int) -> list[str]:
     offload, keys = f"parallel.offload={parallel.offload}", parallel.deepspeed
     if config.optim.name != "adamw":
         mistakes.append(
-            f"optim.name={config.optim.name} updates whole matrices, and DeepSpeed's parts begin and end anywhere in "
-            "them; use engine=fsdp"
+            f"optim.name={config.optim.name} needs whole matrices, but DeepSpeed's partitions cut through them; use "
+            "engine=fsdp"
         )
     if parallel.reduce_once:
-        mistakes.append("parallel.reduce_once is FSDP2's; DeepSpeed does so at zero 0 and 1, and never at 2 and 3")
+        mistakes.append(
+            "parallel.reduce_once requires engine=fsdp; DeepSpeed always does so at zero 0 and 1, and never at 2 and 3"
+        )
     if find_spec("deepspeed") is None:
         mistakes.append("parallel.engine=deepspeed: not installed here; pip install 'megatron_lite[deepspeed]'")
     if parallel.dp_replicate > 1:
-        mistakes.append("parallel.dp_replicate: hybrid sharding is FSDP2's; it takes parallel.engine=fsdp")
+        mistakes.append("parallel.dp_replicate: hybrid sharding requires parallel.engine=fsdp")
     if parallel.offload != "none" and dp == 1:
-        mistakes.append(f"{offload}: a single data-parallel rank has nothing divided; start more ranks")
+        mistakes.append(f"{offload}: with a single data-parallel rank nothing is sharded; start more ranks")
     if parallel.offload != "none" and parallel.zero < (least := 3 if parallel.offload == "all" else 1):
-        mistakes.append(f"{offload} takes parallel.zero={least} or more")
+        mistakes.append(f"{offload} requires parallel.zero={least} or more")
     if parallel.zero == 3 and config.train.compile:
-        mistakes.append("train.compile: DeepSpeed's ZeRO 3 hooks are compiled anew at every module; use engine=fsdp")
+        mistakes.append(
+            "train.compile: DeepSpeed's ZeRO 3 hooks cause a recompilation in every module; use engine=fsdp"
+        )
     ours = sorted(keys.keys() & _OURS) + ["zero_optimization.stage"] * (
         "stage" in (keys.get("zero_optimization") or {})
     )
     if ours:
-        mistakes.append(f"parallel.deepspeed: {', '.join(ours)} follows from this config and cannot be given there")
+        mistakes.append(f"parallel.deepspeed: {', '.join(ours)} follows from this config and cannot be set there")
     return mistakes
 
 
@@ -108,10 +112,10 @@ def packing_mistakes(model: ModelConfig, tp: int, packing: str | None) -> list[s
         if columns % (parts * PACKED_BLOCK):
             fits = [str(n) for n in degrees_that_fit(model) if n < tp and not packing_mistakes(model, n, packing)]
             fix = f"use tp {' or '.join(fits)}" if fits else "use bfloat16"
-            over = f" over parallel.tp={tp}" if parts > 1 else ""
+            over = f" / parallel.tp={tp}" if parts > 1 else ""
             mistakes.append(
-                f"peft.base_dtype={packing}: {name} has {columns} input features{over}, which are no whole blocks of "
-                f"{PACKED_BLOCK}; {fix}"
+                f"peft.base_dtype={packing}: {name} has {columns} input features{over}, not a multiple of the "
+                f"block size {PACKED_BLOCK}; {fix}"
             )
     return mistakes
 
@@ -145,7 +149,7 @@ def _peft_mistakes(config: Config, dp: int) -> list[str]:
         mistakes += _cut_blocks(config, dp)
     if config.parallel.engine == "deepspeed" and dp > 1 and peft.base_dtype not in (None, computed, peft.packing):
         mistakes.append(
-            f"peft.base_dtype={peft.base_dtype}: DeepSpeed holds all weights in what is computed in, "
+            f"peft.base_dtype={peft.base_dtype}: DeepSpeed holds all weights in the compute dtype, "
             f"train.precision={computed}; leave it out, or use engine=fsdp"
         )
     return mistakes
@@ -167,14 +171,14 @@ def mistakes(config: Config, world_size: int) -> list[str]:
         found.append(f"parallel.sp: micro batch × seq_len = {tokens} tokens cannot be split over tp={tp}")
     if parallel.offload_activations and train.compile:
         found.append(
-            "parallel.offload_activations: a compiled block keeps what it wants; use parallel.recompute with "
+            "parallel.offload_activations has no effect in compiled blocks; use parallel.recompute with "
             "train.compile, or no compilation"
         )
     dp = -(-world_size // tp)
     found += _ENGINES[parallel.engine](config, dp) + _peft_mistakes(config, dp)
     if parallel.zero == 0 and replicate > 1:
         found.append(
-            f"parallel.dp_replicate={replicate}: with parallel.zero=0 every rank holds everything; it takes zero 2 or 3"
+            f"parallel.dp_replicate={replicate} requires zero 2 or 3; with parallel.zero=0 every rank holds everything"
         )
     if world_size % tp == 0 and dp % replicate:
         found.append(f"parallel.dp_replicate={replicate} does not divide dp {dp}")

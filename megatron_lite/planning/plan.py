@@ -33,7 +33,7 @@ class Plan:
         if self.dp_shard > 1:
             sharded = f" (ZeRO {config.parallel.zero} over {self.dp_shard})"
         elif config.parallel.zero > 0 or (config.parallel.engine == "deepspeed" and self.dp == 1):
-            sharded = " (nothing to divide: trained as engine=fsdp, zero=0)"
+            sharded = " (only one shard: runs as engine=fsdp, zero=0)"
         return (
             f"{cli.several(self.tp * self.dp, 'rank')} = dp {self.dp}{sharded} × tp {self.tp}{sp}; "
             f"global batch {size} = dp {self.dp} × {self.accumulation} × micro {micro} "

@@ -15,16 +15,16 @@ TRAIN_KEYS = (
 )
 SECTIONS = "run, model, data, optim, parallel, train, checkpoint, init, peft, launch"
 ALIASES = "c.yaml: YAML anchors and aliases (& and *) are not allowed in a config"
-NOT_FILLED = "c.yaml: ${…} is not filled in; write the value, or give it as --section.key=value"
+NOT_FILLED = "c.yaml: ${…} is not substituted; write the value, or give it as --section.key=value"
 NO_SECTIONS = "c.yaml: expected sections such as 'model:' and 'train:'"
 NO_CONSTRUCTOR = "could not determine a constructor for the tag"
 NAMES = "string should match pattern '^[A-Za-z0-9][A-Za-z0-9._-]*$'"
 NUL = "no path, argument or variable can hold a NUL character"
 INTEGER = "input should be a valid integer, unable to parse string as an integer"
-NO_BASE = "peft: init.from is missing: the model that is to be adapted"
+NO_BASE = "peft: init.from is missing; it names the model to adapt"
 ZERO_1 = (
-    "parallel.zero=1: FSDP2 divides gradients wherever it divides optimizer state; parallel.zero=2 does both, sends as "
-    "many bytes and needs less memory; or parallel.engine=deepspeed"
+    "parallel.zero=1: FSDP2 shards gradients whenever it shards optimizer state; use parallel.zero=2, which sends as "
+    "many bytes and needs less memory, or parallel.engine=deepspeed"
 )
 
 FILES = {  # a file and what is said about it
@@ -98,7 +98,7 @@ FLAGS = {  # what is typed after the name of a good config, and what is said abo
     "--parallel.zero=4": "parallel.zero: input should be less than or equal to 3, not '4'",
     "--parallel.zero=1 --ranks=1": ZERO_1,
     "--parallel.dp_replicate=2 --ranks=2": (
-        "parallel.dp_replicate=2: with parallel.zero=0 every rank holds everything; it takes zero 2 or 3"
+        "parallel.dp_replicate=2 requires zero 2 or 3; with parallel.zero=0 every rank holds everything"
     ),
     "--parallel.dp_replicate=3 --parallel.zero=3 --ranks=4": "parallel.dp_replicate=3 does not divide dp 4",
     "--parallel.tp=2 --ranks=1": "parallel.tp=2 does not divide the 1 rank of this job",
@@ -129,10 +129,10 @@ FLAGS = {  # what is typed after the name of a good config, and what is said abo
     ),
     "--optim.warmup_steps=101": "config: optim.warmup_steps=101 is longer than train.steps=100; at most 100",
     "--optim.schedule=wsd --optim.warmup_steps=20 --optim.decay_steps=81": (
-        "config: optim.decay_steps=81 is longer than the 80 steps that optim.warmup_steps=20 leaves of "
-        "train.steps=100; at most 80"
+        "config: optim.decay_steps=81 exceeds the 80 steps of train.steps=100 that remain after "
+        "optim.warmup_steps=20; at most 80"
     ),
-    "--optim.decay_steps=5": "config: optim.decay_steps=5: optim.schedule=cosine has no such decay; wsd has",
+    "--optim.decay_steps=5": "config: optim.decay_steps=5: optim.schedule=cosine has no separate decay; wsd has",
     "--optim.min_lr_ratio=1.1": "optim.min_lr_ratio: input should be less than or equal to 1, not '1.1'",
     "--model.hidden_size=100 --model.num_heads=7": (
         "model: num_heads=7 must divide hidden_size=100, for example 4, 5, 10; or set head_dim"
@@ -160,7 +160,7 @@ FLAGS = {  # what is typed after the name of a good config, and what is said abo
     "--data.train=[]": "data.train: list should have at least 1 item after validation, not 0, not []",
     "--data.train=x": "data.train: expected a list such as [{path: PREFIX}], not 'x'",
     "--data.train=[x]": "data.train.0: expected {path: PREFIX}, not 'x'",
-    "--data.train.0.path=x": "data.train.0.path: train is a list, which is given as a whole",
+    "--data.train.0.path=x": "data.train.0.path: train is a list, and a list can only be given as a whole",
     "--data.validation=x": "data.validation: expected a list such as [{path: PREFIX}], not 'x'",
     "--data.split=969,30,1": "data.split: expected a list such as [0.98, 0.01, 0.01], not '969,30,1'",
     "--launch.ssh.options=x": 'launch.ssh.options: expected a list such as ["a", "b"], not \'x\'',

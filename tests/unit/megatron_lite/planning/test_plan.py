@@ -38,10 +38,10 @@ def test_accumulation_follows_from_the_batch_and_the_ranks():
     ("parallel", "world", "told"),
     [
         ({"zero": 3}, 2, "2 ranks = dp 2 (ZeRO 3 over 2) × tp 1;"),
-        ({"zero": 3}, 1, "1 rank = dp 1 (nothing to divide: trained as engine=fsdp, zero=0) × tp 1;"),
-        ({"engine": "deepspeed", "zero": 2, "tp": 2}, 2, "2 ranks = dp 1 (nothing to divide: trained as engine=fsdp"),
+        ({"zero": 3}, 1, "1 rank = dp 1 (only one shard: runs as engine=fsdp, zero=0) × tp 1;"),
+        ({"engine": "deepspeed", "zero": 2, "tp": 2}, 2, "2 ranks = dp 1 (only one shard: runs as engine=fsdp"),
         ({"engine": "deepspeed"}, 2, "2 ranks = dp 2 × tp 1;"),
-        ({"zero": 3, "dp_replicate": 2}, 2, "2 ranks = dp 2 (nothing to divide: trained as engine=fsdp"),
+        ({"zero": 3, "dp_replicate": 2}, 2, "2 ranks = dp 2 (only one shard: runs as engine=fsdp"),
     ],
 )
 def test_what_is_not_divided_is_said(parallel, world, told):
@@ -63,12 +63,12 @@ def test_what_is_not_divided_is_said(parallel, world, told):
         (
             {"parallel": {"engine": "deepspeed", "zero": 1}, "optim": {"name": "muon"}},
             2,
-            r"optim\.name=muon updates whole matrices.* use engine=fsdp",
+            r"optim\.name=muon needs whole matrices.* use engine=fsdp",
         ),
         (
             {"parallel": {"offload_activations": True}, "train": {"compile": True}},
             1,
-            r"parallel\.offload_activations: a compiled block .* use parallel\.recompute",
+            r"parallel\.offload_activations has no effect .* use parallel\.recompute",
         ),
     ],
 )
@@ -84,11 +84,11 @@ BLOCKS = {"hidden_size": 192, "num_heads": 6, "num_kv_heads": 6, "ffn_size": 768
 @pytest.mark.parametrize(
     ("changes", "world", "message"),
     [
-        ({}, 1, r"nf4: attention\.qkv has 48 input features, which are no whole blocks of 64; use bfloat16"),
+        ({}, 1, r"nf4: attention\.qkv has 48 input features, not a multiple of the block size 64; use bfloat16"),
         (
             {"model": BLOCKS, "parallel": {"tp": 2}},
             2,
-            r"nf4: attention\.o has 192 input features over parallel\.tp=2, which are no whole blocks of 64; use tp 1",
+            r"nf4: attention\.o has 192 input features / parallel\.tp=2, not a multiple of the block size 64; use tp 1",
         ),
         (
             {"model": {**BLOCKS, "hidden_size": 128, "head_dim": 64}, "parallel": {"engine": "deepspeed", "zero": 3}},
@@ -124,13 +124,13 @@ def test_the_table_in_the_docs_is_what_is_checked():
 @pytest.mark.parametrize(
     ("parallel", "world", "message"),
     [
-        ({"zero": 1}, 2, r"parallel\.zero=1: FSDP2 divides gradients .* or parallel\.engine=deepspeed"),
-        ({"dp_replicate": 2}, 4, "parallel.dp_replicate=2: with parallel.zero=0 every rank holds everything"),
+        ({"zero": 1}, 2, r"parallel\.zero=1: FSDP2 shards gradients .* or parallel\.engine=deepspeed"),
+        ({"dp_replicate": 2}, 4, "parallel.dp_replicate=2 requires zero 2 or 3"),
         ({"dp_replicate": 3, "zero": 3}, 4, "parallel.dp_replicate=3 does not divide dp 4"),
-        ({"offload": "all", "engine": "deepspeed", "zero": 2}, 2, "parallel.offload=all takes parallel.zero=3"),
-        ({"offload": "optimizer", "zero": 2}, 2, "parallel.offload=optimizer takes parallel.engine=deepspeed"),
-        ({"offload": "optimizer", "zero": 2, "engine": "deepspeed"}, 1, "a single data-parallel rank has nothing"),
-        ({"deepspeed": {"a": 1}}, 2, "parallel.deepspeed: these keys take parallel.engine=deepspeed"),
+        ({"offload": "all", "engine": "deepspeed", "zero": 2}, 2, "parallel.offload=all requires parallel.zero=3"),
+        ({"offload": "optimizer", "zero": 2}, 2, "parallel.offload=optimizer requires parallel.engine=deepspeed"),
+        ({"offload": "optimizer", "zero": 2, "engine": "deepspeed"}, 1, "a single data-parallel rank nothing"),
+        ({"deepspeed": {"a": 1}}, 2, "parallel.deepspeed: these keys require parallel.engine=deepspeed"),
         (
             {"engine": "deepspeed", "deepspeed": {"fp16": {}, "zero_optimization": {"stage": 3}}},
             2,
