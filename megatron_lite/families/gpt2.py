@@ -23,8 +23,8 @@ def _model_type(config: ModelConfig) -> str:
         "num_kv_heads": config.num_kv_heads != config.num_heads,
         "head_dim": config.head_dim * config.num_heads != config.hidden_size,
     }
-    if wrong := [key for key in differs if differs[key]]:
-        raise CheckpointError(f"Hugging Face's GPT-2 has no model.{' nor model.'.join(wrong)} other than its own")
+    if wrong := [f"model.{key}={getattr(config, key)}" for key in differs if differs[key]]:
+        raise CheckpointError(f"Hugging Face's GPT-2 does not support {', '.join(wrong)}")
     return "gpt2"
 
 

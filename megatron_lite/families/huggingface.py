@@ -98,7 +98,7 @@ def from_config_json(tree: Mapping[str, Any], where: str, *, strict: bool = Fals
         raise CheckpointError(f"{where}: cannot be honoured: {'; '.join(refused)}")
     if unknown:
         names = ", ".join(unknown)
-        notes.append(f"read neither here nor by transformers' {row.architecture}: {names} of config.json")
+        notes.append(f"config.json: ignored, as in transformers' {row.architecture}: {names}")
     return section, notes
 
 

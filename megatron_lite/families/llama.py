@@ -41,11 +41,15 @@ def _biases_differ(values: Mapping[str, Any]) -> list[str]:
 def _model_type(config: ModelConfig) -> str:
     if config.qk_norm:
         if config.bias or config.qkv_bias:
-            raise CheckpointError("Hugging Face has no Llama with model.qk_norm and biases as these")
+            raise CheckpointError("Hugging Face's Llama does not support model.qk_norm together with biases")
         return "qwen3"
     if config.bias != config.qkv_bias:
         if config.bias or config.head_dim * config.num_heads != config.hidden_size:
-            raise CheckpointError("Hugging Face has no Llama with model.bias and model.qkv_bias as these")
+            dim = "" if config.bias else f" and model.head_dim={config.head_dim}"
+            raise CheckpointError(
+                f"Hugging Face's Llama does not support model.bias={config.bias} with "
+                f"model.qkv_bias={config.qkv_bias}{dim}"
+            )
         return "qwen2"
     return "llama"
 

@@ -35,7 +35,7 @@ def mistakes(key: str, patterns: Iterable[str], names: Iterable[str]) -> list[st
     short = list(dict.fromkeys(name.rpartition(".")[2] for name in names))
     return [
         f"{key}: {pattern!r} matches no module{cli.nearest(pattern, [*short, *names])}; there are {', '.join(short)}, "
-        f"and whole names such as {names[len(names) // 2]!r}"
+        f"or full names such as {names[len(names) // 2]!r}"
         for pattern in patterns
         if not any(matches(pattern, name) for name in names)
     ]

@@ -196,7 +196,7 @@ def test_unknown_keys_are_one_note_and_an_error_where_asked_to(tmp_path):
     random_folder(tmp_path, {**small_config("llama"), **changes})
     (note,) = read_model(tmp_path)[1]
     assert note.startswith(
-        "read neither here nor by transformers' LlamaForCausalLM: max_sequence_length, unsloth_version,"
+        "config.json: ignored, as in transformers' LlamaForCausalLM: max_sequence_length, unsloth_version,"
     )
     with pytest.raises(CheckpointError, match="max_sequence_length is unknown; unsloth_version is unknown; use_mrope"):
         HuggingFaceSource(tmp_path, strict=True)
