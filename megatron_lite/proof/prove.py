@@ -70,10 +70,11 @@ def prove(
                 f"relative difference {difference:.3g}, tolerance {limit:g}"
             )
     how = f"equal within {limit:g} over {steps} steps in {dtype}"
-    console.print(f"{how}, Muon's updates being bfloat16" if muon else how, highlight=False)
+    console.print(f"{how} (Muon's updates in bfloat16)" if muon else how, highlight=False)
     console.print(
-        f"differences are relative to a tensor's largest element, at least to {FLOORS[judged_as]:g} of its kind's; "
-        "optimizers start with moments, which keep them from enlarging a vanishing gradient's rounding",
+        f"differences are relative to a tensor's largest element or, if greater, to {FLOORS[judged_as]:g} of the "
+        "largest of its kind; optimizers start with non-zero moments, which keep them from amplifying the rounding of "
+        "near-zero gradients",
         highlight=False,
         style="dim",
     )

@@ -50,18 +50,18 @@ class Progress:
             trained = sum(math.prod(engine.specs[name].shape) for name in engine.trained)
             logger.info("%s on %s", config.peft.method, ", ".join(summary(config.peft.matched(config.model))))
             logger.info(
-                "trained: %s of %s parameters (%.3g %%), which saves %s MiB a rank of training all",
+                "trained: %s of %s parameters (%.3g %%), which saves %s MiB per rank compared with training all",
                 f"{trained:,}",
                 f"{parameters:,}",
                 100 * trained / parameters,
                 f"{all_trained - parts['frozen']:,.1f}",
             )
         logger.info(
-            "memory a rank, MiB: %s = %s, and activations",
+            "memory per rank, MiB: %s = %s, plus activations",
             " + ".join(f"{name} {size:,.1f}" for name, size in parts.items()),
             f"{sum(parts.values()):,.1f}",
         )
-        logger.info("%s parameters; peak %.3g FLOP/s a rank (%s)", f"{parameters:,}", self.peak, self.peak_source)
+        logger.info("%s parameters; peak %.3g FLOP/s per rank (%s)", f"{parameters:,}", self.peak, self.peak_source)
 
     def step(self, result: StepResult, seconds: float) -> None:
         """Report one step, which took ``seconds``."""

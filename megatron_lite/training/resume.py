@@ -32,7 +32,7 @@ def check_model(ours: ModelConfig, theirs: ModelConfig, path: Path, allowed: Col
     refused = [key for key in function if f"model.{key}" not in allowed]
     if shapes or refused:
         wanted = ",".join(f"model.{key}" for key in refused)
-        fix = "" if shapes else f"; {_ALLOW}=[{wanted}] goes on with what is here"
+        fix = "" if shapes else f"; {_ALLOW}=[{wanted}] continues with the values of this config"
         raise CheckpointError(f"{path}: {told([*shapes, *refused])}{fix}")
     return [f"{path}: {told([key])}" for key in function]
 
@@ -50,8 +50,8 @@ def check_template(
     if "chat_template" in allowed:
         return [*notes, f"changed since the checkpoint: {there} → {here}"]
     raise CheckpointError(
-        f"{path}: {there} there, {here} here (data.tokenizer's or data.train's); {_ALLOW}=[chat_template] goes on with "
-        "what is here"
+        f"{path}: {there} there, {here} here (data.tokenizer's or data.train's); {_ALLOW}=[chat_template] continues "
+        "with the one here"
     )
 
 
@@ -80,7 +80,7 @@ def check_tokenizers(config: Config, datasets: Iterable[Dataset], ours: Tokenize
     tokenizer, name = ours, f"data.tokenizer={config.data.tokenizer}"
     if tokenizer is None and start is not None:
         tokenizer, name = theirs, f"that of {start.path}"
-        goes_on = f"data.tokenizer names the run's, and {goes_on}"
+        goes_on = f"set data.tokenizer to the run's tokenizer; {goes_on}"
     digest = tokenizer.sha256 if tokenizer else None
     for source in sources:
         made, there = f"{source.card.get('tokenizer')!a:.200}", str(source.card["tokenizer_sha256"])
@@ -109,7 +109,7 @@ def check_run(
     CheckpointError, DataError, and ConfigError for a schedule that does not fit the remaining steps."""
     path, content, vocab = found.path, found.state(), config.model.vocab_size
     if "train" not in content:
-        raise CheckpointError(f"{path} holds weights, no run to resume; start one with --init.from={path}")
+        raise CheckpointError(f"{path} holds only weights, not a run; start a new run with --init.from={path}")
     theirs, size = content.get("tokenizer_sha256"), content.get("vocab_size")
     if size != vocab or (theirs != tokenizer and not config.data.force_tokenizer):
         raise CheckpointError(
@@ -122,7 +122,9 @@ def check_run(
     check_model(config.model, saved.model, path, allowed)
     if saved.model.padded_vocab_size != config.model.padded_vocab_size:
         told = f"model.vocab_multiple {saved.model.vocab_multiple} there, {config.model.vocab_multiple} here"
-        raise CheckpointError(f"{path}: {told}: a run keeps its padding; --init.from={path} starts one of another")
+        raise CheckpointError(
+            f"{path}: {told}: a run cannot change its padding; start a new run with --init.from={path}"
+        )
     if saved.peft != peft:
         there, here = ({} if p is None else p.model_dump() for p in (saved.peft, peft))
         keys = sorted(key for key in there.keys() | here.keys() if there.get(key) != here.get(key))
@@ -137,13 +139,13 @@ def check_run(
     if "optim.name" in changed:
         there, here = changed["optim.name"]
         raise CheckpointError(
-            f"{path}: optim.name {there} there, {here} here: the state of one is of no use to the other; a new run "
-            "starts from these weights with --init.from"
+            f"{path}: optim.name {there} there, {here} here: their optimizer states are incompatible; start a new "
+            f"run with --init.from={path}"
         )
     notes = [f"changed since the checkpoint: {key} {a!s:.200} → {b!s:.200}" for key, (a, b) in changed.items()]
     if validation is not None and content.get("validation") not in (None, validation):
         notes.append("changed since the checkpoint: the validation data (files, weights, split, seq_len or seed)")
-    notes += [f"{_ALLOW}: {k} is as it was" for k in allowed if k.startswith("model.") and k not in changed]
+    notes += [f"{_ALLOW}: {k} has not changed" for k in allowed if k.startswith("model.") and k not in changed]
     if any(key.startswith("optim.") or key == "train.steps" for key in changed):
         notes += _schedule(config, saved, found.step)
     return notes
@@ -173,7 +175,7 @@ def _schedule(config: Config, saved: CheckpointSource, step: int) -> list[str]:
         return []
     if optim.decaying(step, steps) and not old.decaying(step, old_steps):
         raise ConfigError(
-            f"optim.decay_steps={optim.decay(steps)} is longer than the {left} steps that train.steps={steps} leaves "
+            f"optim.decay_steps={optim.decay(steps)} exceeds the {left} steps of train.steps={steps} that remain "
             f"after {saved.path}; at most {left}"
         )
     before, now = learning_rate(old, step, old_steps), learning_rate(optim, step, steps)

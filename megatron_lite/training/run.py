@@ -77,7 +77,7 @@ class Run:
             (config.folder / "config.yaml").write_text(to_yaml(config), encoding="utf-8")
             step, steps = trainer.state.step, config.train.steps
             if step >= steps:
-                logger.info("nothing to train: it is at step %d of train.steps=%d", step, steps)
+                logger.info("nothing to train: the run is already at step %d of train.steps=%d", step, steps)
         return self.progress
 
     def loop(self) -> None:

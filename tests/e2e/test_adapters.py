@@ -60,7 +60,7 @@ def test_on_a_base_in_4_bits_it_belongs_to_the_base_on_disk(tmp_path: Path) -> N
     plain = train(tmp_path, "plain", *on_base, "--train.steps=2").expect(0)
     packed = train(tmp_path, "run", *on_base, "--peft.base_dtype=nf4")
     # 2 · (4 · 64 · 64 + 3 · 64 · 192) numbers in 36 / 64 bytes each, 8,512 in 2.
-    packed.expect(0, stdout=r"memory a rank, MiB: frozen 0\.1 \+ weights 0\.0 \+ ")
+    packed.expect(0, stdout=r"memory per rank, MiB: frozen 0\.1 \+ weights 0\.0 \+ ")
     prints = [re.search(r"adapting \S+ \(([0-9a-f]{12})\)", result.stdout)[1] for result in (plain, packed)]
     assert prints[0] == prints[1]
     assert losses(tmp_path / "run")[12] < losses(tmp_path / "run")[1]

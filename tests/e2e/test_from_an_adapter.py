@@ -157,5 +157,5 @@ def test_it_begins_where_another_of_ours_has_ended_or_says_why_not(tmp_path):
     alone(tmp_path, "no", *tuned, f"--init.adapter={tmp_path}/base").expect(
         4, stderr=r"\Aerror: \S+ holds no adapter\n"
     )
-    alone(tmp_path, "no", *second[1:]).expect(2, stderr=r"\Aerror: init\.adapter: peft is missing")
+    alone(tmp_path, "no", *second[1:]).expect(2, stderr=r"\Aerror: init\.adapter: needs a peft section")
     assert not list((tmp_path / "no" / "checkpoints").glob("step_*"))
