@@ -95,7 +95,7 @@ def generate(
     if base_dtype is not None and base_dtype not in PACKED_BYTES:
         mistakes.append(f"--base_dtype={base_dtype}{cli.nearest(base_dtype, PACKED_BYTES)}: expected int8 or nf4")
     if requests and prompt:
-        mistakes.append("--prompt: the prompts are those of --requests")
+        mistakes.append("--prompt: the prompts come from --requests; give only one of the two")
     parts = [part.partition("=") for part in adapters.split(",") if part]
     named = {name: Path(path) for name, _, path in parts}
     if len(named) < len(parts) or not all(name and path for name, _, path in parts):
@@ -126,7 +126,8 @@ def generate(
         if lead:
             print(answer.to_json(index, request) if requests else answer.prompt + answer.text, flush=True)
     if lead and named and adapter is None and not requests:
-        print(f"note: without --adapter={'|'.join(named)} the answer is {checkpoint}'s own", file=sys.stderr)
+        choose = f"--adapter={'|'.join(named)} uses one"
+        print(f"note: answered by {checkpoint} without an adapter; {choose}", file=sys.stderr)
     if failed:
         told = ", ".join(failed[:20]) + (" …" if len(failed) > 20 else "")
         raise DataError(f"{requests}: {len(failed)} of {len(asked)} requests could not be answered: {told}")

@@ -65,7 +65,7 @@ def verify(path: Path) -> None:
     """Check every byte. A Hugging Face folder has no digests: check that all tensors exist with the right shapes."""
     if is_hugging_face(path):
         with _opened(path, trust=False) as source:
-            print(f"{path}: {len(source.tensors)} tensors, {amount(_size(source))}: all there; no digests to check by")
+            print(f"{path}: {len(source.tensors)} tensors, {amount(_size(source))}, all present; no digests to verify")
         return
     print(look.verify(checkpoint.find(path)))
 
@@ -104,7 +104,7 @@ def reshard(source: Path, destination: Path, files: int, max_ram: int, *, trust:
     _positive(files)
     with _opened(source, trust=trust) as opened:
         if not isinstance(opened, CheckpointSource):
-            raise CheckpointError(f"{source} is not a checkpoint of ours; ckpt import_… makes one of it")
+            raise CheckpointError(f"{source} is not a checkpoint of ours; convert it with ckpt import_…")
         _write(opened, destination, opened.step, opened.checkpoint.state(), opened.extras(), files, max_ram // 8)
 
 
@@ -147,7 +147,7 @@ def average(paths: Sequence[Path], destination: Path, last: int, *, trust: bool)
             raise CheckpointError(f"{latest.parent}: holds {len(steps)} checkpoints up to {latest.name}, not {last}")
         paths = steps[:last][::-1]
     if len(paths) < 2:
-        raise ConfigError("ckpt average takes at least two checkpoints, with commas between them, or --last=N")
+        raise ConfigError("ckpt average needs at least two checkpoints, separated by commas, or --last=N")
     with contextlib.ExitStack() as stack:
         mean = Average([stack.enter_context(_opened(path, trust=trust)) for path in paths[::-1]])
         _write(mean, destination, mean.step, *weights_only(mean), 1, BLOCK_BYTES)
@@ -191,8 +191,8 @@ def _same_as_beside(written: Source, base: Source, adapter: CheckpointSource) ->
     gap = relative_gap(ours, want)
     exact = all(info.dtype == torch.float32 for info in written.tensors.values())
     if not gap < (1e-4 if exact else 0.1):
-        raise CheckpointError(f"{written.path} computes other logits than its parts, by {gap:.2g} of the largest")
-    return f"its logits are those of both together within {gap:.1g}"
+        raise CheckpointError(f"{written.path}: logits differ from base and adapter by {gap:.2g} of the largest")
+    return f"its logits equal those of base and adapter within {gap:.1g}"
 
 
 def _as_peft_computes(folder: Path, base: Source, adapter: Source) -> str:
@@ -218,8 +218,8 @@ def _as_peft_computes(folder: Path, base: Source, adapter: Source) -> str:
         ours = _beside(base, adapter)(tokens)
     gap = relative_gap(ours, want)
     if not gap < 1e-4:
-        raise CheckpointError(f"{folder}: the peft library computes other logits from it, by {gap:.2g} of the largest")
-    return f"the peft library's logits are ours within {gap:.1g}"
+        raise CheckpointError(f"{folder}: the peft library's logits differ from ours by {gap:.2g} of the largest")
+    return f"the peft library's logits equal ours within {gap:.1g}"
 
 
 def _beside(base: Source, adapter: Source) -> Decoder:
@@ -257,13 +257,13 @@ def export_peft(adapter: Path, destination: Path, base: Path | None, *, trust: b
         if other:
             told = ", ".join(f"model.{key}={getattr(opened.model, key)} (its base: {other[key]})" for key in other)
             raise CheckpointError(
-                f"{opened.path} was trained with {told}, which their format cannot say; merge_adapter can"
+                f"{opened.path} was trained with {told}, which their format cannot express; use ckpt merge_adapter"
             )
         assert opened.peft is not None
         form = opened.peft.peft_folder()
         if form is None:
             known = ", ".join(name for name, method in peft.METHODS.items() if method.peft_folder() is not None)
-            raise CheckpointError(f"{opened.path}: peft.method={opened.peft.method}: of {known} there are theirs")
+            raise CheckpointError(f"{opened.path}: peft.method={opened.peft.method} cannot be exported, only {known}")
         written = form.write(opened, under, destination)
         with contextlib.closing(open_peft(destination, under)) as again:
             again.compare(written)
@@ -282,7 +282,9 @@ def _with_base(
             raise CheckpointError(f"{opened.path} holds no adapter of ours")
         where = base or (Path(opened.base) if opened.base else None)
         if where is None or not where.exists():
-            raise CheckpointError(f"{adapter} is an adapter of {where}, which is not there; --base=PATH says where")
+            raise CheckpointError(
+                f"{adapter} is an adapter of {where}, which does not exist; give its path with --base=PATH"
+            )
         with _opened(where, trust=trust, like=opened) as under:
             opened.check_adapter(trained_shapes(_adapted(under, opened.peft)))
             found, (under.model, keys) = under.model, under.model.computing_as(opened.model)
@@ -304,7 +306,7 @@ def export_hf(source: Path, destination: Path, dtype: str, shard_bytes: int, *, 
             for name, digest in digests.items():
                 with (destination / name).open("rb") as file:
                     if hashlib.file_digest(file, "sha256").hexdigest() != digest:
-                        raise CheckpointError(f"{destination / name} is not what was written: the disk lies")
+                        raise CheckpointError(f"{destination / name} reads back other than written (faulty disk?)")
             checked = same_as_transformers(opened, destination, EXPORT_DTYPES[dtype])
             print(f"{destination}: {amount(_size(written))}, read back; {checked}")
 

@@ -29,7 +29,7 @@ def open_source(
     model (DeepSpeed). Raises CheckpointError.
     """
     if (path / CONFIG).is_file() and not is_hugging_face(path):
-        raise CheckpointError(f"{path} is an adapter of the peft library's; ckpt import_peft makes one of ours of it")
+        raise CheckpointError(f"{path} is an adapter of the peft library; convert it with ckpt import_peft")
     if is_hugging_face(path):
         world, multiple = world or Axis("world"), like.vocab_multiple if like else None
         theirs: list[Source] = []
@@ -39,7 +39,9 @@ def open_source(
         return open_megatron(path, like.vocab_size if like else None)
     if is_deepspeed(path):
         if like is None:
-            raise CheckpointError(f"{path}: DeepSpeed does not say of what model; ckpt import_deepspeed takes a config")
+            raise CheckpointError(
+                f"{path}: a DeepSpeed checkpoint does not describe its model; use ckpt import_deepspeed with a config"
+            )
         return DeepSpeedSource(path, like)
     return CheckpointSource(open_checkpoint(find(path), world, trust=trust))
 

@@ -109,13 +109,13 @@ def read_manifest(path: Path) -> Manifest:
     except FileNotFoundError:
         raise CheckpointError(f"{path}: {manifest_file.NAME} is missing: not a complete checkpoint") from None
     if step_of(path.name) not in (None, manifest.step):
-        raise CheckpointError(f"{path}: the checkpoint in it is that of step {manifest.step}")
+        raise CheckpointError(f"{path}: the checkpoint in this folder is of step {manifest.step}")
     return manifest
 
 
 def _read(path: Path, size: int) -> bytes:
     if size > _MAX_READ_BYTES:
-        raise CheckpointError(f"{path}: {amount(size)} are too much for such a file")
+        raise CheckpointError(f"{path}: {amount(size)} is too large for such a file")
     with open_regular(path) as file:
         return file.read(size)
 

@@ -160,10 +160,10 @@ class CheckpointSource(Source):
         weights = {name: info for name, info in self.tensors.items() if name.startswith("model.")}
         if odd := sorted(weights.keys() ^ shapes.keys()):
             complaint = "lacks" if odd[0] in shapes else "has no use for"
-            raise CheckpointError(f"{self.path} {complaint} {odd[0]}: not the adapter that its config.yaml means")
+            raise CheckpointError(f"{self.path} {complaint} {odd[0]}: not the adapter that its config.yaml describes")
         for name, (dtype, shape) in weights.items():
             if shape != shapes[name] or not dtype.is_floating_point:
-                raise CheckpointError(f"{self.path}: {name} is {dtype} {shape}, its config.yaml means {shapes[name]}")
+                raise CheckpointError(f"{self.path}: {name} is {dtype} {shape}, its config.yaml implies {shapes[name]}")
         for name, (dtype, shape) in weights.items():
             for place in row_blocks(shape, dtype.itemsize, _BLOCK_BYTES):
                 block = torch.empty([s.stop - s.start for s in place], dtype=dtype)
@@ -187,7 +187,7 @@ def _text(saved: Mapping[str, Any], section: str, key: str, where: str) -> str |
     part = saved.get(section) or {}
     value = part.get(key) if isinstance(part, dict) else part
     if value is not None and not isinstance(value, str):
-        raise CheckpointError(f"{where}: {section}.{key}: expected a text, found {type(value).__name__}")
+        raise CheckpointError(f"{where}: {section}.{key}: expected a string, found {type(value).__name__}")
     return value
 
 
@@ -201,7 +201,7 @@ class Average(Source):
         for other in sources[1:]:
             for name, info in self.tensors.items():
                 if other.tensors.get(name, Info(info.dtype, ())).shape != info.shape:
-                    raise CheckpointError(f"{other.path}: {name} is not there in the shape it has in {first.path}")
+                    raise CheckpointError(f"{other.path}: {name} is missing or has another shape than in {first.path}")
 
     def read(self, name: str, tile: Tile) -> None:
         total = torch.zeros(tile.shape, dtype=torch.float64)

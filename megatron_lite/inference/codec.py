@@ -39,7 +39,8 @@ class Codec:
             raise CheckpointError(f"{where}: {error}") from None
         if beyond := sorted(token for token in self.ends if token >= vocab_size):
             named = ", ".join(f"{token} {self.tokenizer.token(token)!a}" for token in beyond)
-            logger.warning("%s: no text will end with token %s: the model has %d", where, named, vocab_size)
+            told = "%s: no text can end with token %s: the model's vocabulary has %d entries"
+            logger.warning(told, where, named, vocab_size)
 
     @cached_property
     def template(self) -> ChatTemplate:
@@ -58,7 +59,7 @@ class Codec:
             text = self.template.prompt(self._messages(prompt)) if chat else str(prompt)
             text.encode()
         except UnicodeEncodeError:
-            raise ConfigError("the prompt is no text that UTF-8 can carry") from None
+            raise ConfigError("the prompt cannot be encoded as UTF-8") from None
         except ValueError as error:
             raise ConfigError(f"the prompt: {error}") from None
         bos, eos = self.add

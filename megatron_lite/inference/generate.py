@@ -54,7 +54,7 @@ def generate_text(
                 try:
                     prompt = codec.read(request.prompt, chat=talk)
                     if len(prompt) > (limit := longest_prompt(model)):
-                        raise ConfigError(f"the prompt has {len(prompt)} tokens; this model takes {limit}")
+                        raise ConfigError(f"the prompt has {len(prompt)} tokens; this model takes at most {limit}")
                 except MegatronLiteError as error:
                     if request.line is None:
                         raise

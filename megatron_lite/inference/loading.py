@@ -116,7 +116,7 @@ def open_models(
             where = base or (Path(first.base) if first.base else None)
             if where is None or not where.exists():
                 raise CheckpointError(
-                    f"{first.path} is an adapter of {where}, which is not there; --base=PATH says where"
+                    f"{first.path} is an adapter of {where}, which does not exist; give its path with --base=PATH"
                 )
             source = opened(where)
         sources: dict[str, CheckpointSource] = {}

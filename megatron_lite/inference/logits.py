@@ -87,5 +87,5 @@ def same_as_transformers(source: Source, folder: Path, dtype: torch.dtype | None
         ours = model(tokens)
     gap = relative_gap(ours, want)
     if not gap < 1e-4:
-        raise CheckpointError(f"{folder}: transformers computes other logits from it, by {gap:.2g} of the largest")
-    return f"transformers' logits are ours within {gap:.1g}"
+        raise CheckpointError(f"{folder}: transformers' logits differ from ours by {gap:.2g} of the largest")
+    return f"transformers' logits equal ours within {gap:.1g}"

@@ -120,9 +120,9 @@ def _request(line: bytes, adapters: Collection[str] | None) -> Request:
     if ("prompt" in given) == ("messages" in given):
         raise ValueError("expected an object with prompt or messages, and not both")
     if not isinstance(given.get("prompt", ""), str) or not isinstance(given.get("adapter", ""), str):
-        raise ValueError("prompt and adapter are texts")
+        raise ValueError("prompt and adapter must be strings")
     if type(given.get("id", "")) not in (str, int):
-        raise ValueError("id is a text or a whole number")
+        raise ValueError("id must be a string or a whole number")
     if "messages" in given:
         _check_messages(given["messages"])
     adapter = given.get("adapter")
@@ -136,13 +136,13 @@ def _request(line: bytes, adapters: Collection[str] | None) -> Request:
 
 def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(found := dict(pairs)) < len(pairs):
-        raise ValueError("a key is there twice")
+        raise ValueError("duplicate key")
     return found
 
 
 def _check_messages(messages: Any) -> None:
     if not isinstance(messages, list) or not messages or not all(isinstance(each, dict) for each in messages):
-        raise ValueError("messages is a list of objects with role and content")
+        raise ValueError("messages must be a list of objects with role and content")
     for number, message in enumerate(messages, 1):
         read_message(present(message), f"message {number}: ", "objects")
 
@@ -150,7 +150,7 @@ def _check_messages(messages: Any) -> None:
 def _number(name: str, value: Any) -> int | float:
     wanted = _NUMBERS[name]
     if type(value) is not int and (wanted is int or type(value) is not float):
-        raise ValueError(f"{name} is a {'whole ' if wanted is int else ''}number, not {value!a:.100}")
+        raise ValueError(f"{name} must be a {'whole ' if wanted is int else ''}number, not {value!a:.100}")
     try:
         return wanted(value)
     except OverflowError:

@@ -87,8 +87,8 @@ class LoRAConfig(PeftMethod):
         ends = [name for name in targets.ENDS if name in matched]
         if ends and model.tie_embeddings:
             found.append(
-                f"peft.targets: {' and '.join(ends)}: model.tie_embeddings makes one tensor of both, and an update of "
-                "one could never be merged into it"
+                f"peft.targets: {' and '.join(ends)}: with model.tie_embeddings embedding and head share one "
+                "tensor, so that an update of one alone cannot be merged"
             )
         elif ends and self.dora:
             found.append(f"peft.dora: {' and '.join(ends)}: only linears inside the blocks have magnitudes")

@@ -148,14 +148,14 @@ class LoRASource(PeftSource):
             if (stored := self._file.tensors.get(a)) is not None and len(stored.shape) == 2:
                 if name not in wanted:
                     keys = ", ".join(key for key in _CHOICE if tree.get(key) is not None)
-                    raise CheckpointError(f"{where}: {keys}: not {name}, and {a} is there")
+                    raise CheckpointError(f"{where}: {keys}: leaves out {name}, but there is {a}")
                 if stored.shape[0] != (own := _first(patterns["rank_pattern"], name, r)):
-                    odd.append(f"{a} has rank {stored.shape[0]}, r and rank_pattern mean {own}")
+                    odd.append(f"{a} has rank {stored.shape[0]}, r and rank_pattern give {own}")
                 ranks |= dict.fromkeys(module.names, stored.shape[0])
                 alphas |= dict.fromkeys(module.names, _first(patterns["alpha_pattern"], name, alpha))
         if not ranks and self._file.tensors:
             first = next(iter(self._file.tensors))
-            raise CheckpointError(f"{self.path / WEIGHTS}: {first!a:.200} is no factor of a module of this model")
+            raise CheckpointError(f"{self.path / WEIGHTS}: {first!a:.200} does not belong to any module of this model")
         config = self.section(
             method="lora",
             targets=list(ranks),
@@ -299,7 +299,7 @@ def _patterns(patterns: Any, where: str) -> dict[tuple[bool, str], tuple[int, An
     for i, (pattern, value) in enumerate((patterns or {}).items()):
         name = pattern.removeprefix("^").removesuffix("$").replace("\\.", ".")
         if not re.fullmatch(r"[\w.]+", name):
-            raise CheckpointError(f"{where}: {pattern[:200]!a}: only names of modules are read")
+            raise CheckpointError(f"{where}: {pattern[:200]!a}: only module names are supported, not patterns")
         found.setdefault((pattern.startswith("^"), name), (i, value))
     return found
 

@@ -32,7 +32,7 @@ def test_start_from_a_folder_and_go_back(tmp_path: Path) -> None:
 
     run = tmp_path / "tp" / "run"
     exported = run_job([*CKPT, "export_hf", str(run), str(tmp_path / "back")], timeout=60)
-    exported.expect(0, stdout=r"back: 1\d\d\.?\d? kB, read back; transformers' logits are ours within \S+")
+    exported.expect(0, stdout=r"back: 1\d\d\.?\d? kB, read back; transformers' logits equal ours within \S+")
     again = run_job([*CKPT, "export_hf", str(run), str(tmp_path / "back")], timeout=60)
     again.expect(7, stderr=r"\Aerror: \S+back is there already\n\Z")
     run_job([*CKPT, "diff", str(run), str(tmp_path / "back")], timeout=60).expect(0, stdout="equal, bit for bit")

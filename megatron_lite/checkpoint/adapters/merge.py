@@ -57,7 +57,7 @@ class Merged(Source):
         config = adapter.peft
         assert isinstance(config, LoRAConfig)
         if config.dora and sign < 0:
-            raise CheckpointError(f"{adapter.path}: what DoRA scales by is not known once it is merged")
+            raise CheckpointError(f"{adapter.path}: a DoRA adapter cannot be unmerged: its scale is lost in merging")
         if sign > 0:
             check_base(adapter.checkpoint, fingerprint_of(base), base.path)
         self.base, self.adapter, self.config, self.sign = base, adapter, config, sign

@@ -54,7 +54,7 @@ class PeftSource(Source):
         odd = [k for k, value in asked.items() if k not in (*_ANY, *self.known) and value not in _NOTHING]
         if odd:
             told = ", ".join(f"{ascii(key)[1:-1]}={self.config[key]!a}"[:200] for key in odd[:3])
-            raise CheckpointError(f"{folder / CONFIG}: {told}: not done here")
+            raise CheckpointError(f"{folder / CONFIG}: {told}: not supported")
         self._file = TensorFile(own_file(folder, WEIGHTS))
 
     @staticmethod
@@ -109,7 +109,7 @@ class PeftSource(Source):
             stored = torch.empty_like(tensor)
             self.fill(name, [slice(0, size) for size in tensor.shape], stored)
             if not torch.equal(stored, tensor):
-                raise CheckpointError(f"{self.path} is not what was written: the disk lies")
+                raise CheckpointError(f"{self.path} reads back other than written (faulty disk?)")
 
     def extras(self) -> dict[str, bytes]:
         there = (self.path / GENERATION).exists()

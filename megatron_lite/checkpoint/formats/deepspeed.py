@@ -87,12 +87,12 @@ class DeepSpeedSource(PartsSource):
         if not shards or not states:
             raise CheckpointError(f"{path}: no ZeRO checkpoint: no *_optim_states.pt and *_model_states.pt")
         if any("mp_rank_00" not in shard.name for shard in shards):
-            raise CheckpointError(f"{path}: of a model that was split over ranks, which nothing in it describes")
+            raise CheckpointError(f"{path}: the model was split over ranks, and nothing here describes how")
         optimizers = [self._tree(shard, "optimizer_state_dict") for shard in shards]
         models = [load_torch(state) for state in states]
         shapes = self._of(models[0], states[0], "param_shapes")
         if models[0].get("mp_world_size", 1) not in (None, 1):
-            raise CheckpointError(f"{path}: of a model that was split over {models[0]['mp_world_size']} ranks")
+            raise CheckpointError(f"{path}: the model was split over {models[0]['mp_world_size']} ranks: not supported")
         by_parameter = "fp32_flat_groups" in optimizers[0]  # stage 3
         key = "fp32_flat_groups" if by_parameter else "single_partition_of_fp32_groups"
         masters = [tree.get(key) for tree in optimizers]
@@ -100,12 +100,12 @@ class DeepSpeedSource(PartsSource):
             raise CheckpointError(f"{path}: no {key}: no ZeRO checkpoint with float32 masters")
         count = optimizers[0].get("partition_count", len(shards))
         if len(shards) != (max(count) if isinstance(count, (list, tuple)) else count):
-            raise CheckpointError(f"{path}: {len(shards)} *_optim_states.pt of {count} ranks")
+            raise CheckpointError(f"{path}: {len(shards)} *_optim_states.pt for {count} ranks")
         places = None if by_parameter else [tree.get("param_slice_mappings") for tree in optimizers]
         trained, frozen = self._file(path, shapes, masters, places), _frozen(path, models, shapes, len(shards))
         if any(name.startswith("base_model.model.") for name in trained.tensors):
             raise CheckpointError(
-                f"{path}: of a model that the peft library wraps; ckpt import_peft reads its adapters"
+                f"{path}: the model is wrapped by the peft library; ckpt import_peft reads its adapters"
             )
         weights = FlatFile({**trained.tensors, **frozen})
         files = {"model": weights}
@@ -133,7 +133,7 @@ class DeepSpeedSource(PartsSource):
         for head in [name for name in unused if name.endswith("lm_head.weight") and self.model.tie_embeddings]:
             embedding = self._places["model.embedding.weight"][1][0].name
             if not torch.equal(weights.tensors[head].read(), weights.tensors[embedding].read()):
-                raise CheckpointError(f"{self.path}: {head} is not the embedding, which the config says it is")
+                raise CheckpointError(f"{self.path}: {head} differs from the embedding, but the config ties them")
             unused.remove(head)
         self.refuse_unused(unused)
 
@@ -165,7 +165,7 @@ class DeepSpeedSource(PartsSource):
                     elif place := (places[rank] or {index: {}})[index].get(name):
                         segments += _Stretch([ranks[rank][index]]).cut(path, place.start, place.numel)
                 if sum(length for _, _, length in segments) < math.prod(shape):
-                    raise CheckpointError(f"{path}: {name} is not whole")
+                    raise CheckpointError(f"{path}: {name} is incomplete")
                 found[_bare(name)] = Flat(torch.float32, tuple(shape), segments)
                 start += part
         return FlatFile(found)
@@ -181,7 +181,7 @@ class _Stretch:
     def cut(self, path: Path, start: int, length: int) -> list[tuple[StoredTensor, int, int]]:
         """The places of ``length`` elements beginning at ``start``."""
         if start + length > self.starts[-1]:
-            raise CheckpointError(f"{path}: its parts hold {self.starts[-1]} elements, and {start + length} are wanted")
+            raise CheckpointError(f"{path}: its parts hold {self.starts[-1]} elements, expected {start + length}")
         found = []
         for flat, first in zip(self.flats, self.starts, strict=False):
             low, high = max(start, first), min(start + length, first + flat.shape[0])

@@ -141,7 +141,7 @@ class PartsSource(Source):
             stored = file.tensors[part.name]
             if stored.shape != part.stored:
                 shape = stored.shape
-                raise CheckpointError(f"{self.path}: {part.name} has shape {shape}, its config means {part.stored}")
+                raise CheckpointError(f"{self.path}: {part.name} has shape {shape}, its config implies {part.stored}")
             refuse_quantized(stored.dtype, f"{self.path}: {part.name}")
         rows = sum(part.shape[0] for part in parts)
         if name in ("embedding.weight", "head.weight"):
@@ -212,7 +212,7 @@ class _Folder:
         for tensor, (first, *others) in self._holders.items():
             for other in others:
                 if not _equal(self._files[first], tensor, self._files[other], tensor):
-                    raise CheckpointError(f"{self.path}: {shown(tensor)} is another one in {first} than in {other}")
+                    raise CheckpointError(f"{self.path}: {shown(tensor)} differs between {first} and {other}")
 
     def close(self) -> None:
         for file in self._files.values():
@@ -250,19 +250,19 @@ class HuggingFaceSource(PartsSource):
         self, folder: Path, vocab_multiple: int | None = None, *, strict: bool = False, compare: bool = True
     ) -> None:
         if (folder / ADAPTER_CONFIG).exists():
-            raise CheckpointError(f"{folder}: {ADAPTER_CONFIG} beside {CONFIG}: an adapter is to be in its own folder")
+            raise CheckpointError(f"{folder}: {ADAPTER_CONFIG} beside {CONFIG}: an adapter needs a folder of its own")
         model, self.notes = read_model(folder, vocab_multiple, strict=strict)
         files = _Folder(folder)
         if model.num_layers > len(files.tensors):
             raise CheckpointError(
-                f"{folder}: its config means {model.num_layers} layers, its files hold {len(files.tensors)} tensors"
+                f"{folder}: its config has {model.num_layers} layers, its files hold {len(files.tensors)} tensors"
             )
         super().__init__(folder, model, tensor_parts(model), {"model": files})
         self.precision = "bfloat16" if self.tensors["model.norm.weight"].dtype == torch.bfloat16 else "float32"
         used = {part.name for _, parts in self._places.values() for part in parts}
         bare = sorted(name for name in used - {_HEAD} if _bare(name) == name)
         if bare and len(bare) < len(used - {_HEAD}):
-            raise CheckpointError(f"{folder}: {bare[0]} is not named like the others, with a prefix")
+            raise CheckpointError(f"{folder}: {bare[0]} lacks the prefix that other tensors have")
         if compare:
             self._check_rest(files, used)
         self.notes += self._generation_notes()
@@ -277,21 +277,21 @@ class HuggingFaceSource(PartsSource):
             (embedding,) = self._places["model.embedding.weight"][1]
             if not _equal(files, name, files, embedding.name):
                 raise CheckpointError(
-                    f"{self.path}: tie_word_embeddings=true, but {name} is not {embedding.name}: transformers 5 uses "
-                    f"both, older ones did not; set tie_word_embeddings in {CONFIG} to what is meant"
+                    f"{self.path}: tie_word_embeddings=true, but {name} differs from {embedding.name}: transformers "
+                    f"5 uses both, older versions ignored {name}; set tie_word_embeddings in {CONFIG} accordingly"
                 )
         elif re.fullmatch(self.model.traits.buffers, name):
             if name.endswith("inv_freq"):
                 if not self._means_frequencies(files, name):
-                    raise CheckpointError(f"{self.path}: {name} holds other frequencies than {CONFIG} means")
+                    raise CheckpointError(f"{self.path}: {name} holds other frequencies than {CONFIG} implies")
             elif not self._is_causal_mask(files, name):
-                raise CheckpointError(f"{self.path}: {name} is no causal mask")
+                raise CheckpointError(f"{self.path}: {name} is not a causal mask")
         else:
             theirs, paired = from_mistral(name)
             if theirs not in files.tensors:
                 return False
             if not _equal(files, name, files, theirs, self.model.head_dim if paired else None):
-                raise CheckpointError(f"{self.path}: {name} is not the same as {theirs}")
+                raise CheckpointError(f"{self.path}: {name} differs from {theirs}")
         return True
 
     def _means_frequencies(self, files: _Folder, name: str) -> bool:
@@ -320,7 +320,7 @@ class HuggingFaceSource(PartsSource):
         known = {*TOKEN_IDS, "transformers_version", "_from_model_config"}
         asked = {k: v for k, v in read_json(self.path, GENERATION).items() if k not in known and v is not None}
         told = ", ".join(f"{shown(key)}={value!a:.80}" for key, value in asked.items())
-        return [f"{GENERATION}: {told}: kept for exports; generate has flags of its own"] if asked else []
+        return [f"{GENERATION}: {told}: kept for exports; generate uses its own flags"] if asked else []
 
     def extras(self) -> dict[str, bytes]:
         found = {n: own_file(self.path, n).read_bytes() for n in TOKENIZER_FILES if (self.path / n).exists()}

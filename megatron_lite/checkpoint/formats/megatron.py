@@ -70,7 +70,7 @@ class MegatronSource(Source):
             raise CheckpointError(str(error)) from None
         model = self.model
         if vocab_size is not None and vocab_size > model.vocab_multiple:
-            raise CheckpointError(f"{path}: vocab_size={vocab_size} is more than its padded {model.vocab_multiple}")
+            raise CheckpointError(f"{path}: vocab_size={vocab_size} exceeds the padded size {model.vocab_multiple}")
         self.precision = "bfloat16" if args.get("bf16") else "float32"
         self._names: dict[str, str] = {}
         self.tensors: dict[str, Info] = {}
@@ -85,13 +85,15 @@ class MegatronSource(Source):
             rows = model.padded_vocab_size if name in _VOCABULARY else sum(part.shape[0] for part in parts)
             meant = (rows, *parts[0].shape[1:])
             if shape != meant:
-                raise CheckpointError(f"{path}: {theirs} has shape {shape}, its args mean {meant}")
+                raise CheckpointError(f"{path}: {theirs} has shape {shape}, its args imply {meant}")
             refuse_quantized(dtype, f"{path}: {theirs}")
             self._names[f"model.{name}"], self.tensors[f"model.{name}"] = theirs, Info(dtype, shape)
         if model.tie_embeddings and _TOP["head.weight"] in unread:  # the copy of the last pipeline stage
             unread.remove(_TOP["head.weight"])
             if not torch.equal(self._whole(_TOP["head.weight"]), self._whole(_TOP["embedding.weight"])):
-                raise CheckpointError(f"{path}: {_TOP['head.weight']} is not the embedding, which its args say it is")
+                raise CheckpointError(
+                    f"{path}: {_TOP['head.weight']} differs from the embedding, though tied by its args"
+                )
         self.refuse_unused(unread)
 
     @abstractmethod
@@ -153,11 +155,11 @@ class TorchDistSource(MegatronSource):
         name, row = self._split(name)
         entry = self._chunks[name]
         if not hasattr(entry, "size"):
-            raise CheckpointError(f"{self.path}: {name} is no tensor")
+            raise CheckpointError(f"{self.path}: {name} is not a tensor")
         shape = tuple(entry.size)
         if row is not None and shape[0] != self.model.num_layers:
             layers = self.model.num_layers
-            raise CheckpointError(f"{self.path}: {name} stacks {shape[0]} layers, its args mean {layers}")
+            raise CheckpointError(f"{self.path}: {name} stacks {shape[0]} layers, its args say {layers}")
         return entry.properties.dtype, shape if row is None else shape[1:]
 
     def _whole(self, name: str) -> Tensor:
@@ -226,7 +228,7 @@ class LegacySource(MegatronSource):
         for folder in sorted(path.glob("mp_rank_*")):
             match = re.fullmatch(r"mp_rank_(\d+)(?:_(\d+))?", folder.name)
             if match is None:
-                raise CheckpointError(f"{folder}: of expert parallelism or another layout that is not read")
+                raise CheckpointError(f"{folder}: expert parallelism or another unsupported layout")
             trees[int(match[2] or 0), int(match[1])] = load_torch(folder / "model_optim_rng.pt")
         self._tp, self._pp = (1 + max((key[axis] for key in trees), default=-1) for axis in (1, 0))
         if len(trees) != self._tp * self._pp or not trees:
@@ -239,14 +241,14 @@ class LegacySource(MegatronSource):
                 raise CheckpointError(f"{where} has other args or another iteration than rank 0")
         version = trees[0, 0].get("checkpoint_version", 3.0)
         if not isinstance(version, (int, float)) or version < 2:
-            raise CheckpointError(f"{path}: checkpoint_version {version!a}: queries and keys are in another order")
+            raise CheckpointError(f"{path}: checkpoint_version {version!a} orders queries and keys differently")
         self._parts: dict[str, list[StoredTensor]] = {}
         first = 0
         for chunk in self._virtual_stages(trees[0, 0], path):
             for pp in range(self._pp):
                 first += self._add_stage([trees[pp, tp].get(chunk) for tp in range(self._tp)], first, path)
         if first != args.get("num_layers"):
-            raise CheckpointError(f"{path}: its stages hold {first} layers, its args mean {args.get('num_layers')}")
+            raise CheckpointError(f"{path}: its stages hold {first} layers, its args say {args.get('num_layers')}")
         self.step = iteration if isinstance(iteration, int) else 0
         super().__init__(path, args, vocab_size)
 
@@ -261,14 +263,14 @@ class LegacySource(MegatronSource):
     def _add_stage(self, ranks: Sequence[Any], first: int, path: Path) -> int:
         """Register the tensors of a stage whose first layer is ``first``; returns its number of layers."""
         if not all(isinstance(model, dict) and "language_model" not in model for model in ranks):
-            raise CheckpointError(f"{path}: without core's names (older than Megatron-LM's use of its core)")
+            raise CheckpointError(f"{path}: its tensors lack Megatron Core's names (written by an older Megatron-LM)")
         layers: set[int] = set()
         names = [name for name, value in ranks[0].items() if isinstance(value, StoredTensor)]
         if any(sorted(names) != sorted(n for n, v in model.items() if isinstance(v, StoredTensor)) for model in ranks):
             raise CheckpointError(f"{path}: the tensor-parallel ranks of a pipeline stage hold different tensors")
         for name in names:
             if name.startswith("module."):
-                raise CheckpointError(f"{path}: {name}: not a model of Megatron's core alone, but of what wrapped it")
+                raise CheckpointError(f"{path}: {name}: a wrapped model; only plain Megatron Core models are supported")
             parts, layer = [model[name] for model in ranks], re.match(r"decoder\.layers\.(\d+)\.", name)
             if layer:
                 layers.add(int(layer[1]))
@@ -299,10 +301,10 @@ class LegacySource(MegatronSource):
     def _whole(self, name: str) -> Tensor:
         dim, parts = self._dim(name), self._parts[name]
         if any(part.shape != parts[0].shape for part in parts):
-            raise CheckpointError(f"{self.path}: {name} is not there in equal parts on every rank")
+            raise CheckpointError(f"{self.path}: {name} has parts of different shapes on the tensor-parallel ranks")
         if dim is None:
             if not all(_equal(parts[0], part) for part in parts[1:]):
-                raise CheckpointError(f"{self.path}: {name} differs between the tensor-parallel ranks, which share it")
+                raise CheckpointError(f"{self.path}: {name} differs between the tensor-parallel ranks")
             return parts[0].read()
         read = [part.read() for part in parts]
         if "linear_fc1" in name and self.model.traits.gated:
@@ -318,7 +320,7 @@ def _equal(a: StoredTensor, b: StoredTensor) -> bool:
 def _args(tree: Any, where: Path) -> dict[str, Any]:
     args = tree.get("args") if isinstance(tree, dict) else None
     if args is None:
-        raise CheckpointError(f"{where}: no args, which say what the model is")
+        raise CheckpointError(f"{where}: no args, which describe the model")
     return args if isinstance(args, dict) else dict(vars(args))
 
 

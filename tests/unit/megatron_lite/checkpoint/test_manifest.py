@@ -58,7 +58,7 @@ HOSTILE = {
     "another format": (lambda t: t.update(format="pickle"), "format"),
     "a negative size": (lambda t: t["files"][SHARD].update(size=-1), r"files.shard_00000.safetensors.size"),
     "a digest that is none": (lambda t: t["files"][SHARD].update(sha256="a"), "sha256"),
-    "another step": (lambda t: t.update(step=7), "that of step 7"),
+    "another step": (lambda t: t.update(step=7), "is of step 7"),
     "no tensors": (lambda t: t.pop("tensors"), "tensors: Field required"),
 }
 

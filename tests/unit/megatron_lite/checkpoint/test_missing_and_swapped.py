@@ -53,7 +53,7 @@ def test_a_file_too_much(folder: Path, name: str) -> None:
 def test_swapped_with_that_of_another_step(folder: Path, name: str) -> None:
     """Sizes agree, so only digests and the manifest's own step can tell."""
     shutil.copy(folder / "step_00000001" / name, folder / "step_00000002" / name)
-    refused(folder, "that of step 1" if name == "manifest.json" else f"{name}( is damaged|: size)")
+    refused(folder, "is of step 1" if name == "manifest.json" else f"{name}( is damaged|: size)")
 
 
 def test_a_link_is_not_followed(folder: Path) -> None:

@@ -55,12 +55,12 @@ def test_the_first_pattern_that_matches_gives_r_and_alpha():
         (
             {"targets": ["q"], "ranks": {"k": 4}},
             {},
-            r"peft\.ranks: 'k' matches no module; there are q, and whole names",
+            r"peft\.ranks: 'k' matches no module; there are q, or full names",
         ),
         (
             {"targets": ["head"]},
             {"tie_embeddings": True},
-            r"peft\.targets: head: model\.tie_embeddings makes one tensor",
+            r"peft\.targets: head: with model\.tie_embeddings embedding and head share one tensor",
         ),
         ({"targets": ["head"], "dora": True}, {}, r"peft\.dora: head: only linears inside the blocks"),
         ({"method": "prefix", "length": 40}, {}, r"peft\.length=40 \+ data\.seq_len=32 = 72 positions exceed"),

@@ -208,7 +208,7 @@ def test_on_a_packed_base_one_rank_and_two_produce_what_was_trained(tmp_path):
 def test_a_base_whose_rows_are_no_blocks_is_not_packed(tmp_path):
     saved(tmp_path / "base", decoder("llama"), 1)
     with (
-        pytest.raises(ConfigError, match=r"nf4: attention\.qkv has 32 input features, which are no whole blocks of 64"),
+        pytest.raises(ConfigError, match=r"nf4: attention\.qkv has 32 input features, not a multiple of the block"),
         open_models(tmp_path / "base", solo_mesh(), None, {}, None, "nf4"),
     ):
         pass
@@ -284,9 +284,9 @@ def test_what_cannot_be_answered_says_so_and_the_others_are(tmp_path):
     good, long, surrogate, again = said(path, *map(Request, ("import os", 9 * far, "\ud800", "import os")))
     assert good == again
     assert (good.prompt, good.num_tokens, good.finish_reason) == ("import os", 8, "length")
-    assert (long.text, long.error) == ("", "the prompt has 297 tokens; this model takes 31")
-    assert surrogate.error == "the prompt is no text that UTF-8 can carry"
-    with pytest.raises(ConfigError, match="the prompt has 297 tokens; this model takes 31"):
+    assert (long.text, long.error) == ("", "the prompt has 297 tokens; this model takes at most 31")
+    assert surrogate.error == "the prompt cannot be encoded as UTF-8"
+    with pytest.raises(ConfigError, match="the prompt has 297 tokens; this model takes at most 31"):
         list(generate_text(path, [Request(9 * far)], Sampling()))
 
 
@@ -296,7 +296,7 @@ def test_a_token_beyond_the_models_rows_is_refused_by_name(tmp_path, caplog):
     assert re.search(r"the prompt has token \d+ '\\n', but the model's vocabulary has 2 entries; .* 400", answer.error)
     (answer,) = said(path, Request(CHAT))
     assert re.search(r"the prompt has token \d+ '.*', but the model's vocabulary has 2 entries", answer.error)
-    assert "no text will end with token 2 '<|im_end|>': the model has 2" in caplog.text
+    assert "no text can end with token 2 '<|im_end|>': the model's vocabulary has 2" in caplog.text
     with pytest.raises(CheckpointError, match="the prompt has token"):
         list(generate_text(path, [Request("\n")], Sampling()))
 

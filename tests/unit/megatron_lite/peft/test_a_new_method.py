@@ -74,5 +74,5 @@ def test_it_alone_is_trained_saved_resumed_and_loaded(found):
 
 
 def test_what_it_has_no_form_for_is_refused_by_name(found):
-    assert found["export"].endswith("peft.method=ia3: of lora, prefix there are theirs")
+    assert found["export"].endswith("peft.method=ia3 cannot be exported, only lora, prefix")
     assert found["merge"].endswith("peft.method=ia3 changes no weights: nothing to merge")

@@ -139,10 +139,10 @@ ATTACKS = {
     "no method": (text("{}"), "peft_type=None: only LORA, PREFIX_TUNING"),
     "a method in a list": (settings(peft_type=["LORA"]), r"peft_type=\['LORA'\]: only"),
     "another method": (settings(peft_type="IA3\x1b[31m\n"), r"peft_type='IA3\\x1b\[31m\\n': only"),
-    "a field of its own": (settings(run_this="rm -rf"), "run_this='rm -rf': not done here"),
+    "a field of its own": (settings(run_this="rm -rf"), "run_this='rm -rf': not supported"),
     "a long field": (settings(run_this="x" * 100_000), "run_this='xxx"),
-    "a field that writes": (settings(**{"\x1b[2J\nerror: none": 1}), r"json: \\x1b\[2J\\nerror: none=1: not done here"),
-    "code": (settings(auto_mapping={"parent_library": "os"}, custom_modules=["x"]), "custom_modules=.*not done here"),
+    "a field that writes": (settings(**{"\x1b[2J\nerror: none": 1}), r"json: \\x1b\[2J\\nerror: none=1: not supported"),
+    "code": (settings(auto_mapping={"parent_library": "os"}, custom_modules=["x"]), "custom_modules=.*not supported"),
     "no rank": (settings(r=None), r"peft\.r"),
     "a rank of 2^60": (settings(r=2**60), r"peft\.r: "),
     "a rank below 1": (settings(r=-4), r"peft\.r: "),
@@ -157,9 +157,9 @@ ATTACKS = {
     "a dropout that is text": (settings(lora_dropout="often"), r"peft\.dropout: "),
     "patterns in a list": (settings(alpha_pattern=["q_proj"]), r"alpha_pattern: expected "),
     "patterns that are text": (settings(alpha_pattern="q_proj"), r"alpha_pattern: expected "),
-    "a pattern without an end": (settings(alpha_pattern={"(a+)+$": 3}), "only names of modules are read"),
+    "a pattern without an end": (settings(alpha_pattern={"(a+)+$": 3}), "only module names are supported"),
     "an alpha of a pattern": (settings(alpha_pattern={"q_proj": [3]}), r"peft\.alphas\."),
-    "a path as a module": (settings(alpha_pattern={"../../etc/passwd": 3}), "only names of modules are read"),
+    "a path as a module": (settings(alpha_pattern={"../../etc/passwd": 3}), "only module names are supported"),
     "a magnitude that is missing": (settings(use_dora=True), "peft.dora: embedding: only linears inside"),
     "a config that is a link": (linked(CONFIG, "../secret"), r"leads out of the folder, to \S+secret"),
     "a config that leads to itself": (linked(CONFIG, CONFIG), CONFIG),
@@ -171,7 +171,7 @@ ATTACKS = {
     "a tensor of another shape": (tensors(**{A: torch.zeros(2, 31)}), r"should be \(2, 32\), is \(2, 31\)"),
     "a tensor of another rank": (
         tensors(**{A: torch.zeros(3, 32)}),
-        "lora_A.weight has rank 3, r and rank_pattern mean 2",
+        "lora_A.weight has rank 3, r and rank_pattern give 2",
     ),
     "a tensor without rows": (tensors(**{A: torch.zeros(0, 32), B: torch.zeros(32, 0)}), r"peft\.ranks\."),
     "a tensor with one dim": (tensors(**{A: torch.zeros(64)}), f"no use for.*{A}|should be"),
@@ -292,15 +292,15 @@ V = "model.blocks.0.attention.qkv.lora_v_a"
 FORGED = {
     "a config of nonsense": (lambda s: forge(s, "config.yaml", b"{]"), "config.yaml"),
     "a method of nonsense": (config(peft=["lora"]), r"config\.yaml: peft: "),
-    "another method": (config(peft={"method": "prefix", "length": 3}), "not the adapter that its config.yaml means"),
+    "another method": (config(peft={"method": "prefix", "length": 3}), "not the adapter that its config.yaml"),
     "an absurd length": (config(peft={"method": "prefix", "length": 2**47}), r"config\.yaml: peft\.length: "),
     "an absurd size": (config(peft={"method": "adapter", "size": 2**47}), r"config\.yaml: peft\.size: "),
-    "a large size": (config(peft={"method": "adapter", "size": 2**16}), "not the adapter that its config.yaml means"),
+    "a large size": (config(peft={"method": "adapter", "size": 2**16}), "not the adapter that its config.yaml"),
     "an absurd rank": (config(peft={**LORA, "r": 2**60}), r"config\.yaml: peft\.r: "),
-    "a large rank": (config(peft={**LORA, "r": 2**16}), r"lora_\w+ is torch\.float64 .*, its config\.yaml means \(6"),
+    "a large rank": (config(peft={**LORA, "r": 2**16}), r"lora_\w+ is torch\.float64 .*, its config\.yaml implies \(6"),
     "a module that is not there": (config(peft={**LORA, "targets": ["q", "v"]}), "no use for model.embedding.lora_"),
-    "a base that is a number": (config(init={"from": 5}), r"init\.from: expected a text, found int"),
-    "a base in a list": (config(init=["from"]), r"init\.from: expected a text, found list"),
+    "a base that is a number": (config(init={"from": 5}), r"init\.from: expected a string, found int"),
+    "a base in a list": (config(init=["from"]), r"init\.from: expected a string, found list"),
     "a base elsewhere": (config(init={"from": "/etc/passwd"}), r"/etc/passwd"),
     "a precision of its own": (config(train={"precision": "__class__"}), r"train\.precision: expected float32, "),
     "NaN": (shard(**{V: torch.full((2, 32), NAN, dtype=torch.float64)}), rf"{V} holds numbers that are not finite"),
@@ -378,7 +378,7 @@ def test_a_run_that_was_forged_is_not_resumed(tmp_path):
     assert not list((tmp_path / "again" / "checkpoints").glob("step_*"))
 
 
-THEIRS = "is an adapter of the peft library's; ckpt import_peft makes one of ours of it"
+THEIRS = "is an adapter of the peft library; convert it with ckpt import_peft"
 PICKLED = {
     "import_peft": ("ckpt import_peft {}/theirs {}/out --base={}/base", "is a pickle, which may run code"),
     "merge_adapter": ("ckpt merge_adapter {}/theirs {}/out", THEIRS),

@@ -43,7 +43,7 @@ def test_what_deepspeed_wrote(worlds, tmp_path, stage, bf16, ranks):
     convert.diff(tmp_path / "ds", tmp_path / "ours", 0.0, trust=False)
     with pytest.raises(convert.CheckpointsDifferError, match=f"differ in {compared // 3} of"):
         convert.diff(tmp_path / "model", tmp_path / "ds", 0.0, trust=False)
-    with pytest.raises(CheckpointError, match="DeepSpeed does not say of what model; ckpt import_deepspeed takes a"):
+    with pytest.raises(CheckpointError, match="does not describe its model; use ckpt import_deepspeed"):
         convert.inspect(tmp_path / "ds")
 
 
@@ -68,7 +68,7 @@ def test_frozen_parameters_that_deepspeed_wrote(worlds, tmp_path, stage, bf16):
         DeepSpeedSource(tmp_path / "ds", model.model_copy(update={"num_layers": 1}))
     files = sorted((tmp_path / "ds" / "global_step2").glob("*zero_pp_rank_1_*optim_states.pt"))
     files[0].unlink()
-    with pytest.raises(CheckpointError, match=r"1 \*_optim_states.pt of .*2.* ranks"):
+    with pytest.raises(CheckpointError, match=r"1 \*_optim_states.pt for .*2.* ranks"):
         DeepSpeedSource(tmp_path / "ds", model)
 
 
@@ -96,7 +96,7 @@ def test_what_megatron_wrote(megatron, tmp_path, kind):
 
 
 def test_a_mismatch_is_said(megatron, tmp_path):
-    with pytest.raises(CheckpointError, match="vocab_size=500 is more than its padded 112"):
+    with pytest.raises(CheckpointError, match="vocab_size=500 exceeds the padded size 112"):
         open_megatron(megatron / "dist", 500)
     with pytest.raises(CheckpointError, match="neither a torch_dist checkpoint"):
         open_megatron(tmp_path)

@@ -165,7 +165,7 @@ NAMED = {
     "other frequencies": (
         LLAMA,
         lambda f: more(f, {"model.rotary_emb.inv_freq": frequencies(0.5)}),
-        r"inv_freq holds other frequencies than config\.json means",
+        r"inv_freq holds other frequencies than config\.json implies",
     ),
     "frequencies that are none": (
         LLAMA,
@@ -175,7 +175,7 @@ NAMED = {
     "another mask": (
         small_config("gpt2"),
         lambda f: more(f, {"transformer.h.0.attn.bias": torch.ones(1, 1, 64, 64)}),
-        "is no causal mask",
+        "is not a causal mask",
     ),
     "an index of what is missing": (LLAMA, lambda f: split(f, {"x": PART}), "lacks 'x'"),
     "a tensor moved in the index": (
@@ -186,12 +186,12 @@ NAMED = {
     "two of a name": (
         LLAMA,
         lambda f: more(f, {HEAD: of(HEAD)(f) + 1}, "other.safetensors"),
-        r"lm_head.weight is another one in model.safetensors than in other.safetensors",
+        r"lm_head.weight differs between model.safetensors and other.safetensors",
     ),
     "an older file beside an index": (
         LLAMA,
         lambda f: save_file({n: t * 2 for n, t in split(f)[0].items()}, f / SINGLE),
-        r"is another one in model-0000\d-of-00002.safetensors than in model.safetensors",
+        r"differs between model-0000\d-of-00002.safetensors and model.safetensors",
     ),
     "a file that no index names": (
         LLAMA,
@@ -201,12 +201,12 @@ NAMED = {
     "half with a prefix": (
         LLAMA,
         lambda f: more(f, {"norm.weight": of("model.norm.weight")(f), "model.norm.weight": None}),
-        "norm.weight is not named like the others",
+        "norm.weight lacks the prefix that other",
     ),
     "Mistral's own file with other numbers": (
         small_config("mistral"),
         altered_mistral,
-        r"layers\.1\.attention\.wq\.weight is not the same as model\.layers\.1\.self_attn\.q_proj\.weight",
+        r"layers\.1\.attention\.wq\.weight differs from model\.layers\.1\.self_attn\.q_proj\.weight",
     ),
     "an adapter beside": (LLAMA, lambda f: (f / "adapter_config.json").write_text("{}"), "adapter_config.json be"),
 }  # fmt: skip
@@ -229,14 +229,14 @@ def test_layers_without_number_are_no_wait(sound, tmp_path):
     folder = shutil.copytree(sound(LLAMA)[0], tmp_path / "llama")
     tree = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(tree | {"num_hidden_layers": 10**7}))
-    with pytest.raises(CheckpointError, match="its config means 10000000 layers, its files hold"):
+    with pytest.raises(CheckpointError, match="its config has 10000000 layers, its files hold"):
         HuggingFaceSource(folder)
 
 
 def test_an_import_that_is_read_otherwise_than_theirs_is_not_committed(sound, tmp_path, monkeypatch, capsys):
     folder, theirs = sound(LLAMA)
     convert.import_hf(folder, tmp_path / "ours", 1, 128)
-    assert "transformers' logits are ours within " in capsys.readouterr().out
+    assert "transformers' logits equal ours within " in capsys.readouterr().out
     load = type(theirs).from_pretrained
 
     def other(*args, **keys):
@@ -245,7 +245,7 @@ def test_an_import_that_is_read_otherwise_than_theirs_is_not_committed(sound, tm
         return model
 
     monkeypatch.setattr(type(theirs), "from_pretrained", other)
-    with pytest.raises(CheckpointError, match="transformers computes other logits from it, by 0"):
+    with pytest.raises(CheckpointError, match="transformers' logits differ from ours by 0"):
         convert.import_hf(folder, tmp_path / "other", 1, 128)
     assert not (tmp_path / "other").exists()
     monkeypatch.setattr(type(theirs), "from_pretrained", lambda *_, **__: 1 / 0)

@@ -161,7 +161,7 @@ def test_a_layer_too_few_is_refused(saved, tmp_path):
     def edit(tree, rank, stage):
         tree["args"].num_layers = 5
 
-    unfit(saved, tmp_path, edit, "its stages hold 4 layers, its args mean 5")
+    unfit(saved, tmp_path, edit, "its stages hold 4 layers, its args say 5")
 
 
 def test_a_layer_in_the_middle_is_missed(saved, tmp_path):
@@ -215,7 +215,7 @@ def test_a_model_in_a_wrapper_is_refused(saved, tmp_path):
     def wrapped(tree, rank, stage):
         tree["model"] = {f"module.{name}": value for name, value in tree["model"].items()}
 
-    unfit(saved, tmp_path, wrapped, "not a model of Megatron's core alone")
+    unfit(saved, tmp_path, wrapped, "only plain Megatron Core models")
 
 
 def test_an_embedding_that_the_last_stage_has_too_is_the_same(saved, tmp_path):
@@ -230,19 +230,19 @@ def test_an_embedding_that_the_last_stage_has_too_is_the_same(saved, tmp_path):
     unequal = None
     assert open_megatron(staged(saved, tmp_path / "equal", STAGES["two"], tied)).model.tie_embeddings
     unequal = 1
-    unfit(saved, tmp_path, tied, "output_layer.weight is not the embedding, which its args say it is")
+    unfit(saved, tmp_path, tied, "output_layer.weight differs from the embedding, though tied by its args")
 
 
 def test_other_layouts_are_refused(saved, tmp_path):
     folder = staged(saved, tmp_path / "experts", STAGES["two"])
     (folder / "mp_rank_00_000").rename(folder / "mp_rank_00_000_000")
-    with pytest.raises(CheckpointError, match="mp_rank_00_000_000: of expert parallelism"):
+    with pytest.raises(CheckpointError, match="mp_rank_00_000_000: expert parallelism"):
         open_megatron(folder)
 
     def old(tree, rank, stage):
         tree["checkpoint_version"] = 1.0
 
-    unfit(saved, tmp_path / "a", old, "checkpoint_version 1.0: queries and keys are in another order")
+    unfit(saved, tmp_path / "a", old, "checkpoint_version 1.0 orders queries and keys")
 
 
 BASE = {
