@@ -135,7 +135,7 @@ def chat(
         if merger.unused:
             named = [f"{key} ({count:,})" for key, count in merger.unused.most_common(8)]
             more = f" and {len(merger.unused) - len(named):,} more" if len(merger.unused) > len(named) else ""
-            print(f"keys without a use here, and in how many conversations: {', '.join(named)}{more}")
+            print(f"ignored keys, with the number of conversations that have them: {', '.join(named)}{more}")
 
 
 def _read_template(path: str) -> str:

@@ -77,7 +77,7 @@ def _facts(dataset: IndexedDataset, card: dict[str, Any] | None) -> str:
         "tokens": f"{dataset.num_tokens:,} ({dataset.dtype})",
         "documents": f"{dataset.num_documents:,}",
         "sequences": f"{dataset.num_sequences:,}",
-        "unigram entropy": f"{_unigram_entropy(dataset):.3f} nats a token: the loss of a model of frequencies alone",
+        "unigram entropy": f"{_unigram_entropy(dataset):.3f} nats per token, the loss of knowing only frequencies",
         "fingerprint": dataset.fingerprint(),
         "card": "none" if card is None else dataset_file(dataset.prefix, ".card.json"),
     }

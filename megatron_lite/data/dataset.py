@@ -163,8 +163,8 @@ def build_dataset(
         if source.num_samples:
             continue
         cut = "" if own else f" (data.split={list(data.split)})"
-        more = "" if own else "; give it more of data.split, or data.validation"
-        without = f"{more}; train.eval_every=0 goes without" if split == "validation" else ""
+        more = "" if own else "; raise its share of data.split, or set data.validation"
+        without = f"{more}; train.eval_every=0 trains without validation" if split == "validation" else ""
         if isinstance(source, Conversations):
             raise DataError(f"nothing in the {split} split{cut}: {source.note}{without}")
         raise DataError(

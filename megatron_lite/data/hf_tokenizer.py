@@ -101,7 +101,7 @@ class HuggingFace(Tokenizer):
         ids = self._model.get_vocab(with_added_tokens=True).values()
         self.vocab_size = max(ids, default=-1) + 1
         if self.vocab_size > _MAX_ID:
-            raise DataError(f"{name}: token {self.vocab_size - 1} is too large a number for one")
+            raise DataError(f"{name}: token {self.vocab_size - 1} is too large a token id")
         added = self._model.get_added_tokens_decoder()
         self.special = {token.content: number for number, token in sorted(added.items()) if token.special}
         self.begin, self.end = self._around()
@@ -213,7 +213,7 @@ def _known(files: Mapping[str, bytes], name: str) -> dict[str, dict[str, Any]]:
     for file in (SETTINGS, SPECIAL_MAP):
         if unknown := sorted(key for key in found[file].keys() - HONOURED if not key.endswith("_token")):
             told = ", ".join(map(ascii, unknown))
-            raise DataError(f"{name}: {file}: {told}: unknown, and may change the tokens; take out what does not")
+            raise DataError(f"{name}: {file}: {told}: unknown, and may change the tokens; remove what does not")
         for key, value in found[file].items():
             if not isinstance(value, bool | None if key in FLAGS else object if key in HONOURED else str | dict | None):
                 wanted = "true or false" if key in FLAGS else "a token"
@@ -255,9 +255,9 @@ def _declared(files: Mapping[str, bytes], name: str) -> dict[str, int]:
         digits = isinstance(number, str) and re.fullmatch(r"\d{1,10}", number, re.ASCII)
         number = int(number) if digits else number
         if not isinstance(text, str) or not text or re.search("[\ud800-\udfff]", text):
-            raise DataError(f"{name}: {text!a} is no text for an added token")
+            raise DataError(f"{name}: {text!a} is not a valid text of an added token")
         if not isinstance(number, int) or isinstance(number, bool) or not 0 <= number < _MAX_ID:
-            raise DataError(f"{name}: added token {text!a}: {number!a} is no number for a token")
+            raise DataError(f"{name}: added token {text!a}: {number!a} is not a token id")
         if declared.setdefault(text, number) != number:
             raise DataError(f"{name}: added token {text!a} has two numbers, {declared[text]} and {number}")
     numbers: dict[int, str] = {}

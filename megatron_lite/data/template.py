@@ -229,8 +229,8 @@ class ChatTemplate:
         whole, spans = self._render(messages, given)
         if self._prompts_always and (loss == "all" or not self.marks_generation):
             raise ValueError(
-                "the chat template writes the header of an answer to come after every conversation: give a copy that "
-                "writes it {% if add_generation_prompt %} alone as --template=FILE"
+                "the chat template writes the header of the next answer after every conversation: give, as "
+                "--template=FILE, a copy that writes it only {% if add_generation_prompt %}"
             )
         self._check_complete(messages, given, whole)
         turns = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
@@ -239,7 +239,7 @@ class ChatTemplate:
         if self.marks_generation:
             if untrained and len(spans) != len(turns):
                 raise ValueError(
-                    f"the template marks {len(spans)} stretches of {len(turns)} turns, so that none can be left out"
+                    f"the template marks {len(spans)} spans for {len(turns)} turns, so that none can be left out"
                 )
             kept = [span for i, span in zip(turns, spans, strict=True) if i not in untrained] if untrained else spans
             last = loss == "last"
@@ -281,8 +281,8 @@ class ChatTemplate:
         tail = probe[stop:]
         if start < 0 or probe[:start] != whole[:start] or not whole[start:].endswith(tail):
             raise ValueError(
-                f"the template changes what precedes message {i + 1} or what it says as the conversation goes on, and "
-                "marks no {% generation %}: give a copy that does as --template=FILE, or --loss=last"
+                f"the template rewrites message {i + 1}, or what precedes it, as the conversation goes on, and marks "
+                "no {% generation %}: give a copy that marks it as --template=FILE, or --loss=last"
             )
         return start, len(whole) - len(tail)
 
@@ -413,7 +413,7 @@ def _outside(spans: Sequence[tuple[int, int]], text: str) -> list[tuple[int, int
 def _check_marks(*given: object) -> None:
     text = json.dumps(given, ensure_ascii=False, default=str)
     if any(mark in text for mark in (_OPEN, _CLOSE, _HERE)):
-        raise ValueError("it holds U+FDD1 or U+FDD2 or U+FDD3, which are no characters")
+        raise ValueError("it holds U+FDD1 or U+FDD2 or U+FDD3, which are noncharacters")
 
 
 def _one_line(error: BaseException) -> str:
@@ -433,5 +433,5 @@ def find_template(files: Mapping[str, bytes], name: str) -> str:
         named = {each.get("name"): each.get("template") for each in found if isinstance(each, dict)}
         found = named.get("default")
     if not isinstance(found, str):
-        raise DataError(f"{name}: its chat template is no text, and none of several is named default")
+        raise DataError(f"{name}: its chat template is not a string, or none of several is named default")
     return found

@@ -209,7 +209,7 @@ def parse_object(files: Mapping[str, bytes], name: str, where: str = "") -> dict
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) < len(pairs):
-        raise ValueError(f"{Counter(key for key, _ in pairs).most_common(1)[0][0]!a} is there twice")
+        raise ValueError(f"{Counter(key for key, _ in pairs).most_common(1)[0][0]!a} is a duplicate key")
     return found
 
 

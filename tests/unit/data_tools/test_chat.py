@@ -336,7 +336,7 @@ def test_keys_without_a_use_are_said_once(tmp_path, folder, capsys):
     line = {"messages": [USER, answer, USER, answer], "id": 7, "tools": [ADD], "chat_template_kwargs": {"k": 1}}
     source = write(tmp_path / "x.jsonl", line, line, {**line, "id": None}, {"prompt": "x", "completion": "y", "id": 3})
     chat(str(source), str(folder / "hf"), f"{tmp_path}/out", workers=1)
-    said = r"keys without a use here, .*: (?=.*\bid \(3\))(?=.*tools \(3\))(?=.*messages.name \(3\))"
+    said = r"ignored keys, .*: (?=.*\bid \(3\))(?=.*tools \(3\))(?=.*messages.name \(3\))"
     assert re.search(said + r"(?=.*chat_template_kwargs.k \(3\)).*\n\Z", capsys.readouterr().out)
 
 
@@ -345,7 +345,7 @@ def test_a_template_that_rewrites_earlier_turns_needs_marks_or_the_last_turn(tmp
     write(tmp_path / "t.jinja", rewriting)
     source = write(tmp_path / "x.jsonl", {"messages": TURNS})
     flags = {"template": f"{tmp_path}/t.jinja", "workers": 1}
-    with pytest.raises(DataError, match=r"x\.jsonl:1: the template changes what precedes message 3 .*--loss=last"):
+    with pytest.raises(DataError, match=r"x\.jsonl:1: the template rewrites message 3, .*--loss=last"):
         chat(str(source), str(folder / "hf"), f"{tmp_path}/out", **flags)
 
 

@@ -47,7 +47,7 @@ def test_the_facts_are_those_of_the_dataset(tmp_path, capsys):
         "tokens": "8 (int32)",
         "documents": "2",
         "sequences": "3",
-        "unigram entropy": f"{1.5 * math.log(2):.3f} nats a token: the loss of a model of frequencies alone",
+        "unigram entropy": f"{1.5 * math.log(2):.3f} nats per token, the loss of knowing only frequencies",
         "fingerprint": IndexedDataset(tmp_path / "x").fingerprint(),
         "card": "none",
     }

@@ -200,11 +200,11 @@ def listed(text, number, **more):
     [
         (listed("<x>", "335"), "'<x>' is to be token 335, but would be 330"),
         (listed("<x>", "300"), "'<x>' is to be token 300, but would be 330"),
-        (listed("<x>", "-1"), "'-1' is no number for a token"),
-        (listed("<x>", str(2**31)), "2147483648 is no number for a token"),
-        (listed("<x>", "9" * 40), "'9{40}' is no number for a token"),
-        (listed("", "330"), "'' is no text for an added token"),
-        (listed("\ud800", "330"), r"'\\ud800' is no text for an added token"),
+        (listed("<x>", "-1"), "'-1' is not a token id"),
+        (listed("<x>", str(2**31)), "2147483648 is not a token id"),
+        (listed("<x>", "9" * 40), "'9{40}' is not a token id"),
+        (listed("", "330"), "'' is not a valid text of an added token"),
+        (listed("\ud800", "330"), r"'\\ud800' is not a valid text of an added token"),
         ({"added_tokens_decoder": [1]}, "added_tokens_decoder: expected tokens by their numbers"),
         (
             {"added_tokens_decoder": {"330": token("<x>"), "331": token("<x>")}},
@@ -243,7 +243,7 @@ def changed(**fields):
 @pytest.mark.parametrize(
     ("files", "told"),
     [
-        ({"tokenizer_config_json": '{"eos_token": "a", "eos_token": "b"}'}, "'eos_token' is there twice"),
+        ({"tokenizer_config_json": '{"eos_token": "a", "eos_token": "b"}'}, "'eos_token' is a duplicate key"),
         ({"tokenizer_config_json": "[]"}, "expected an object"),
         ({"tokenizer_json": "{}"}, "is not a tokenizer.json: Model missing"),
         ({"tokenizer_json": changed(added_tokens=[{"id": 9000, **token("<y>", special=True)}])}, "to be token 9000"),
@@ -252,7 +252,7 @@ def changed(**fields):
             {"tokenizer_json": changed(post_processor__single=[{"Sequence": {"id": "A", "type_id": 0}}] * 2)},
             "its post-processor does not only put tokens before and after a text",
         ),
-        ({"added_tokens_json": {"<y>": 1.5}}, "added token '<y>': 1.5 is no number"),
+        ({"added_tokens_json": {"<y>": 1.5}}, "added token '<y>': 1.5 is not a token id"),
         (
             {"special_tokens_map_json": {"tokenizer_object": "x"}},
             "special_tokens_map.json: 'tokenizer_object': unknown",

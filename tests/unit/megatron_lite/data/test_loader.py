@@ -210,13 +210,11 @@ def test_a_dataset_that_is_none_is_named_by_its_key(tmp_path, key):
 
 def test_validation_without_a_window_says_what_to_do(tmp_path):
     path = write(tmp_path / "d", [100])
-    fix = r"give it more of data\.split, or data\.validation; train\.eval_every=0 goes without\Z"
+    fix = r"raise its share of data\.split, or set data\.validation; train\.eval_every=0 trains without validation\Z"
     with pytest.raises(DataError, match=rf"\(data\.split=\[0\.9, 0\.1, 0\.0\]\); {fix}"):
         build_dataset(data_config(path, split=(0.9, 0.1, 0)), 0, "validation")
     own = data_config(path, validation=[SourceConfig(path=write(tmp_path / "v", [5]))])
-    with pytest.raises(
-        DataError, match=r"v: its validation split has 5 tokens .* = 9; train\.eval_every=0 goes without"
-    ):
+    with pytest.raises(DataError, match=r"v: its validation split has 5 tokens .* = 9; train\.eval_every=0 trains"):
         build_dataset(own, 0, "validation")
 
 

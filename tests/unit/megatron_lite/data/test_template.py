@@ -318,7 +318,7 @@ def test_a_header_after_every_conversation_is_refused(tokenizer, header):
     source = "{% for m in messages %}" + turn + "{% endfor %}"
     always, asked = source + header, source + "{% if add_generation_prompt %}" + header + "{% endif %}"
     for loss in ("completions", "last", "all"):
-        with pytest.raises(ValueError, match="writes the header of an answer to come after every conversation"):
+        with pytest.raises(ValueError, match="writes the header of the next answer after every conversation"):
             ChatTemplate(always, tokenizer).render(messages(CONVERSATIONS[0]), loss)
         ChatTemplate(asked, tokenizer).render(messages(CONVERSATIONS[0]), loss)
     for source in IN_USE.values():
