@@ -30,8 +30,8 @@ from launch.watch.supervise import describe, say, supervise
 HOSTS = {
     "nproc": Flag(cli.whole(1, MAX_SLOTS), None, "N", "ranks to start on each host (default: its slots, or 1)"),
     "hostfile": Flag(cli.path, None, "FILE", "the hosts, 'HOST slots=N' a line (see hostfile.example)"),
-    "include": Flag(str, "", "FILTER", "of them only these, as in host1@host2:0,2"),
-    "exclude": Flag(str, "", "FILTER", "of them not these"),
+    "include": Flag(str, "", "FILTER", "use only these of them, as in host1@host2:0,2"),
+    "exclude": Flag(str, "", "FILTER", "leave these of them out"),
     "nodes": Flag(cli.span, None, "N|MIN:MAX", "hosts to use: the first N, or as many of MIN to MAX as answer"),
     "node_rank": Flag(cli.whole(0, 16383), None, "I", "start the I-th host's ranks alone; each host starts its own"),
     "rdzv": Flag(cli.endpoint, None, "HOST[:PORT]", "where ranks meet (default: the first host, a free port)"),
@@ -54,7 +54,7 @@ RUN = HOSTS | {
 
 DOCTOR = {name: HOSTS[name] for name in ("nproc", "hostfile", "include", "exclude", "nodes", "rdzv")} | {
     "bandwidth": Flag(cli.switch, True, "", "measure a real all-reduce, where nothing else is wrong"),
-    "timeout": Flag(cli.whole(1, 3600), 60, "SECONDS", "that the answers to one question may take"),
+    "timeout": Flag(cli.whole(1, 3600), 60, "SECONDS", "how long the answers to one question may take"),
     "json": Flag(cli.switch, False, "", "everything that was found out, as JSON on stdout"),
 }
 _HINTS = dict.fromkeys(("master_addr", "master_port"), " (is --rdzv=HOST:PORT here)")
@@ -147,7 +147,7 @@ def doctor(
     where |= {"node_rank": None, "mpirun": None, "runner": "pdsh", "via": "torchrun"}
     hosts, _ = choose_hosts(where)
     if config is None and overrides:
-        raise UsageError(f"--{next(iter(overrides))} overrides a key of CONFIG, and none is given")
+        raise UsageError(f"--{next(iter(overrides))} overrides a key of CONFIG, but no CONFIG is given")
     settings = _NO_CONFIG if config is None else check(config, hosts, overrides)
     job = make_job(config or "", hosts, settings, overrides, where)
     wanted = examination.Wanted(settings["checkpoint_bytes"], settings["checkpoint"]["keep"], bandwidth, timeout)
@@ -174,7 +174,7 @@ def verify(*, via: str | None, dir: str, **where: Any) -> int:
         slurm=Slurm() if via == "slurm" else None,
     )
     if via == "slurm" and not slurm.allocated(os.environ):
-        raise UsageError("verify --via=slurm starts ranks where it is called: in a batch script, or after salloc")
+        raise UsageError("verify --via=slurm must run inside an allocation: in a batch script, or after salloc")
     job = replace(job, env=_variables(job, {}, ()))
     others = {name: launcher for name, launcher in LAUNCHERS.items() if name != "slurm"}
     return check_places(job, others if via is None else {via: LAUNCHERS[via]})
@@ -223,7 +223,7 @@ def _alone(where: Mapping[str, Any]) -> tuple[tuple[Host, ...], None]:
     """Hosts known only by number (--node_rank): each starts its own ranks."""
     (least, most), node, rendezvous = where["nodes"], where["node_rank"], where["rdzv"]
     if least != most or node >= most or rendezvous is None or not rendezvous[1] or where["via"] != "torchrun":
-        raise UsageError("--node_rank=I takes --nodes=N (I from 0 to N-1), --rdzv=HOST:PORT and --via=torchrun")
+        raise UsageError("--node_rank=I requires --nodes=N (I from 0 to N-1), --rdzv=HOST:PORT and --via=torchrun")
     return tuple(Host(f"node-{i}", where["nproc"] or 1) for i in range(most)), None
 
 

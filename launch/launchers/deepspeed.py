@@ -35,7 +35,7 @@ def command(job: Job) -> Launch:
     for path in (here, sys.executable):
         if not _PLAIN.fullmatch(path):
             raise UsageError(
-                f"--via=deepspeed: its launcher lets a shell read {path!r}; move it, or use --via=torchrun"
+                f"--via=deepspeed: its launcher passes {path!r} to a shell unquoted; move it, or use --via=torchrun"
             )
     hostfile = job.log_dir / "hostfile"
     address, port = job.rendezvous or ("127.0.0.1", free_port())

@@ -67,7 +67,7 @@ def build(job: Job, mpirun: Path, flavour: str, major: int) -> Launch:
     """The launch for an mpirun of known flavour and version. Raises UsageError."""
     if odd := next((host for host in job.hosts if ":" in host.address), None):
         raise UsageError(
-            f"--via=mpirun: mpirun takes {odd.address} apart at its colons; write the host's name in the hostfile"
+            f"--via=mpirun: mpirun splits {odd.address} at its colons; write the host's name in the hostfile"
         )
     shim, files = ordered(job, _library(mpirun, flavour), "--stderr-fd=1", f"--rank={_RANK[flavour]}")
     argv = [

@@ -68,7 +68,7 @@ def allocated(env: Mapping[str, str]) -> bool:
         return False
     if "SLURM_STEP_ID" in env and _number(env, "SLURM_STEP_ID") < _SPECIAL_STEPS:
         raise UsageError(
-            "--via=slurm starts srun itself, and this is a task of srun: leave out srun, or use --via=torchrun"
+            "--via=slurm starts srun itself, but srun has started this: leave out srun, or use --via=torchrun"
         )
     return True
 

@@ -170,9 +170,10 @@ def _hang(
     waiter, collective = blocked[0]
     since = max(flight.time - pending.created for flight, pending in blocked)
     ranks = sorted({flight.rank for flight, _ in blocked})
-    who = f"rank{'s' * (len(ranks) > 1)} {', '.join(map(str, ranks))} wait{'s' * (len(ranks) == 1)} for it"
+    who = f"ranks {', '.join(map(str, ranks))} have" if len(ranks) > 1 else f"rank {ranks[0]} has"
+    waited = f"{who} waited for it for {since:.0f} s"
     missed = f"it has not entered {_name(collective)} {_where(waiter, collective)}"
-    return f"{_culprit(log_dir, root, flights, reports)}: {missed}; {who} since {since:.0f} s; {_stacks(log_dir, root)}"
+    return f"{_culprit(log_dir, root, flights, reports)}: {missed}; {waited}; {_stacks(log_dir, root)}"
 
 
 def _culprit(log_dir: Path, rank: int, flights: Mapping[int, Flight], reports: Reports) -> str:

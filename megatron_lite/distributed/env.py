@@ -92,8 +92,8 @@ def read_rank(environ: Mapping[str, str] | None = None) -> Rank:
     rank, size, local_rank, local_size = _place(found[0], environ) if found else (0, 1, 0, 1)
     if environ.get("MLITE_RANKS", str(size)) != str(size):
         raise ConfigError(
-            f"this host's launch is of {environ['MLITE_RANKS']} ranks, all hosts' together of {size}: "
-            "--nodes and --nproc have to be the same on all of them, and no option of srun's may change their number"
+            f"this host's launcher expects {environ['MLITE_RANKS']} ranks in all, but {size} were started: "
+            "--nodes and --nproc must be the same on all hosts, and no option of srun may change the number of ranks"
         )
     if not found:
         return Rank(**common)  # type: ignore[arg-type]

@@ -84,7 +84,7 @@ def test_what_an_mpirun_cannot_do_with_ipv6_is_one_line(six: Cluster, tmp_path: 
     address = six.addresses[0]
     refused(
         by_address(six, tmp_path, *words, *through("Open MPI", six)),
-        f"mpirun takes {address} apart at its colons; write the host's name in the hostfile",
+        f"mpirun splits {address} at its colons; write the host's name in the hostfile",
     )
     refused(
         launch(six, tmp_path, *words, *through("MPICH", six)),

@@ -16,7 +16,7 @@ def test_it_is_found_named_and_killed_in_time(tiny: TinyRuns, tmp_path: Path) ->
     result.expect(
         exit_code=5,
         stderr=r"error: rank 1 \(\S+, pid \d+\) was stopped \(SIGSTOP\?\) and killed: it has not entered \w+ #\d+ "
-        r"\(group \w+, .*step 5\); rank 0 waits for it since [4-6] s; stacks: ",
+        r"\(group \w+, .*step 5\); rank 0 has waited for it for [4-6] s; stacks: ",
     )
     stopped = (tmp_path / "run" / "metrics.jsonl").stat().st_mtime  # its last line is that of step 4
     assert hang_timeout < ended - stopped < hang_timeout + 12  # of a busy machine

@@ -151,6 +151,6 @@ def test_a_path_that_a_launcher_would_misread_is_refused(
     place = Place(tmp_path, tmp_path / here, run_dir=run_dir)
     result = place.launch(name, {}, {}).expect(exit_code=2, stdout="^$")
     *_, line = result.stderr.splitlines()  # perhaps after the one that says what is run
-    assert re.match(r"error: (--via=deepspeed: its launcher lets a shell read|'.*': Slurm does not take) ", line)
+    assert re.match(r"error: (--via=deepspeed: its launcher passes|'.*': Slurm does not take) ", line)
     assert not any(path.exists() for path in calls.values())
     assert place.no_canary()

@@ -185,8 +185,8 @@ def test_help(folder: Path, words: list[str], usage: str) -> None:
     ("words", "message"),
     [
         (["--nodes=2"], "--nodes=2 needs --hostfile=FILE; or, where every node starts its own ranks"),
-        (["--nodes=2", "--node_rank=0"], "--node_rank=I takes --nodes=N"),
-        (["--nodes=2", "--node_rank=2", "--rdzv=h:1"], "--node_rank=I takes --nodes=N"),
+        (["--nodes=2", "--node_rank=0"], "--node_rank=I requires --nodes=N"),
+        (["--nodes=2", "--node_rank=2", "--rdzv=h:1"], "--node_rank=I requires --nodes=N"),
         (["--rdzv_wait=9"], "--rdzv_wait is for hosts that start their own ranks, with --node_rank"),
         (["--include=a"], "--include and --exclude choose among the hosts of a --hostfile"),
         (["--hostfile=HF", "--nodes=4"], "--nodes=4: HF has 3 hosts"),
@@ -294,5 +294,5 @@ def test_a_host_that_cannot_be_examined_is_named(folder: Path) -> None:
 
 def test_the_doctor_overrides_only_a_config_that_is_given(folder: Path) -> None:
     result = launch(folder, "doctor", "--run.dir=x").expect(exit_code=2, stdout="^$")
-    assert result.stderr == "error: --run.dir overrides a key of CONFIG, and none is given\n"
+    assert result.stderr == "error: --run.dir overrides a key of CONFIG, but no CONFIG is given\n"
     launch(folder, "doctor", "bad.yaml").expect(exit_code=2, stderr="^error: optim.lr=-1: must be greater than 0\n$")

@@ -137,7 +137,7 @@ def test_deepspeed_gets_one_plain_word_and_nothing_to_export(tmp_path: Path) -> 
 def test_deepspeed_refuses_what_its_shell_would_read(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     (tmp_path / "a b").mkdir()
     monkeypatch.chdir(tmp_path / "a b")
-    with pytest.raises(UsageError, match=r"lets a shell read .*a b"):
+    with pytest.raises(UsageError, match=r"its launcher passes .*a b"):
         LAUNCHERS["deepspeed"](across())
 
 

@@ -309,7 +309,7 @@ def test_the_hosts_are_the_allocations(monkeypatch: pytest.MonkeyPatch) -> None:
         ({"nodes": (4, 4)}, env, "--nodes=4: this allocation has 3"),
         ({"nodes": (1, 4)}, env, "ask for one number"),
         ({"hostfile": Path("h"), "exclude": "n1"}, env, "--hostfile, --exclude: Slurm chooses the nodes"),
-        ({}, {**env, "SLURM_STEP_ID": "0"}, "a task of srun: leave out"),
+        ({}, {**env, "SLURM_STEP_ID": "0"}, "srun has started this: leave out"),
         ({}, {**env, "SLURM_HET_SIZE": "2"}, "a heterogeneous job"),
     ):
         with pytest.raises(UsageError, match=message):
@@ -586,4 +586,6 @@ def test_srun_starts_every_rank_of_an_allocation(tmp_path: Path) -> None:
     assert shown.endswith("\nslurm: 2 ranks on 1 host, each where the plan has it\n")
     reports = [json.loads((tmp_path / f"it's $(x)\n/verify/slurm/logs/rank_{n}.exit.json").read_text()) for n in (0, 1)]
     assert [report["exit_code"] for report in reports] == [0, 0]
-    assert run_job(argv, timeout=60).expect(exit_code=2, stderr="^error: verify --via=slurm starts ranks where it is")
+    assert run_job(argv, timeout=60).expect(
+        exit_code=2, stderr="^error: verify --via=slurm must run inside an allocation"
+    )

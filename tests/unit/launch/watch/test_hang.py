@@ -65,7 +65,7 @@ def test_a_rank_in_its_own_code(tmp_path: Path) -> None:
     assert told(tmp_path) == (
         "rank 1 (node0, pid 101) hangs in megatron_lite/data/loader.py:120 (__next__): it has not entered all_reduce "
         "#10 (group tp, blocks.3.attention.qkv backward, megatron_lite/layers/linear.py:58 (backward), step 7); "
-        "rank 0 waits for it since 12 s; stacks: logs/rank_1.stacks.txt"
+        "rank 0 has waited for it for 12 s; stacks: logs/rank_1.stacks.txt"
     )
 
 
@@ -78,7 +78,7 @@ def test_the_root_of_a_chain_of_waits(tmp_path: Path) -> None:
     line = told(tmp_path)
     assert line.startswith("rank 3 (node1, pid 103) hangs in megatron_lite/data/loader.py:120")
     assert "it has not entered all_reduce #2 (group dp, " in line
-    assert "ranks 1, 2 wait for it since 12 s" in line
+    assert "ranks 1, 2 have waited for it for 12 s" in line
 
 
 def test_a_stopped_rank_leaves_no_record(tmp_path: Path) -> None:

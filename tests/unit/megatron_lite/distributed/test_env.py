@@ -76,8 +76,11 @@ def test_without_a_launcher_there_is_one_rank(environ: dict[str, str]) -> None:
         ({**TORCHRUN, "MASTER_ADDR": ""}, "MASTER_ADDR='', MASTER_PORT='29500': need MASTER_ADDR"),
         ({**TORCHRUN, "MASTER_PORT": "0"}, "MASTER_PORT='0'"),
         ({k: v for k, v in TORCHRUN.items() if k not in MEET}, "no place to meet"),
-        ({"MLITE_RANKS": "4"}, "this host's launch is of 4 ranks, all hosts' together of 1: --nodes and"),
-        ({**TORCHRUN, "MLITE_RANKS": "4"}, "this host's launch is of 4 ranks, all hosts' together of 8: --nodes and"),
+        ({"MLITE_RANKS": "4"}, "this host's launcher expects 4 ranks in all, but 1 were started: --nodes and"),
+        (
+            {**TORCHRUN, "MLITE_RANKS": "4"},
+            "this host's launcher expects 4 ranks in all, but 8 were started: --nodes and",
+        ),
     ],
 )
 def test_sets_that_cannot_be_are_named(environ: dict[str, str], message: str) -> None:
