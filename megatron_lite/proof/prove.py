@@ -15,6 +15,7 @@ from rich.console import Console
 from rich.table import Table
 from safetensors.torch import load_file, save_file
 
+from megatron_lite.cli import several
 from megatron_lite.config import Config
 from megatron_lite.distributed.mesh import build_mesh
 from megatron_lite.distributed.spawn import run_ranks
@@ -69,7 +70,7 @@ def prove(
                 f"the layouts differ: first at step {row.step} in the {row.kind} of {name}: "
                 f"relative difference {difference:.3g}, tolerance {limit:g}"
             )
-    how = f"equal within {limit:g} over {steps} steps in {dtype}"
+    how = f"equal within {limit:g} over {several(steps, 'step')} in {dtype}"
     console.print(f"{how} (Muon's updates in bfloat16)" if muon else how, highlight=False)
     console.print(
         f"differences are relative to a tensor's largest element or, if greater, to {FLOORS[judged_as]:g} of the "

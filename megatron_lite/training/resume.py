@@ -163,8 +163,8 @@ def _changes(saved: Mapping[str, Any], config: Config) -> Iterator[tuple[str, tu
 
 
 def _schedule(config: Config, saved: CheckpointSource, step: int) -> list[str]:
-    """A line for the log if another schedule or length changes the learning rate after ``step``. Raises ConfigError if
-    the decay does not fit the remaining steps."""
+    """A line for the log if another schedule or length changes the learning rate after ``step`` by more than 1 %.
+    Raises ConfigError if the decay does not fit the remaining steps."""
     where, optim, steps = f"{saved.path}/config.yaml", config.optim, config.train.steps
     try:
         old: OptimConfig = parse_section(OptimConfig, "optim", saved.config.get("optim"), where)
@@ -179,6 +179,6 @@ def _schedule(config: Config, saved: CheckpointSource, step: int) -> list[str]:
             f"after {saved.path}; at most {left}"
         )
     before, now = learning_rate(old, step, old_steps), learning_rate(optim, step, steps)
-    if math.isclose(before, now):
+    if math.isclose(before, now, rel_tol=0.01):
         return []
     return [f"the learning rate of step {step + 1} is {now:.3g}; by the schedule of the checkpoint it was {before:.3g}"]

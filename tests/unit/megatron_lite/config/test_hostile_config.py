@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from megatron_lite.peft import METHODS
+
 BASE = "model: {vocab_size: 100}\ndata: {train: [{path: x}]}\n"
 TRAIN_KEYS = (
     "steps, global_batch_size, micro_batch_size, precision, task, compile, log_every, eval_every, eval_steps, "
@@ -188,7 +190,7 @@ FLAGS = {  # what is typed after the name of a good config, and what is said abo
     "train.steps=30": "unexpected argument 'train.steps=30' (did you mean --train.steps=30?)",
     "--peft=null": "unknown flag --peft (is a section here); config keys are written --section.key=value",
     "--peft.method=dora": (
-        f"{NO_BASE}\npeft.method: expected lora, adapter, prefix, not 'dora' "
+        f"{NO_BASE}\npeft.method: expected {', '.join(METHODS)}, not 'dora' "
         "(is peft.dora=true with peft.method=lora here)"
     ),
     "--peft.method=lora --peft.base_dtype=int4": (

@@ -8,6 +8,7 @@ import pytest
 from megatron_lite.config import parse_config
 from megatron_lite.errors import ConfigError
 from megatron_lite.families import targets
+from megatron_lite.peft import METHODS
 
 
 def config(peft, **model):
@@ -65,7 +66,7 @@ def test_the_first_pattern_that_matches_gives_r_and_alpha():
         ({"targets": ["head"], "dora": True}, {}, r"peft\.dora: head: only linears inside the blocks"),
         ({"method": "prefix", "length": 40}, {}, r"peft\.length=40 \+ data\.seq_len=32 = 72 positions exceed"),
         ({"method": "adapter", "sise": 8}, {}, r"peft\.sise: unknown key \(did you mean 'size'\?\); known: base_dtype"),
-        ({"method": "lroa"}, {}, r"peft\.method: expected lora, adapter, prefix, not 'lroa' \(did you mean 'lora'\?\)"),
+        ({"method": "lroa"}, {}, rf"peft\.method: expected {', '.join(METHODS)}, not 'lroa' \(did you mean 'lora'\?\)"),
         ({"method": "lora", "dropout": 1}, {}, r"peft\.dropout: input should be less than 1"),
     ],
 )
@@ -75,7 +76,7 @@ def test_what_cannot_work_is_refused_with_what_would(peft, model, told):
 
 
 def test_a_missing_method_is_asked_for():
-    with pytest.raises(ConfigError, match=r"^peft\.method: missing; one of lora, adapter, prefix$"):
+    with pytest.raises(ConfigError, match=rf"^peft\.method: missing; one of {', '.join(METHODS)}$"):
         config({"r": 8})
 
 

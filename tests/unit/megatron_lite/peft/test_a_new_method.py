@@ -6,6 +6,7 @@ import sys
 
 import pytest
 
+from megatron_lite.peft import METHODS
 from tests.kit.tiny import tiny_config, tiny_data
 
 PROGRAM = """
@@ -61,7 +62,7 @@ def test_the_config_knows_its_keys_and_still_needs_no_torch(found):
     assert not found["torch"]
     told = "peft.onyl: unknown key (did you mean 'only'?); known: base_dtype, method, only"
     assert found["unknown key"] == f"here: {told}"
-    told = "peft.method: expected lora, adapter, prefix, ia3, not 'ia33' (did you mean 'ia3'?)"
+    told = f"peft.method: expected {', '.join(METHODS)}, ia3, not 'ia33' (did you mean 'ia3'?)"
     assert found["unknown method"] == f"here: {told}"
 
 
