@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Annotated, Any
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic_core import PydanticCustomError
 
 
 def number(value: Any) -> Any:
@@ -16,6 +18,17 @@ def number(value: Any) -> Any:
     except ValueError:
         return value
     return int(number) if isinstance(number, float) and number.is_integer() else number
+
+
+def one_of(known: Collection[str]) -> AfterValidator:
+    """Refuses other words, as a ``Literal`` of the known ones would, which may grow."""
+
+    def check(word: str) -> str:
+        if word not in known:
+            raise PydanticCustomError("literal_error", "", {"expected": ", ".join(map(repr, known))})
+        return word
+
+    return AfterValidator(check)
 
 
 Integer = Annotated[int, BeforeValidator(number)]

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal, get_args
 
-from pydantic import AfterValidator, Field
+from pydantic import Field
 
-from megatron_lite.cli import nearest
 from megatron_lite.config.model import CHANGEABLE
 from megatron_lite.section import (
     Count,
@@ -17,6 +16,7 @@ from megatron_lite.section import (
     PositiveFloat,
     Probability,
     Section,
+    one_of,
 )
 from megatron_lite.tasks import TASKS
 
@@ -143,12 +143,6 @@ Precision = Literal["float32", "bfloat16", "float64"]
 PRECISIONS = get_args(Precision)
 
 
-def _task(name: str) -> str:
-    if name not in TASKS:
-        raise ValueError(f"expected one of {', '.join(TASKS)}{nearest(name, TASKS)}")
-    return name
-
-
 class TrainConfig(Section):
     """Length, batch sizes, precision, evaluation. Gradient accumulation follows: global batch ÷ (micro batch × dp).
 
@@ -160,7 +154,7 @@ class TrainConfig(Section):
     global_batch_size: Positive = 8
     micro_batch_size: Positive = 8
     precision: Precision = "float32"
-    task: Annotated[str, AfterValidator(_task)] = "causal_lm"
+    task: Annotated[str, one_of(TASKS)] = "causal_lm"
     compile: bool = False
     log_every: Positive = 10
     eval_every: Count = 0
@@ -186,13 +180,6 @@ class InitConfig(Section):
     adapter: str | None = None
 
 
-def _changeable(key: str) -> str:
-    known = (*CHANGEABLE, "chat_template")
-    if key not in known:
-        raise ValueError(f"expected one of {', '.join(known)}{nearest(key, known)}")
-    return key
-
-
 class CheckpointConfig(Section):
     """When to save (``every`` 0: only at the end), what to keep, and where to resume from: ``auto`` (the newest that
     verifies, if there is one), ``none``, or a path. ``trust``: read without verifying hashes. ``async``: copy the state
@@ -205,5 +192,5 @@ class CheckpointConfig(Section):
     keep_every: Positive | None = None
     resume: str = "auto"
     trust: bool = False
-    allow_change: list[Annotated[str, AfterValidator(_changeable)]] = []
+    allow_change: list[Annotated[str, one_of((*CHANGEABLE, "chat_template"))]] = []
     background: bool = Field(default=False, alias="async")

@@ -44,7 +44,7 @@ class Mask:
         # The index of each query's own key, [batch or 1, queries, 1], and of all keys, [keys].
         own = before + torch.arange(queries, device=device).view(-1, 1)
         key = torch.arange(int(before.max()) + queries, device=device)
-        keys = key <= own if self.causal else torch.ones_like(key <= own)
+        keys = key <= own if self.causal else (key < before + queries).expand(-1, queries, -1)
         if self.window is not None:
             keys = keys & ((key - own).abs() < self.window)
         if self.documents is not None:

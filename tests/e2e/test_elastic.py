@@ -10,11 +10,12 @@ from tests.kit.tiny import TinyRuns, losses, tiny_config
 
 
 def test_a_host_is_lost_and_comes_back(cluster: Cluster, tiny: TinyRuns, tmp_path: Path) -> None:
-    config = tiny_config(tmp_path, tiny.data, parallel__zero=3, train__micro_batch_size=2, checkpoint__every=1)
+    config = tiny_config(tmp_path, tiny.data, train__micro_batch_size=2, checkpoint__every=1)
     hostfile = cluster.hostfile(tmp_path / "hosts", [1, 1])
     argv = [PYTHON, "-m", "launch", "run", str(config), f"--hostfile={hostfile}", "--nodes=1:2", "--max_restarts=3"]
     argv += ["--look_for_hosts=1", "--train.steps=40"]
-    with cluster.start(0, argv, timeout=170, env={"OMP_NUM_THREADS": "1", "MLITE_FAULT": "sleep:seconds=0.2"}) as job:
+    slow = "sleep:seconds=0.2;sleep:seconds=0.2:attempt=1"
+    with cluster.start(0, argv, timeout=170, env={"OMP_NUM_THREADS": "1", "MLITE_FAULT": slow}) as job:
         job.wait_for("step 3 ")
         cluster.kill_host(1)
         job.wait_for(rf"error: host {cluster.hosts[1]} cannot be reached any more, with rank 1.*; restart 1 of 3")
@@ -28,8 +29,6 @@ def test_a_host_is_lost_and_comes_back(cluster: Cluster, tiny: TinyRuns, tmp_pat
     steps = losses(tmp_path / "run")
     assert sorted(steps) == list(range(1, 41))
     (tmp_path / "same").mkdir()
-    tiny.run(
-        tmp_path / "same", "--train.steps=40", "--train.micro_batch_size=2", "--parallel.zero=3", "--parallel.tp=1"
-    )
+    tiny.run(tmp_path / "same", "--train.steps=40", "--train.micro_batch_size=2", "--parallel.tp=1")
     reference = losses(tmp_path / "same/run")
     assert steps == pytest.approx(reference, rel=1e-4)

@@ -67,7 +67,7 @@ def test_killed_at_random_times_then_run_again(arguments, tmp_path):
         path.unlink()
 
     moments = random.Random(5)
-    for _ in range(6):
+    for _ in range(4):
         with start_job([PYTHON, "-m", "data_tools", *arguments], timeout=60) as job:
             time.sleep(moments.uniform(0.2, 0.9) * whole)
             job.process.send_signal(signal.SIGKILL)

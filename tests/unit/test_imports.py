@@ -51,7 +51,7 @@ THIRD_PARTY: dict[str, set[str]] = {  # besides the standard library; where ther
     M + "errors": set(),
     M + "cli": {"fire"},
     M + "distributed.env": set(),
-    M + "section": {"pydantic"},
+    M + "section": {"pydantic", "pydantic_core"},
     M + "config": {"pydantic", "yaml"},
     M + "families": set(),
 }

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from megatron_lite.config import DataConfig, SourceConfig
+from megatron_lite.data import loader as module
 from megatron_lite.data.batch import IGNORED
 from megatron_lite.data.dataset import build_dataset
 from megatron_lite.data.indexed import IndexedWriter
@@ -97,6 +98,13 @@ def test_resuming_anywhere_at_another_dp_size_continues_the_same_stream(tmp_path
     for step in (1, 7, 29):
         got = global_batches(dataset, 30 - step, dp=2, accumulation=2, consumed=8 * step)
         assert all(torch.equal(a, b) for a, b in zip(got, wanted[step:], strict=True))
+
+
+def test_it_does_not_matter_how_much_is_worked_out_at_once(tmp_path, monkeypatch):
+    dataset = build_dataset(data_config(write(tmp_path / "d", [2000])), 0, "train")
+    whole = global_batches(dataset, 40, dp=2, accumulation=2)
+    monkeypatch.setattr(module, "_AHEAD", 8)
+    assert all(map(torch.equal, whole, global_batches(dataset, 40, dp=2, accumulation=2)))
 
 
 def test_blends_keep_their_proportions(tmp_path):

@@ -2,13 +2,16 @@
 
 import itertools
 import math
+from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from megatron_lite.config import ModelConfig, OptimConfig
-from megatron_lite.distributed.mesh import Axis
-from megatron_lite.distributed.shard import spec_of
+from megatron_lite.distributed.mesh import Axis, solo_mesh
+from megatron_lite.distributed.shard import ShardSpec, spec_of
+from megatron_lite.engines.engine import Engine
 from megatron_lite.engines.optim import build_adamw, gradient_norm, learning_rate, scale_gradients
 from megatron_lite.models.decoder import Decoder
 
@@ -55,6 +58,22 @@ def test_norms_biases_and_embeddings_do_not_decay():
     by_decay = {g["weight_decay"]: {names[id(p)] for p in g["params"]} for g in optimizer.param_groups}
     matrices = {f"blocks.0.{part}.weight" for part in ("attention.qkv", "attention.out", "mlp.up", "mlp.down")}
     assert by_decay == {0.3: matrices, 0.0: set(names.values()) - matrices}
+
+
+@pytest.mark.parametrize(
+    ("spec", "copies"),
+    [
+        (ShardSpec((8, 8), dim=0), 5),  # split over tp: the same on all of cp
+        (ShardSpec((8, 8), dim=0, axis="cp"), 3),
+        (ShardSpec((8, 8)), 15),
+    ],
+)
+def test_so_many_ranks_hold_the_same_gradient(spec, copies):
+    sizes = {"pp": 2, "dp_shard": 7, "tp": 3, "cp": 5}
+    axes = {name: Axis(name, size=size) for name, size in sizes.items()}
+    mesh = replace(solo_mesh(), **axes, world=Axis("world", size=math.prod(sizes.values())))
+    engine = SimpleNamespace(specs={"weight": spec}, mesh=mesh)
+    assert Engine.copies(engine, "weight") == copies
 
 
 @pytest.mark.parametrize("limit", [0.5, 1e6])

@@ -56,7 +56,8 @@ def test_rows_of_different_lengths_are_as_each_alone(family, method):
     model, lengths = decoder(family, method=method), [7, 3]
     cache = KeyValueCache(len(TOKENS), TOKENS.shape[1] + 4)
     model(TOKENS[:, :7], Context(torch.float64, cache=cache), hidden_states)
-    cache.lengths = list(lengths)  # of the second row only three count: what was read behind them is as if it were not
+    cache.lengths = [0, 0]
+    cache.advance(lengths)  # of the second row only three count: what was read behind them is as if it were not
     new = model(TOKENS[:, 7:], Context(torch.float64, cache=cache), hidden_states).view(2, 3, -1)
     for row, length in enumerate(lengths):
         alone = torch.cat((TOKENS[row, :length], TOKENS[row, 7:])).unsqueeze(0)

@@ -53,8 +53,10 @@ def test_equal_to_torch(monkeypatch, chunk, told):
     assert not got[2][VOCAB:].any(), "the padding of the vocabulary gets a gradient"
 
 
+@pytest.mark.parametrize("chunk", [1, 1 << 24])
 @pytest.mark.parametrize("told", [False, True])
-def test_an_update_of_the_weight_is_equal_to_torch(told):
+def test_an_update_of_the_weight_is_equal_to_torch(monkeypatch, chunk, told):
+    monkeypatch.setattr(module, "_CHUNK_ELEMENTS", chunk)
     hidden, weight, targets = inputs()
     weight = weight.detach()
     low, factor = (torch.randn(rows, 3, dtype=torch.float64, requires_grad=True) for rows in (TOKENS, PADDED))

@@ -14,7 +14,7 @@ def plainly(mask: Mask, row: int, offset: int) -> list[list[bool]]:
     def sees(query: int, key: int) -> bool:
         own = offset + query
         return (
-            (not mask.causal or key <= own)
+            (key <= own if mask.causal else key < offset + QUERIES)
             and (mask.window is None or abs(own - key) < mask.window)
             and (mask.documents is None or bool(mask.documents[row, key] == mask.documents[row, own]))
         )

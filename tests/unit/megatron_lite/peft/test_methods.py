@@ -58,6 +58,20 @@ def test_at_the_start_it_is_the_base_to_the_last_bit(family, method):
     assert torch.equal(model(TOKENS, Context(torch.float64)), base(TOKENS, Context(torch.float64)))
 
 
+@pytest.mark.parametrize("placement", ["houlsby", "parallel"])
+def test_an_adapter_adds_its_bottleneck_by_the_scale(placement):
+    model = decoder("llama", {"method": "adapter", "size": 16, "placement": placement, "scale": 4.0})
+    module = model.blocks[0].mlp_adapter
+    generator = torch.Generator().manual_seed(1)
+    for parameter in module.parameters():
+        parameter.data = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
+    start, added = torch.randn(2, 5, 32, generator=generator, dtype=torch.float64)
+    x = start if placement == "parallel" else added
+    inner = torch.nn.functional.gelu(x @ module.down.weight.t() + module.down.bias, approximate="tanh")
+    want = added + 4 * (inner @ module.up.weight.t() + module.up.bias)
+    torch.testing.assert_close(module(start, added), want, rtol=1e-12, atol=1e-12)
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_prefix_of_a_prompts_keys_and_values_is_that_prompt(family):
     """Positions and masks are right when nobody can tell whether the prompt was read or trained."""

@@ -6,10 +6,11 @@ import math
 import numpy as np
 import pytest
 
+from megatron_lite.config import load_config
 from megatron_lite.data.batch import IGNORED
 from megatron_lite.errors import ConfigError
 from megatron_lite.models.head import cross_entropy
-from megatron_lite.tasks import TASKS
+from megatron_lite.tasks import TASKS, build_task
 from megatron_lite.tasks.task import Task
 from tests.kit.alone import run_alone
 from tests.kit.tiny import tiny_config, tiny_data
@@ -53,7 +54,12 @@ def test_a_run_learns_and_reports_a_task_of_ones_own(tmp_path, monkeypatch):
 
 def test_a_task_that_is_not_there_is_refused_with_the_nearest(tmp_path):
     config = tiny_config(tmp_path, tiny_data(tmp_path))
-    with pytest.raises(
-        ConfigError, match=r"^train\.task: expected one of causal_lm \(did you mean 'causal_lm'\?\), not 'causal_ml'$"
-    ):
+    told = r"^train\.task: expected 'causal_lm', not 'causal_ml' \(did you mean 'causal_lm'\?\)$"
+    with pytest.raises(ConfigError, match=told):
         run_alone(config, "train.task=causal_ml")
+
+
+def test_a_perplexity_beyond_a_float_is_cut_off(tmp_path):
+    task = build_task(load_config(str(tiny_config(tmp_path, tiny_data(tmp_path))), {}))
+    assert task.metrics(1.5)["validation_perplexity"] == math.exp(1.5)
+    assert task.metrics(800.0) == {"validation_loss": 800.0, "validation_perplexity": math.exp(700)}
