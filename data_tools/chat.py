@@ -76,18 +76,18 @@ def chat(
     ({"prompt", "completion"}); auto tells each line by its keys. A prompt and completion that are texts are joined as
     they are, with the end-of-sequence token after them; everything else goes through the chat template: that of
     --template=FILE, or the one that comes with the tokenizer (a folder, tokenizer.json or .model), or a plain one.
-    What the tokenizer puts before a text (bos) stands before these texts and those of the plain template; others write
-    it themselves. --add_bos=true puts bos before each conversation that does not begin with it, false before none.
+    The tokenizer's bos, if it adds one, precedes these texts and those of the plain template; other templates write
+    their own. --add_bos=true puts bos before each conversation that does not begin with it, false before none.
 
-    Tools, tool calls and reasoning are what OpenAI's, ShareGPT's and TRL's files have, chat_template_kwargs too. Null
-    means absent. --date=YYYY-MM-DD is today for templates that ask (strftime_now); else they do without.
+    Tools, tool calls, reasoning and chat_template_kwargs are read as in the files of OpenAI, ShareGPT and TRL. Null
+    means absent. --date=YYYY-MM-DD is today for templates that ask (strftime_now); else they get no date.
 
-    --loss=completions trains on what the assistant wrote, end markers included; last on its last turn alone; all on
-    everything; none on a message of "weight" 0 or "train" false, and the first two on no prompt's. Longer ones than
-    --max_document_tokens=N are cut (--long_documents=truncate) or left out (drop). Conversations with nothing to train
-    on are left out and counted. Counted, too, is an answer that begins in the first token of all, which nothing stands
-    before and so is not trained on. The tokens that answers end with (<|im_end|>, say) are kept in the card: they end
-    what is generated. --on_error, --max_bad, --workers: as for tokenize.
+    --loss=completions trains on what the assistant wrote, end markers included; last only on its last turn; neither on
+    the messages of a "prompt". all trains on everything. None trains on a message with "weight" 0 or "train" false.
+    Conversations longer than --max_document_tokens=N are cut (--long_documents=truncate) or left out (drop). Those with
+    nothing to train on are left out and counted. If an answer begins with the very first token, that token is not
+    trained on, since none precedes it; such answers are counted, too. The tokens that answers end with (such as
+    <|im_end|>) are kept in the card: they end generated text. --on_error, --max_bad, --workers: as for tokenize.
     Train on the dataset with data.packing=conversations.
     """
 

@@ -52,9 +52,9 @@ def tokenize(
 
     INPUT is a file, a folder, a glob, or several with commas: jsonl, jsonl.gz, parquet or plain text. --workers=0
     takes one process for each CPU; under mpirun every rank is a worker, on any number of machines that share OUT.
-    Each document ends with the end-of-sequence token unless --append_eos=false, and begins with the one that the
-    tokenizer itself puts before a text (Llama's) or, as --add_bos=true or false says, with bos or nothing. Text that
-    spells a special token stays text unless --parse_special=true. Empty documents are left out.
+    Each document ends with the end-of-sequence token unless --append_eos=false, and begins with bos if the tokenizer
+    itself adds it (as Llama's does), or as --add_bos=true or false says. Text that spells a special token stays text
+    unless --parse_special=true. Empty documents are left out.
 
     A line that is not a document (bad UTF-8, bad JSON, no text, …) stops the work, naming file and line. With
     --on_error=skip it goes to OUT.rejects.jsonl instead, as long as no more lines are bad than --max_bad: a share, such

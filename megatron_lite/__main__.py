@@ -20,7 +20,7 @@ from megatron_lite.proof.side import parse_side
 def config(config: str, ranks: int | None = None, **overrides: str) -> None:
     """Check a config, and whether it can run on --ranks; print it, resolved, as JSON.
 
-    With --ranks the degrees of its mesh come as "mesh", and the size of a checkpoint as "checkpoint_bytes".
+    --ranks adds the degrees of its mesh as "mesh", and the size of a checkpoint as "checkpoint_bytes".
 
     CONFIG is a path or the name of a shipped config; any --section.key=value overrides it.
     """
@@ -70,25 +70,26 @@ def generate(
 ) -> None:
     """Continue a prompt with a checkpoint's model, or (--chat) answer it through the checkpoint's chat template.
 
-    Temperature 0 is greedy. Under a launcher the model is split over its ranks, with the same tokens. A text ends at an
-    end token: the tokenizer's, those in the model's generation_config.json (where training on conversations puts what
-    their answers end with) and, in a chat, the template's; else after --max_new_tokens, or where the model's room does.
+    Temperature 0 is greedy. Under a launcher the model is split over its ranks and generates the same tokens. A text
+    ends at an end token: the tokenizer's, those in the model's generation_config.json (to which training on
+    conversations adds what their answers end with) and, in a chat, the template's; else after --max_new_tokens, or at
+    the model's maximum length.
 
-    Around a prompt stands what the tokenizer puts there (bos, for some eos), or what --add_bos and --add_eos say, true
-    or false; the templates of a chat write it themselves.
+    A prompt gets the special tokens that its tokenizer adds (bos, for some also eos) unless --add_bos or --add_eos,
+    true or false, say otherwise; chat templates write their own.
 
-    An adapter's checkpoint comes with its base, which --base finds elsewhere. --adapters=NAME=RUN,NAME=RUN loads
-    adapters onto one base; --adapter names the one to use. --base_dtype=int8 or nf4 keeps the model's own linears in
-    memory as peft.base_dtype does in training.
+    An adapter's checkpoint names its base; --base gives its path if it was moved. --adapters=NAME=RUN,NAME=RUN loads
+    adapters onto one base; --adapter names the one to use. --base_dtype=int8 or nf4 keeps the base's linears in memory
+    as peft.base_dtype does in training.
 
-    --requests=FILE has a request on every line, {"prompt": TEXT} or {"messages": [{"role": …, "content": …}, …]} (a
-    conversation, through the chat template), and with it, as wanted, adapter, max_new_tokens, temperature, top_k, top_p
-    and seed, in place of the flags, and id, which comes back. A file with a line that is no request is refused whole.
-    Each request is answered by a line of JSON, in their order: {"index", "line", "id", "adapter", "text", "num_tokens",
-    "finish_reason"}. index counts requests from 0, line the file's lines from 1, text is what was produced,
-    finish_reason "stop" (an end token) or "length". One that cannot be answered, too long, say, gets {"index", "line",
-    "id", "error"}; the others go on, and the exit code is 3. Draws depend on --seed, the request's index and the
-    position alone; with a seed of its own a request draws what --prompt does with that --seed.
+    --requests=FILE has one request per line, {"prompt": TEXT} or {"messages": [{"role": …, "content": …}, …]} (a
+    conversation, through the chat template), with optional keys adapter, max_new_tokens, temperature, top_k, top_p and
+    seed, which replace the flags, and id, which is returned. A file with an invalid line is refused as a whole.
+    Each request is answered by a line of JSON, in order: {"index", "line", "id", "adapter", "text", "num_tokens",
+    "finish_reason"}. index counts requests from 0, line the file's lines from 1, text is the generated text,
+    finish_reason "stop" (an end token) or "length". A request that cannot be answered, such as one too long, gets
+    {"index", "line", "id", "error"}; the others go on, and the exit code is 3. Random draws depend only on --seed, the
+    request's index and the position; a request with its own seed draws what --prompt draws with that --seed.
     """
     sampling = Sampling(max_new_tokens, temperature, top_k, top_p, seed)
     mistakes = [f"--{mistake}" for mistake in sampling.mistakes()]
@@ -195,7 +196,7 @@ def import_hf(source: str, destination: str, files: int = 1, vocab_multiple: int
     """Turn a Hugging Face folder into a checkpoint of ours, DESTINATION/step_00000000, with its tokenizer.
 
     To train from a folder no import is needed: --init.from=FOLDER. Llama, Mistral, Qwen2, Qwen3 and GPT-2. What cannot
-    be honoured is refused by name. Keys of config.json that nobody reads are a note; with --strict, an error. Where
+    be honoured is refused by name. Keys of config.json that are ignored are a note; with --strict, an error. Where
     transformers is installed and the model is small enough for it, its logits are compared before anything is written.
     """
     from megatron_lite import convert
@@ -216,8 +217,8 @@ def import_megatron(source: str, destination: str, files: int = 1, vocab_size: i
 def import_deepspeed(source: str, destination: str, config: str, files: int = 1) -> None:
     """Turn a ZeRO checkpoint that DeepSpeed wrote into one of ours: float32 weights and Adam's moments.
 
-    CONFIG: a Hugging Face folder or a run, for what the model is. --init.from goes on from it, with
-    --init.optimizer=true with its optimizer, too. Nothing pickled in it is run.
+    CONFIG: a Hugging Face folder or a run that describes the model. --init.from continues from the result, with
+    --init.optimizer=true also with its optimizer state. Nothing pickled in it is run.
     """
     from megatron_lite import convert
 
