@@ -101,7 +101,7 @@ def test_reset_ends_what_runs_and_mends_what_is_broken(cluster):
 
 
 @pytest.mark.parametrize("kind", ["namespaces", "loopback"])
-@pytest.mark.parametrize("end", ["closed", "killed"])
+@pytest.mark.parametrize("end", [pytest.param("closed", marks=pytest.mark.slow), "killed"])
 def test_nothing_of_a_cluster_outlives_its_test_run(kind, end, tmp_path):
     program = f"""
 import os, signal

@@ -62,6 +62,7 @@ def test_healthy_hosts_are_ready(hosts: Cluster, tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["hostfile"]
 
 
+@pytest.mark.slow
 def test_a_misleading_own_name_works_and_a_slow_link_is_named(hosts: Cluster, tmp_path: Path) -> None:
     for index, name in enumerate(hosts.hosts[:2]):
         names = hosts.folder_of(index) / "etc/hosts"

@@ -1,6 +1,5 @@
 """What tests with launches share: one dataset and one run without faults for each engine; hosts, and Slurm on them."""
 
-import contextlib
 from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
@@ -41,11 +40,20 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny_data(tmp_path_factory.mktemp("data"))
 
 
+_WORLDS: dict[int, World] = {}
+
+
+def close_worlds() -> None:
+    """End the ranks of all worlds; they start anew when a test wants them."""
+    for world in _WORLDS.values():
+        world.close()
+
+
 @pytest.fixture(scope="session")
 def worlds() -> Iterator[Callable[[int], World]]:
     """Worlds by their number of ranks, for all tests of a worker."""
-    with contextlib.ExitStack() as stack:
-        yield cache(lambda size: stack.enter_context(contextlib.closing(World(size))))
+    yield lambda size: _WORLDS.setdefault(size, World(size))
+    close_worlds()
 
 
 @pytest.fixture(scope="session")

@@ -151,7 +151,7 @@ FOUND_IN = {  # the others are larger than the roundings of any format
 }
 
 
-@pytest.mark.parametrize("case", covering(CASES, PRODUCT, slow=["compiled"]))
+@pytest.mark.parametrize("case", covering(CASES, PRODUCT, slow=["compiled: tp 2, sp"]))
 def test_equal(parity, case):
     assert_equal(parity(CASES[case]))
 
