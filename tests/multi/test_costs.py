@@ -13,7 +13,6 @@ from megatron_lite.config import Config, parse_config
 from megatron_lite.data.dataset import build_dataset
 from megatron_lite.data.loader import Loader
 from megatron_lite.distributed.mesh import build_mesh
-from megatron_lite.distributed.spawn import run_ranks
 from megatron_lite.errors import PeerError
 from megatron_lite.planning.memory import bytes_per_parameter
 from megatron_lite.planning.plan import make_plan
@@ -23,6 +22,7 @@ from tests.kit.engines import AT_ONCE
 from tests.kit.engines import ENGINES as EVERY
 from tests.kit.tiny import tiny_data
 from tests.kit.traffic import Traffic
+from tests.kit.world import run_ranks
 
 pytestmark = pytest.mark.slow
 ENGINES = {**EVERY, "deepspeed, zero 3": {**EVERY["deepspeed, zero 3"], "deepspeed": AT_ONCE}}
