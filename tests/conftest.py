@@ -3,7 +3,7 @@
 import gc
 import os
 
-# For every process that tests start, and before torch is imported here: two tests run at a time, and threads that wait
+# For every process that tests start, and before torch is imported here: some tests run at a time, and threads that wait
 # for each other's core take more of it than they give; and nobody should compile our sources once for each process.
 os.environ["OMP_NUM_THREADS"] = "1"
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
