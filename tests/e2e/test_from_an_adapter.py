@@ -14,10 +14,11 @@ from megatron_lite.data.dataset import build_dataset
 from megatron_lite.data.loader import Loader
 from tests.kit.foreign import their_adapter
 from tests.kit.jobs import PYTHON, Result, run_job
+from tests.kit.optional import optional
 from tests.kit.tiny import LAYOUTS, VOCAB, losses, tiny_config, tiny_data
 
-peft = pytest.importorskip("peft", reason="the peft library is not installed")
-transformers = pytest.importorskip("transformers", reason="transformers is not installed")
+peft = optional("peft")
+transformers = optional("transformers", "hf")
 
 WORDS = VOCAB + 5  # no multiple of anything
 LORA = {"target_modules": ["q_proj", "v_proj", "down_proj", "embed_tokens"], "r": 4, "lora_alpha": 6}

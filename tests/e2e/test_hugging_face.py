@@ -6,9 +6,10 @@ import pytest
 import torch
 
 from tests.kit.jobs import PYTHON, run_job
+from tests.kit.optional import optional
 from tests.kit.tiny import TinyRuns, losses, tiny_data
 
-transformers = pytest.importorskip("transformers", reason="transformers is not installed (pip install '.[hf]')")
+transformers = optional("transformers", "hf")
 CKPT = [PYTHON, "-m", "megatron_lite", "ckpt"]
 
 

@@ -17,8 +17,9 @@ from data_tools.tokenize import _UNIT_BYTES, _work
 from megatron_lite.errors import StorageError
 from tests.kit.corpora import data_tools, dataset_bytes, documents, ended, write_jsonl, write_tokenizer
 from tests.kit.jobs import PYTHON, RunningJob, start_job
+from tests.kit.optional import optional
 
-pytest.importorskip("mpi4py", reason="mpi4py is not installed (the mpi extra)")
+optional("mpi4py", "mpi")
 MPIRUN = shutil.which("mpirun", path=f"{Path(PYTHON).parent}:{os.environ['PATH']}")
 if MPIRUN is None:
     pytest.skip("there is no mpirun (the mpi extra)", allow_module_level=True)

@@ -6,9 +6,10 @@ import pytest
 
 from tests.kit.covering import covering
 from tests.kit.engines import ENGINES, HYBRID
+from tests.kit.optional import optional
 from tests.kit.parity import Case, Layout, assert_equal, run_case, train
 
-pytest.importorskip("deepspeed", reason="deepspeed is not installed (pip install '.[deepspeed]')")
+optional("deepspeed", "deepspeed")
 
 MODELS = {"llama tied": {"tie_embeddings": True}, "gpt2": {"family": "gpt2"}}
 WIDTHS = {"dp 4": {"dp": 4}, "dp 2 × tp 2, sp": {"dp": 2, "tp": 2}}

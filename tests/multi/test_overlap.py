@@ -12,10 +12,11 @@ from megatron_lite.planning.plan import make_plan
 from megatron_lite.training.faults import Faults
 from megatron_lite.training.step import Trainer
 from tests.kit.engines import AT_ONCE
+from tests.kit.optional import optional
 from tests.kit.parity import mesh_of
 from tests.kit.traffic import Traffic
 
-pytest.importorskip("deepspeed", reason="deepspeed is not installed (pip install '.[deepspeed]')")
+optional("deepspeed", "deepspeed")
 
 LAYERS, MICRO_BATCHES = 4, 3
 SIZES = {"vocab_size": 64, "hidden_size": 64, "num_layers": LAYERS, "num_heads": 4, "ffn_size": 128, "max_seq_len": 16}

@@ -13,9 +13,10 @@ from megatron_lite.proof.record import record
 from tests.kit.covering import covering
 from tests.kit.engines import ENGINES
 from tests.kit.methods import MAIN, METHODS, OTHERS, ROOM
+from tests.kit.optional import optional
 from tests.kit.parity import Case, Layout, assert_equal, mesh_of, train
 
-pytest.importorskip("deepspeed", reason="deepspeed is not installed (pip install '.[deepspeed]')")
+optional("deepspeed", "deepspeed")
 
 SP = {"sp": True}
 

@@ -9,8 +9,9 @@ from megatron_lite.checkpoint.formats.hf import HuggingFaceSource, read_model
 from megatron_lite.errors import CheckpointError
 from megatron_lite.families.huggingface import MODEL_TYPES, from_config_json
 from tests.kit.foreign import assert_read_as_theirs, owner_of, random_folder, small_config
+from tests.kit.optional import optional
 
-pytest.importorskip("transformers", reason="transformers is not installed (pip install '.[hf]')")
+optional("transformers", "hf")
 
 ROPE = {"rope_theta": 500.0, "rope_type": "default"}
 ORIGINAL = "original_max_position_embeddings"

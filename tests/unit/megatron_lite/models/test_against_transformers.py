@@ -9,8 +9,9 @@ from megatron_lite.distributed.mesh import Axis
 from megatron_lite.layers.context import Context
 from megatron_lite.models.decoder import Decoder
 from megatron_lite.models.head import cross_entropy
+from tests.kit.optional import optional
 
-transformers = pytest.importorskip("transformers", reason="transformers is not installed (pip install '.[hf]')")
+transformers = optional("transformers", "hf")
 
 VOCAB, HIDDEN, LAYERS, HEADS, FFN, LENGTH = 101, 32, 3, 4, 80, 24
 SIZES = {"vocab_size": VOCAB, "vocab_multiple": 8, "hidden_size": HIDDEN, "num_layers": LAYERS, "num_heads": HEADS}

@@ -12,9 +12,10 @@ from megatron_lite.distributed.mesh import solo_mesh
 from megatron_lite.planning.plan import make_plan
 from megatron_lite.training.faults import Faults
 from megatron_lite.training.step import Trainer
+from tests.kit.optional import optional
 
-peft = pytest.importorskip("peft", reason="the peft library is not installed")
-transformers = pytest.importorskip("transformers", reason="transformers is not installed")
+peft = optional("peft")
+transformers = optional("transformers", "hf")
 
 STEPS, BATCH, LENGTH, VOCAB, LR = 20, 4, 32, 61, 1e-2
 

@@ -17,10 +17,11 @@ from megatron_lite.errors import CheckpointError
 from megatron_lite.inference.loading import Models
 from tests.kit.adapters import LENGTH, VOCAB, decoder, saved
 from tests.kit.foreign import their_adapter
+from tests.kit.optional import optional
 from tests.kit.world import run_ranks
 
-peft = pytest.importorskip("peft", reason="the peft library is not installed")
-transformers = pytest.importorskip("transformers", reason="transformers is not installed")
+peft = optional("peft")
+transformers = optional("transformers", "hf")
 
 TOKENS = torch.tensor([[5, 17, 40, 2, 33, 21, 60, 8]])
 LLAMA = {

@@ -15,8 +15,9 @@ from megatron_lite.errors import CheckpointError
 from megatron_lite.inference.requests import Sampling
 from megatron_lite.inference.sampling import generate
 from megatron_lite.models.decoder import Decoder
+from tests.kit.optional import optional
 
-transformers = pytest.importorskip("transformers", reason="transformers is not installed (pip install '.[hf]')")
+transformers = optional("transformers", "hf")
 
 VOCAB = 101
 SIZES = {"vocab_size": VOCAB, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}

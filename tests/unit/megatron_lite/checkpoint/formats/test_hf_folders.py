@@ -16,8 +16,9 @@ from megatron_lite.errors import CheckpointError
 from megatron_lite.inference.logits import same_as_transformers
 from megatron_lite.layers.positions import rope_frequencies
 from tests.kit.foreign import assert_read_as_theirs, owner_of, random_folder, small_config
+from tests.kit.optional import optional
 
-pytest.importorskip("transformers", reason="transformers is not installed (pip install '.[hf]')")
+optional("transformers", "hf")
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 PART = "model-00001-of-00002.safetensors"

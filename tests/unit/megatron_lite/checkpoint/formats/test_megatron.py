@@ -12,9 +12,10 @@ from megatron_lite.checkpoint.formats.megatron import open_megatron
 from megatron_lite.checkpoint.formats.megatron_args import from_args
 from megatron_lite.errors import CheckpointError
 from tests.kit.foreign import GPT2, LLAMA, megatron_logits, megatron_model, run_megatron
+from tests.kit.optional import optional
 from tests.kit.world import run_ranks
 
-pytest.importorskip("megatron.core", reason="megatron-core is not installed (pip install '.[dev]')")
+optional("megatron")
 
 # What is asked for: arguments; the same of a TransformerConfig and of GPTModel.
 HONOURED = {
