@@ -78,10 +78,11 @@ def test_on_a_base_in_4_bits_it_belongs_to_the_base_on_disk(tmp_path: Path) -> N
 
 
 @pytest.mark.timeout(200)
-def test_two_layouts_of_it_are_proved_equal(tmp_path: Path) -> None:
+@pytest.mark.parametrize("engine", ["fsdp", pytest.param("deepspeed", marks=pytest.mark.slow)])
+def test_two_layouts_of_it_are_proved_equal(tmp_path: Path, engine: str) -> None:
     tiny_config(tmp_path, tiny_data(tmp_path))
     train(tmp_path, "base", "--train.steps=2").expect(0)
-    sides = ["--a=tp=1", "--b=tp=2,sp=true,dp=2,zero=3", "--steps=2"]
+    sides = ["--a=tp=1", f"--b=tp=2,sp=true,dp=2,engine={engine},zero=3", "--steps=2"]
     argv = [PYTHON, "-m", "megatron_lite", "prove", f"{tmp_path}/tiny.yaml", *LORA[:2], *sides]
     with start_job([*argv, f"--init.from={tmp_path}/base"], timeout=150) as job:
         ended(job).expect(0, stdout=r"gradients .*lora_(.*\n)*equal within 1e-10 over 2 steps in float64")

@@ -9,8 +9,9 @@ from tests.kit.jobs import PYTHON
 from tests.kit.tiny import TinyRuns, losses, tiny_config
 
 
-def test_a_host_is_lost_and_comes_back(cluster: Cluster, tiny: TinyRuns, tmp_path: Path) -> None:
-    config = tiny_config(tmp_path, tiny.data, train__micro_batch_size=2, checkpoint__every=1)
+@pytest.mark.parametrize("zero", [0, pytest.param(3, marks=pytest.mark.slow)])
+def test_a_host_is_lost_and_comes_back(cluster: Cluster, tiny: TinyRuns, tmp_path: Path, zero: int) -> None:
+    config = tiny_config(tmp_path, tiny.data, parallel__zero=zero, train__micro_batch_size=2, checkpoint__every=1)
     hostfile = cluster.hostfile(tmp_path / "hosts", [1, 1])
     argv = [PYTHON, "-m", "launch", "run", str(config), f"--hostfile={hostfile}", "--nodes=1:2", "--max_restarts=3"]
     argv += ["--look_for_hosts=1", "--train.steps=40"]
@@ -29,6 +30,7 @@ def test_a_host_is_lost_and_comes_back(cluster: Cluster, tiny: TinyRuns, tmp_pat
     steps = losses(tmp_path / "run")
     assert sorted(steps) == list(range(1, 41))
     (tmp_path / "same").mkdir()
-    tiny.run(tmp_path / "same", "--train.steps=40", "--train.micro_batch_size=2", "--parallel.tp=1")
+    flags = ("--train.steps=40", "--train.micro_batch_size=2", "--parallel.tp=1", f"--parallel.zero={zero}")
+    tiny.run(tmp_path / "same", *flags)
     reference = losses(tmp_path / "same/run")
     assert steps == pytest.approx(reference, rel=1e-4)
